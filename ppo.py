@@ -1,22 +1,21 @@
 """PPO: Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347), in one file.
 
-Play num_steps steps in num_envs environments with the policy pi_old, then climb, for a few epochs over
-minibatches of that batch, the clipped surrogate (eq. 7) minus the value error plus an entropy bonus (eq. 9):
+Play num_steps steps in num_envs environments with the policy pi_old; then, for a few epochs over minibatches of that
+batch, climb the clipped surrogate (eq. 7) minus the value error plus an entropy bonus (eq. 9):
 
     L(theta) = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 S[pi](s) ],   r = pi(a|s) / pi_old(a|s)
 
-with A the generalized advantage estimate (arXiv 1506.02438) and R = A + V_old(s). `--objective` puts the other
-surrogates of the paper in the place of the first term: kl-fixed and kl-adaptive (eq. 8, section 4) and none (eq. 6).
+with A the generalized advantage estimate (arXiv 1506.02438) and R = A + V_old(s). `--objective` puts the paper's other
+surrogates in the place of the first term: kl-fixed and kl-adaptive (eq. 8, section 4) or none (eq. 6).
 
     python ppo.py --env-id CartPole-v1
-    python ppo.py --env-id HalfCheetah-v5 --seed 2
-    python ppo.py --env-id BreakoutNoFrameskip-v4
-    python ppo.py --evaluate runs/<run>         python ppo.py --resume runs/<run>         python ppo.py --help --env-id Hopper-v5
+    python ppo.py --env-id HalfCheetah-v5 --seed 2          python ppo.py --help --env-id HalfCheetah-v5
+    python ppo.py --resume runs/<run>                       python ppo.py --evaluate runs/<run>
 
-Departures from the paper: advantages are normalised per minibatch, the gradient is clipped by its global norm, weights
-start orthogonal, actor and critic are separate networks for vector observations (c1 then only scales the critic's
-gradient against the clip), Atari has 4 epochs and a constant clip range, and an episode that a time limit cuts is
-bootstrapped with the value of its last state, because it did not end there (Pardo et al. 2018, arXiv 1712.00378).
+Where this departs from the paper: advantages are normalised per minibatch, the gradient's global norm is clipped, weights
+start orthogonal, the learning rate anneals everywhere, actor and critic share nothing on vector observations, Atari takes
+4 epochs, c1 = 0.5 and a constant eps. And an episode that a time limit cuts is bootstrapped with the value of its last
+state: it did not end there (Pardo et al. 2018, arXiv 1712.00378).
 """
 
 import argparse
@@ -25,6 +24,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -36,13 +36,13 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import uuid
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Callable, Literal, NamedTuple
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+gym.register_envs(ale_py)
+
 
 # ---------------------------------------------------------------------------------------------------- arguments
 @dataclass
@@ -60,37 +62,37 @@ class Args:
     exp_name: str = Path(__file__).stem
     """name of the experiment, a part of the run's name"""
     seed: int = 1
-    """seed of everything: weights, actions, minibatches, environments"""
+    """seed of weights, actions, minibatches and environments"""
     runs_dir: str = "runs"
     """folder of all runs"""
     run_name: str = ""
-    """folder of this run inside runs-dir (default: {env_id}__{exp_name}__{seed}__{time})"""
+    """folder of this run in runs-dir (default: {env_id}__{exp_name}__{seed}__{time})"""
     resume: str = ""
-    """run directory to go on with, from its newest good checkpoint and with its own arguments"""
+    """run directory to go on with, from its newest good checkpoint, with its own arguments"""
     evaluate: str = ""
-    """run directory (or one checkpoint file) to load and play instead of training"""
+    """run directory, or one of its checkpoints, to load and play instead of training"""
     eval_episodes: int = 10
     """episodes that --evaluate plays"""
     eval_seed: int = 1_000_000
-    """seed of the environments and actions of --evaluate"""
+    """seed of environments and actions in --evaluate"""
     eval_stochastic: bool = False
-    """sample the actions of --evaluate instead of taking the most likely ones"""
+    """let --evaluate sample actions instead of taking the most likely ones"""
     capture_video: bool = False
-    """with --evaluate: write the episodes of the first environment as mp4 into the run directory"""
+    """let --evaluate film the first environment into the run directory"""
     checkpoint_interval: int = 0
-    """iterations between checkpoints; environments restart there, so that resume is exact (0: a twentieth of the run)"""
+    """iterations from one checkpoint, where all environments restart, to the next (0: a twentieth of the run)"""
     track: bool = False
-    """log to Weights & Biases too (offline where WANDB_MODE=offline)"""
+    """log to Weights & Biases as well (WANDB_MODE=offline works)"""
     wandb_project_name: str = "lineage"
     """project of --track"""
     wandb_entity: str | None = None
     """team of --track"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cpu for the MLP, cuda for the CNN where there is one"""
+    """auto: cpu for the MLP; for the CNN cuda, where there is one"""
     num_threads: int = 0
     """CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """compile the gradient of a minibatch (auto: for the MLP, where the run is long enough to earn the 10 s back)"""
+    """compile a minibatch's gradient (auto: for the MLP, in runs long enough to win back the time it takes)"""
     bf16: Literal["auto", "on", "off"] = "auto"
     """run the CNN's layers in bfloat16 (auto: where the processor multiplies it natively)"""
 
@@ -104,7 +106,7 @@ class Args:
     norm_reward: bool = False
     """divide rewards by the running deviation of the discounted return"""
     clip_reward: bool = False
-    """learn from the sign of the reward (DQN's protocol for Atari); reported returns stay raw"""
+    """learn from the sign of the reward; reported returns stay raw"""
 
     # Algorithm
     total_timesteps: int = 200_000
@@ -114,7 +116,7 @@ class Args:
     anneal_lr: bool = True
     """let the step size fall linearly to zero"""
     num_steps: int = 128
-    """steps per environment between two updates (the paper's horizon T)"""
+    """steps per environment and iteration (the paper's T)"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -122,55 +124,40 @@ class Args:
     num_minibatches: int = 4
     """minibatches per epoch"""
     update_epochs: int = 10
-    """epochs over each batch (K)"""
+    """epochs over each batch (the paper's K)"""
     norm_adv: bool = True
     """normalise the advantages of each minibatch"""
     objective: Literal["clip", "kl-fixed", "kl-adaptive", "none"] = "clip"
-    """surrogate: clipped (eq. 7), KL penalty with fixed or adaptive beta (eq. 8), or plain importance sampling (eq. 6)"""
+    """surrogate: clipped (eq. 7), with fixed or adaptive KL penalty (eq. 8), or plain importance sampling (eq. 6)"""
     clip_coef: float = 0.2
-    """eps of the clipped surrogate, and of --clip-vloss"""
+    """eps of the clipped surrogate and of --clip-vloss"""
+    clip_vloss: bool = False
+    """also clip how far a value moves from its old estimate"""
     kl_beta: float = 1.0
-    """beta of the KL penalty; where kl-adaptive starts"""
+    """beta of the KL penalty; the first one of kl-adaptive"""
     kl_target: float = 0.01
     """d_targ of kl-adaptive"""
-    clip_vloss: bool = False
-    """clip the step of the value around its old estimate, too"""
     ent_coef: float = 0.0
     """c2, weight of the entropy bonus"""
     vf_coef: float = 0.5
     """c1, weight of the value error"""
     max_grad_norm: float = 0.5
-    """bound of the gradient's global norm"""
+    """bound on the gradient's global norm"""
     target_kl: float | None = None
-    """stop the epochs before a step that starts further than this from the old policy"""
+    """end the epochs before a step that would start further than this from the old policy"""
     log_std_init: float = 0.0
-    """logarithm of the deviation with which Gaussian policies start"""
+    """logarithm of the deviation that Gaussian policies start with"""
 
 
-# What an environment family runs with where its row differs from Args; an explicit flag wins.
+# Where a family of environments departs from the defaults above; an explicit flag wins over both.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "classic": {},
-    "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98, learning_rate=3e-4),
+    "classic": dict(),
+    "box2d": dict(total_timesteps=1_000_000, learning_rate=3e-4, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98),
     "mujoco": dict(
-        total_timesteps=1_000_000,
-        num_envs=8,
-        num_steps=256,
-        num_minibatches=32,
-        update_epochs=10,
-        learning_rate=3e-4,
-        norm_obs=True,
-        norm_reward=True,
+        total_timesteps=1_000_000, learning_rate=3e-4, num_steps=256, num_minibatches=32, norm_obs=True, norm_reward=True
     ),
     "atari": dict(
-        total_timesteps=10_000_000,
-        num_envs=8,
-        num_steps=128,
-        num_minibatches=4,
-        update_epochs=4,
-        learning_rate=2.5e-4,
-        clip_coef=0.1,
-        ent_coef=0.01,
-        clip_reward=True,
+        total_timesteps=10_000_000, learning_rate=2.5e-4, update_epochs=4, clip_coef=0.1, ent_coef=0.01, clip_reward=True
     ),
 }
 
@@ -188,185 +175,194 @@ class EnvironmentFailed(Exception):
 
 
 class Stopped(Exception):
-    """A signal ended the run after its iteration was saved: exit status 128 + signal."""
+    """A signal ended the run, after its iteration was saved: exit status 128 + signal."""
 
 
 def environment_family(env_id: str) -> str:
-    """The row of FAMILIES for a registered environment id; raises UsageError, with the near miss, for an unknown one."""
+    """The row of FAMILIES for a registered id; raises UsageError, with the near miss, for any other."""
     module, _, name = env_id.rpartition(":")
     try:
-        import ale_py
-
-        gym.register_envs(ale_py)
         if module:
-            __import__(module)
+            importlib.import_module(module)
         entry_point = str(gym.spec(name).entry_point)
     except ModuleNotFoundError as error:
-        raise UsageError(f"--env-id {env_id}: there is no module {error.name!r}; install it or drop the prefix.") from None
+        raise UsageError(f"--env-id {env_id}: no module named {error.name}; install it, or drop the prefix.") from None
     except gym.error.Error:
-        near = difflib.get_close_matches(name, list(gym.registry), n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name, gym.registry, n=1, cutoff=0.0)[0]
         raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
-    return next((f for f in ("box2d", "mujoco") if f in entry_point), "atari" if "ale_py" in entry_point else "classic")
+    return next(
+        (f for f, key in (("atari", "ale_py"), ("box2d", "box2d"), ("mujoco", "mujoco")) if key in entry_point), "classic"
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Args from the command line, over the run's own (--resume, --evaluate) or the environment family's defaults."""
+    """Args from the command line, over the defaults of the environment's family or, for --resume, over the run's own."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--env-id", "--env_id", default=Args.env_id)
     peek.add_argument("--resume", type=Path)
     peek.add_argument("--evaluate", type=Path)
     asked = peek.parse_known_args(argv)[0]
-    if path := asked.resume or asked.evaluate:
-        saved = Args(**read_config(path.parent.parent if path.is_file() else path)["args"])
+    if asked.resume or asked.evaluate:
+        saved = Args(**read_config(asked.resume or asked.evaluate)["args"])
     else:
         saved = Args(env_id=asked.env_id, **FAMILIES[environment_family(asked.env_id)])
     args = tyro.cli(Args, args=argv, default=saved)
     harmless = ("resume", "track", "wandb_project_name", "wandb_entity", "capture_video")
-    changes = [(k, v, vars(args)[k]) for k, v in vars(saved).items() if v != vars(args)[k] and k not in harmless]
+    changes = [f"{k} {v!r} -> {vars(args)[k]!r}" for k, v in vars(saved).items() if v != vars(args)[k] and k not in harmless]
     if asked.resume and changes:
-        difference = "; ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes)
-        raise UsageError(f"--resume goes on with the run's own arguments, but these differ: {difference}.")
+        raise UsageError(f"--resume goes on with the run's own arguments, but these differ: {'; '.join(changes)}.")
     return args
 
 
 def check_args(args: Args) -> None:
-    """Raises UsageError at the first argument that cannot work, with one that would."""
+    """Raises UsageError for the first argument that cannot work, and says what would."""
+    at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps", "eval_episodes")
+    positive = ("learning_rate", "gamma", "clip_coef", "kl_beta", "kl_target", "max_grad_norm", "target_kl")
     for name, value in vars(args).items():
+        wrong = ""
         if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be a finite number.")
-    positive = "num_envs num_steps num_minibatches update_epochs total_timesteps learning_rate gamma clip_coef kl_beta"
-    for name in (positive + " kl_target max_grad_norm target_kl eval_episodes").split():
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be greater than 0.")
-    for name in ("ent_coef", "vf_coef", "gae_lambda", "seed", "eval_seed", "num_threads", "checkpoint_interval"):
-        if getattr(args, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative.")
-    for name in ("gamma", "gae_lambda"):
-        if getattr(args, name) > 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at most 1.")
+            wrong = "a finite number"
+        elif name in at_least_one + positive and value is not None and value <= 0:
+            wrong = "greater than 0"
+        elif name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
+            wrong = "at most 1" if value > 1 else "0 or more"
+        elif isinstance(value, (int, float)) and value < 0 and name != "log_std_init":
+            wrong = "0 or more"
+        if wrong:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be {wrong}.")
     batch = args.num_envs * args.num_steps
-    fitting = [n for n in range(1, batch // 2 + 1) if batch % n == 0]
-    if args.num_minibatches not in fitting:
-        near = sorted(sorted(fitting, key=lambda n: abs(n - args.num_minibatches))[:3])
+    if batch % args.num_minibatches or batch // args.num_minibatches < 2:
+        fits = sorted((n for n in range(1, batch // 2 + 1) if batch % n == 0), key=lambda n: abs(n - args.num_minibatches))
+        would = f"--num-minibatches {' or '.join(map(str, fits[:3]))} would" if fits else "more --num-steps would"
         raise UsageError(
-            f"--num-minibatches {args.num_minibatches} does not cut a batch of {args.num_envs} x {args.num_steps} = {batch} "
-            + (f"steps into equal parts of 2 or more; {', '.join(map(str, near))} would." if near else "step into parts.")
+            f"--num-minibatches {args.num_minibatches} does not cut the batch of {args.num_envs} x {args.num_steps} = "
+            f"{batch} steps into equal parts of at least 2; {would}."
         )
     if args.total_timesteps < batch:
         raise UsageError(
-            f"--total-timesteps {args.total_timesteps} is less than one batch of {args.num_envs} x {args.num_steps} = "
-            f"{batch} steps, so nothing would be trained; ask for {batch} or more."
+            f"--total-timesteps {args.total_timesteps} is less than one batch of {args.num_envs} x {args.num_steps} steps; "
+            f"{batch} or more would work, or fewer --num-envs or --num-steps."
         )
 
 
 # ------------------------------------------------------------------------------------------------- environments
-def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
-    """The vector environment of a run, resetting in the step that ends an episode (SAME_STEP).
+class Bare(gym.Wrapper):
+    """An environment that says which one it is when it raises, and whose info, slow to merge, is left out."""
 
-    Raises UsageError for a missing extra or a space that the networks cannot take.
+    def __init__(self, env: gym.Env, index: int):
+        super().__init__(env)
+        self.index = index
+
+    def step(self, action: Any) -> tuple:
+        try:
+            return *self.env.step(action)[:4], {}
+        except Exception as error:
+            raise EnvironmentFailed(f"environment {self.index} raised {error!r}") from error
+
+    def reset(self, **options: Any) -> tuple:
+        return self.env.reset(**options)[0], {}
+
+
+def make_envs(args: Args, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
+    """The vector environment of a run; it resets in the step that ends an episode (SAME_STEP).
+
+    Raises UsageError for a missing extra and for spaces that the networks cannot take.
     """
     mode = gym.vector.AutoresetMode.SAME_STEP
     if environment_family(args.env_id) == "atari":
-        game, old = args.env_id.removeprefix("ALE/").removesuffix("-v5"), args.env_id.endswith("NoFrameskip-v4")
-        if not old and args.env_id != f"ALE/{game}-v5" or "-ram" in game:
-            raise UsageError(f"--env-id {args.env_id}: the Atari ids are ALE/<Game>-v5 and <Game>NoFrameskip-v4.")
-        # Two protocols: sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009), or that of the PPO paper:
-        # random no-ops, fire to start, a lost life ends the episode for the learner but not the game.
-        options = dict(
-            repeat_action_probability=0.0 if old else 0.25,
-            noop_max=30 if old else 0,
-            use_fire_reset=old,
-            life_loss_info=old,
+        # Two protocols. Sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009), or that of the PPO paper:
+        # random no-ops, fire to start, a lost life ends the episode for the learner, while the game goes on.
+        paper = args.env_id.endswith("NoFrameskip-v4")
+        game = "ALE/" + args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4") + "-v5"
+        if not paper and args.env_id != game or "-ram" in game:
+            raise UsageError(f"--env-id {args.env_id}: Atari games are ALE/<Game>-v5 or <Game>NoFrameskip-v4.")
+        protocol = dict(
+            repeat_action_probability=0.0 if paper else 0.25,
+            noop_max=30 if paper else 0,
+            use_fire_reset=paper,
+            life_loss_info=paper,
             episodic_life=False,
             reward_clipping=False,
             frameskip=4,
             maxpool=True,
             max_num_frames_per_episode=108_000,
             full_action_space=False,
-            autoreset_mode=mode,
-            num_threads=min(num_envs, args.num_threads or os.cpu_count() or 1),
         )
-        if render_mode:  # colour twin of the same games
-            options |= dict(grayscale=False, img_height=210, img_width=160, stack_num=1)
-        envs = gym.make_vec("ALE/" + game.removesuffix("NoFrameskip-v4") + "-v5", num_envs, **options)
-    else:
-        try:
-            with warnings.catch_warnings():  # of versions that are out of date, and of bounds cast to float32
-                warnings.simplefilter("ignore")
-                envs = gym.make_vec(
-                    args.env_id,
-                    num_envs,
-                    vectorization_mode="sync",
-                    vector_kwargs=dict(autoreset_mode=mode, copy=False),
-                    disable_env_checker=True,
-                    render_mode=render_mode,
-                )
-        except (gym.error.Error, ImportError) as error:
-            raise UsageError(f"--env-id {args.env_id} cannot be made: {' '.join(str(error).split())}") from None
-    observations, actions = envs.single_observation_space, envs.single_action_space
-    spaces = gym.spaces
+        threads = min(num_envs, args.num_threads or os.cpu_count() or 1)
+        return gym.make_vec(game, num_envs, autoreset_mode=mode, num_threads=threads, **protocol | options)
+    index = itertools.count()
+    try:
+        with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
+            warnings.simplefilter("ignore")
+            envs = gym.make_vec(
+                args.env_id,
+                num_envs,
+                vectorization_mode="sync",
+                vector_kwargs=dict(autoreset_mode=mode, copy=False),
+                wrappers=[lambda env: Bare(env, next(index))],
+                disable_env_checker=True,
+                **options,
+            )
+    except (gym.error.Error, ImportError) as error:
+        raise UsageError(f"--env-id {args.env_id} cannot be made: {' '.join(str(error).split())}") from None
+    observations, actions, spaces = envs.single_observation_space, envs.single_action_space, gym.spaces
     if not isinstance(observations, (spaces.Box, spaces.Discrete)):
-        raise UsageError(f"--env-id {args.env_id} observes {observations}; supported are Box and Discrete observations.")
-    if not isinstance(actions, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)) or actions.dtype.kind not in "if":
-        raise UsageError(f"--env-id {args.env_id} takes {actions}; supported are Box, Discrete, MultiDiscrete actions.")
+        raise UsageError(f"--env-id {args.env_id} observes {observations}; only Box and Discrete are supported.")
+    if not isinstance(actions, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)):
+        raise UsageError(f"--env-id {args.env_id} acts in {actions}; only Box, Discrete and MultiDiscrete are supported.")
     return envs
 
 
-def reset_seeds(args: Args, iteration: int) -> list[int]:
-    """A seed per environment from (seed, iteration): where a resumed run starts, every run starts anew."""
-    seeds = np.random.SeedSequence([args.seed, iteration]).generate_state(args.num_envs)
-    return [int(seed) % 2**31 for seed in seeds]
+def reset_envs(envs: gym.vector.VectorEnv, seed: int, iteration: int) -> tuple[np.ndarray, dict]:
+    """First observations and info, with seeds made from (seed, iteration), so that a resumed run starts as this one does."""
+    seeds = np.random.SeedSequence([seed, iteration]).generate_state(envs.num_envs).astype(np.int64) % 2**31
+    return envs.reset(seed=seeds.tolist() if isinstance(envs, gym.vector.SyncVectorEnv) else seeds)
 
 
-def reset_envs(envs: gym.vector.VectorEnv, seeds: list[int]) -> np.ndarray:
-    """First observations (num_envs, ...); ALE wants its seeds as an array."""
-    atari = not isinstance(envs, gym.vector.SyncVectorEnv)
-    return envs.reset(seed=np.array(seeds) if atari else seeds)[0]
+def finished_episodes(ended: np.ndarray, info: dict, clock: np.ndarray | None) -> np.ndarray:
+    """Which of the ended (num_envs,) were whole games: ALE also ends at a lost life, but turns its clock back only after."""
+    return ended if clock is None else ended & (info["episode_frame_number"] < clock)
 
 
 class Episodes:
-    """Counts the raw return and the length of the episodes in play; on Atari these are whole games."""
+    """Raw return and length of the episodes in play, from one rollout to the next; on Atari they are whole games."""
 
     def __init__(self, num_envs: int):
-        self.returns = np.zeros(num_envs)
-        self.lengths = np.zeros(num_envs, dtype=np.int64)
-        self.frames = np.zeros(num_envs, dtype=np.int64)
+        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
         self.discounted = np.zeros(num_envs)  # for scale_rewards
 
-    def step(self, rewards: np.ndarray, ended: np.ndarray, info: dict) -> list[tuple[int, float, int]]:
-        """Adds one step, all arrays (num_envs,); returns (environment, return, length) of each finished episode."""
-        self.returns += rewards
-        self.lengths += 1
-        if "episode_frame_number" in info:  # ALE plays on after a lost life: only a new game turns its clock back
-            ended = ended & (info["episode_frame_number"] < self.frames)
-            self.frames = info["episode_frame_number"]
-        if not ended.any():
-            return []
-        finished = [(int(n), float(self.returns[n]), int(self.lengths[n])) for n in np.flatnonzero(ended)]
-        self.returns[ended] = 0.0
-        self.lengths[ended] = 0
-        return finished
+    def collect(self, rewards: np.ndarray, finished: np.ndarray) -> list[tuple[int, float, int, int]]:
+        """(steps, return, length, environment) of every episode that finished; rewards, finished (num_steps, num_envs)."""
+        done, (num_steps, num_envs) = [], rewards.shape
+        begin = np.zeros(num_envs, dtype=np.int64)
+        for t, n in np.argwhere(finished):
+            ret, length = self.returns[n] + rewards[begin[n] : t + 1, n].sum(), self.lengths[n] + t + 1 - begin[n]
+            done.append(((int(t) + 1) * num_envs, float(ret), int(length), int(n)))
+            self.returns[n], self.lengths[n], begin[n] = 0.0, 0, t + 1
+        self.returns += [rewards[begin[n] :, n].sum() for n in range(num_envs)]
+        self.lengths += num_steps - begin
+        return done
 
 
 # ----------------------------------------------------------------------------------------------------- networks
 class RunningNorm(nn.Module):
-    """Mean and variance of everything seen, as buffers, merged batch by batch (Chan et al. 1979)."""
+    """Mean and variance of all that was seen, merged batch by batch (Chan et al. 1979), as buffers."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # float32 copies for the forward pass
+        self.register_buffer("shift", torch.zeros(shape))  # in float32, for the forward pass
         self.register_buffer("scale", torch.ones(shape))
 
     @torch.no_grad()
     def update(self, x: torch.Tensor) -> None:
         """Takes in x (rows, *shape)."""
         x = x.double()
-        n, total, delta = len(x), self.count + len(x), x.mean(0) - self.mean
-        squares = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
-        self.mean += delta * n / total
+        total, delta = self.count + len(x), x.mean(0) - self.mean
+        squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        self.mean += delta * len(x) / total
         self.var.copy_(squares / total)
         self.count.copy_(total)
         self.shift.copy_(self.mean)
@@ -381,9 +377,7 @@ class Categorical:
 
     def __init__(self, logits: torch.Tensor):
         self.log_probs = F.log_softmax(logits, dim=-1)
-
-    def parameters(self) -> tuple[torch.Tensor, ...]:
-        return (self.log_probs,)
+        self.parameters = (self.log_probs,)
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         return self.log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
@@ -397,13 +391,10 @@ class Categorical:
 
 
 class Gaussian:
-    """Policy over Box actions: diagonal, the deviation does not depend on the state; mean and actions (batch, dims)."""
+    """Policy over Box actions, of diagonal covariance that no state changes: mean and actions (batch, dims)."""
 
     def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
-        self.mean, self.log_std = mean, log_std.expand_as(mean)
-
-    def parameters(self) -> tuple[torch.Tensor, ...]:
-        return self.mean, self.log_std
+        self.mean, self.log_std = self.parameters = mean, log_std.expand_as(mean)
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         z = (actions - self.mean) * (-self.log_std).exp()
@@ -418,126 +409,145 @@ class Gaussian:
         return (other.log_std - self.log_std + (var + (self.mean - other.mean) ** 2) / (2 * other_var) - 0.5).sum(-1)
 
 
-def layer_init(layer: nn.Linear | nn.Conv2d, std: float = math.sqrt(2)) -> nn.Linear | nn.Conv2d:
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Linear | nn.Conv2d:
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
-    hidden = [layer_init(nn.Linear(inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
-    return nn.Sequential(*hidden, layer_init(nn.Linear(64, outputs), std))
+class MLP(nn.Module):
+    """Two hidden layers of 64 tanh, written out: nn.Sequential takes twice as long for a single observation."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float):
+        super().__init__()
+        sizes = ((inputs, 64, math.sqrt(2)), (64, 64, math.sqrt(2)), (64, outputs, gain))
+        self.layers = nn.ModuleList(layer_init(nn.Linear(n, m), gain) for n, m, gain in sizes)
+        self.weights = [(layer.weight, layer.bias) for layer in self.layers]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight, bias in self.weights[:-1]:
+            x = torch.tanh(F.linear(x, weight, bias))
+        return F.linear(x, *self.weights[-1])
 
 
 def nature_cnn(channels: int, height: int, width: int) -> nn.Sequential:
-    """The network of Mnih et al. 2015: three convolutions and 512 features."""
-    convolutions = nn.Sequential(
-        layer_init(nn.Conv2d(channels, 32, 8, stride=4)),
-        nn.ReLU(),
-        layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-        nn.ReLU(),
-        layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-        nn.ReLU(),
-        nn.Flatten(),
-    )
-    size = convolutions(torch.zeros(1, channels, height, width)).shape[1]
-    return nn.Sequential(*convolutions, layer_init(nn.Linear(size, 512)), nn.ReLU())
+    """Three convolutions and 512 features (Mnih et al. 2015)."""
+    convolutions = [layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()]
+    convolutions += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()]
+    convolutions += [layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten()]
+    outputs = nn.Sequential(*convolutions)(torch.zeros(1, channels, height, width)).shape[1]
+    return nn.Sequential(*convolutions, layer_init(nn.Linear(outputs, 512)), nn.ReLU())
 
 
 def is_image(space: gym.Space) -> bool:
+    """Bytes in three dimensions, two of them large enough for the convolutions."""
     return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
 
 
 class Agent(nn.Module):
-    """Actor, critic and normalisers of one pair of spaces; every observation comes in raw, (batch, *space.shape)."""
+    """Actor, critic and normalisers for a pair of spaces; takes observations raw, (batch, *space.shape)."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        self.observations, self.actions, self.bf16 = observation_space, action_space, args.bf16 == "on"
-        self.obs_norm = RunningNorm(observation_space.shape) if args.norm_obs else nn.Identity()
-        self.return_norm = RunningNorm(())
-        if isinstance(action_space, gym.spaces.Box):
+        self.observation_space, self.action_space, self.bf16 = observation_space, action_space, args.bf16 == "on"
+        self.continuous = isinstance(action_space, gym.spaces.Box)
+        if self.continuous:
             outputs = math.prod(action_space.shape)
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
-            self.register_buffer("low", torch.tensor(action_space.low).flatten(), persistent=False)
-            self.register_buffer("high", torch.tensor(action_space.high).flatten(), persistent=False)
-        else:  # one row of logits per component, those that a component does not have at minus infinity
-            nvec = np.atleast_1d(getattr(action_space, "nvec", getattr(action_space, "n", None))).flatten()
+        else:  # a row of logits per component; those beyond the component's own number stay at minus infinity
+            nvec = torch.tensor(getattr(action_space, "nvec", getattr(action_space, "n", None))).flatten()
             self.choices, outputs = (len(nvec), int(nvec.max())), len(nvec) * int(nvec.max())
-            missing = torch.arange(int(nvec.max())) >= torch.tensor(nvec).unsqueeze(-1)
+            missing = torch.arange(self.choices[1]) >= nvec.unsqueeze(-1)
             self.register_buffer("missing", missing if missing.any() else None, persistent=False)
-        if is_image(observation_space):
-            shape, self.channels_last = observation_space.shape, observation_space.shape[2] < observation_space.shape[0]
-            self.body = nature_cnn(*((shape[2], *shape[:2]) if self.channels_last else shape))
+        self.image, self.discrete = is_image(observation_space), isinstance(observation_space, gym.spaces.Discrete)
+        if self.image:
+            shape = observation_space.shape
+            self.channels_last, self.obs_dtype = shape[2] < shape[0], torch.uint8
+            self.body = nature_cnn(*((shape[2], shape[0], shape[1]) if self.channels_last else shape))
             self.actor, self.critic = layer_init(nn.Linear(512, outputs), 0.01), layer_init(nn.Linear(512, 1), 1.0)
         else:
-            discrete = isinstance(observation_space, gym.spaces.Discrete)
-            inputs = int(observation_space.n) if discrete else math.prod(observation_space.shape)
-            self.body, self.actor, self.critic = None, mlp(inputs, outputs, 0.01), mlp(inputs, 1, 1.0)
+            self.obs_dtype = torch.int64 if self.discrete else torch.float32
+            inputs = int(observation_space.n) if self.discrete else math.prod(observation_space.shape)
+            self.actor, self.critic = MLP(inputs, outputs, 0.01), MLP(inputs, 1, 1.0)
+        self.obs_norm = RunningNorm(observation_space.shape) if args.norm_obs else None
+        self.return_norm = RunningNorm(())
 
     @property
     def device(self) -> torch.device:
         return self.return_norm.count.device
 
-    @property
-    def obs_dtype(self) -> torch.dtype:
-        """How rollouts keep observations: bytes for images, integers for Discrete, float32 otherwise."""
-        if isinstance(self.observations, gym.spaces.Discrete):
-            return torch.int64
-        return torch.float32 if self.body is None else torch.uint8
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
     def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """What actor and critic see of raw observations."""
-        if isinstance(self.observations, gym.spaces.Discrete):
-            return F.one_hot(obs - int(self.observations.start), int(self.observations.n)).float()
-        if self.body is None:
-            return self.obs_norm(obs).flatten(1)
-        if self.channels_last:
-            obs = obs.permute(0, 3, 1, 2)
-        with self.autocast():
-            pixels = self.obs_norm(obs.to(torch.bfloat16 if self.bf16 else torch.float32) / 255)
-            return self.body(pixels).float()
+        """What actor and critic see."""
+        if self.image:
+            obs = obs.permute(0, 3, 1, 2) if self.channels_last else obs
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                return self.body(obs.to(torch.bfloat16 if self.bf16 else torch.float32) / 255).float()
+        if self.discrete:
+            return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
+        obs = obs if self.obs_norm is None else self.obs_norm(obs)
+        return obs if obs.dim() == 2 else obs.flatten(1)
 
-    def policy(self, features: torch.Tensor) -> Categorical | Gaussian:
-        if isinstance(self.actions, gym.spaces.Box):
-            return Gaussian(self.actor(features), self.log_std)
-        logits = self.actor(features).view(-1, *self.choices)
-        return Categorical(logits if self.missing is None else logits.masked_fill(self.missing, -1e9))
-
-    def forward(self, obs: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
-        """pi(.|s) and V(s) (batch,)."""
-        return self.heads(self.features(obs))
+    def policy_head(self, features: torch.Tensor) -> torch.Tensor:
+        """Means (batch, dims), or logits (batch, components, choices)."""
+        output = self.actor(features)
+        if self.continuous:
+            return output
+        logits = output.view(-1, *self.choices)
+        return logits if self.missing is None else logits.masked_fill(self.missing, -1e9)
 
     def heads(self, features: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
-        return self.policy(features), self.critic(features).squeeze(-1)
+        """pi(.|s) and V(s) (batch,)."""
+        head, values = self.policy_head(features), self.critic(features).squeeze(-1)
+        return (Gaussian(head, self.log_std) if self.continuous else Categorical(head)), values
+
+    def forward(self, obs: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
+        return self.heads(self.features(obs))
 
     def noise(self, *batch: int) -> torch.Tensor:
-        """What makes actions random: Gumbel noise for logits, standard normal for Gaussians."""
-        if isinstance(self.actions, gym.spaces.Box):
-            return torch.randn(*batch, *self.log_std.shape, device=self.device)
+        """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
+        if self.continuous:
+            return torch.randn(*batch, len(self.log_std), device=self.device) * self.log_std.exp()
         return -torch.empty(*batch, *self.choices, device=self.device).exponential_().log_()
 
     def act(self, features: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of the policy (batch, components), or its mode where the noise is zero."""
-        policy = self.policy(features)
-        if isinstance(policy, Gaussian):
-            return policy.mean + policy.log_std.exp() * noise
-        return (policy.log_probs + noise).argmax(-1)
+        """A sample of the policy, (batch, dims or components); its mode where the noise is zero."""
+        noisy = self.policy_head(features) + noise
+        return noisy if self.continuous else noisy.argmax(-1)
 
-    def to_env(self, actions: torch.Tensor) -> np.ndarray:
-        """Actions as the environments take them; what lies outside the box is clipped only here."""
-        if isinstance(self.actions, gym.spaces.Box):
-            actions = actions.clamp(self.low, self.high).view(-1, *self.actions.shape)
-            return actions.cpu().numpy().astype(self.actions.dtype, copy=False)
-        return actions.cpu().numpy().reshape(-1, *self.actions.shape) + self.actions.start
+    def numpy_policy(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """act(features(obs), noise) of the MLP on the CPU, in numpy: a third of torch's time for the few rows of a step.
+
+        None where there is no such shortcut. Good until the normaliser or the weights change.
+        """
+        if self.image or self.discrete or self.device.type != "cpu" or not self.continuous and self.missing is not None:
+            return None
+        layers = [(weight.numpy().T, bias.numpy()) for weight, bias in self.actor.weights]
+        norm = None if self.obs_norm is None else (self.obs_norm.shift.numpy(), self.obs_norm.scale.numpy())
+
+        def policy(obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+            x = obs if norm is None else np.minimum(np.maximum((obs - norm[0]) * norm[1], -10.0), 10.0)
+            x = x.reshape(len(obs), -1)
+            for weight, bias in layers[:-1]:
+                x = np.tanh(x @ weight + bias)
+            noisy = (x @ layers[-1][0] + layers[-1][1]).reshape(noise.shape) + noise
+            return noisy if self.continuous else noisy.argmax(-1)
+
+        return policy
+
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (num_envs, ...) as the environments take them; what lies outside the box is clipped only here."""
+        actions = actions.reshape(-1, *self.action_space.shape)
+        if self.continuous:
+            return np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
+        return actions + self.action_space.start
 
 
 # --------------------------------------------------------------------------------------------------- the method
+STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "old_approx_kl", "clipfrac", "grad_norm")
+
+
 class Batch(NamedTuple):
-    """A rollout, flattened to (num_steps * num_envs, ...); pi_old and V_old are those of the network that played it."""
+    """A rollout, flattened to (num_steps * num_envs, ...); old_policy are the parameters of pi_old(.|s)."""
 
     obs: torch.Tensor
     actions: torch.Tensor
@@ -546,9 +556,6 @@ class Batch(NamedTuple):
     returns: torch.Tensor
     values: torch.Tensor
     old_policy: tuple[torch.Tensor, ...]
-
-
-STATS = ("policy_loss", "value_loss", "entropy", "approx_kl", "old_approx_kl", "clipfrac", "grad_norm")
 
 
 def compute_gae(
@@ -560,102 +567,88 @@ def compute_gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalized advantage estimate (arXiv 1506.02438, eq. 16) and the returns advantages + values.
+    """Generalized advantage estimate (arXiv 1506.02438, eq. 16), and the returns advantages + values.
 
-    All tensors are (num_steps, num_envs). next_values[t] is V of the true successor of step t: of the final observation
-    where an episode ended, not of the one after its reset. The flags belong to step t. A termination has no future; a
-    truncation has one, so its error bootstraps, but neither lets later errors through: they are of another episode.
+    All tensors are (num_steps, num_envs), the flags belong to step t. next_values[t] is V of the true successor of step t:
+    of the final observation where an episode ended, not of the one after the reset. A terminated state has no future; a
+    truncated one does, so its error bootstraps. Neither lets later errors through: those are of another episode.
     """
-    terminations, ended = terminations.bool(), terminations.bool() | truncations.bool()
+    terminations, truncations = terminations.bool(), truncations.bool()
     successors = torch.where(terminations, 0.0, next_values)  # where, for 0 * NaN is NaN
     deltas = rewards + gamma * successors - values
-    decay = torch.where(ended, 0.0, gamma * gae_lambda).to(deltas.dtype)
-    advantages, advantage = [], torch.zeros_like(deltas[0])
+    decay = torch.where(terminations | truncations, 0.0, gamma * gae_lambda).to(deltas)
+    advantages = [torch.zeros_like(deltas[0])]
     for delta, discount in zip(deltas.flip(0), decay.flip(0)):
-        advantage = torch.addcmul(delta, discount, advantage)
-        advantages.append(advantage)
-    advantages = torch.stack(advantages[::-1])
+        advantages.append(torch.addcmul(delta, discount, advantages[-1]))
+    advantages = torch.stack(advantages[:0:-1])
     return advantages, advantages + values
 
 
 def surrogate_objective(
-    ratio: torch.Tensor, advantages: torch.Tensor, kl: torch.Tensor, objective: str, clip_coef: float, kl_beta: torch.Tensor
+    ratio: torch.Tensor, advantages: torch.Tensor, kl: torch.Tensor, kl_beta: torch.Tensor, args: Args
 ) -> torch.Tensor:
-    """Mean of the surrogate that the policy climbs; ratio, advantages and kl = KL(pi_old || pi) are (batch,)."""
+    """The mean that the policy climbs; ratio, advantages and kl, KL(pi_old || pi), are (batch,)."""
     surrogate = ratio * advantages  # L^CPI, eq. 6
-    if objective == "clip":
-        clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages
+    if args.objective == "clip":
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * advantages
         surrogate = torch.min(surrogate, clipped)  # L^CLIP, eq. 7
-    elif objective in ("kl-fixed", "kl-adaptive"):
+    elif args.objective.startswith("kl"):
         surrogate = surrogate - kl_beta * kl  # L^KLPEN, eq. 8
     return surrogate.mean()
 
 
-def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_coef: float | None
-) -> torch.Tensor:
-    """Half the mean squared error of V, all (batch,); with clip_coef the larger of it and that of the clipped step."""
-    assert values.shape == old_values.shape == returns.shape
+def value_objective(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, args: Args) -> torch.Tensor:
+    """Half the mean squared error of values, all (batch,); or of a clipped step from the old ones, where that is larger."""
+    assert values.shape == old.shape == returns.shape
     error = (values - returns) ** 2
-    if clip_coef is not None:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        error = torch.max(error, (clipped - returns) ** 2)
+    if args.clip_vloss:
+        error = torch.max(error, (old + (values - old).clamp(-args.clip_coef, args.clip_coef) - returns) ** 2)
     return 0.5 * error.mean()
 
 
 def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
-    """The adaptive penalty of section 4, after each policy update."""
-    if kl < kl_target / 1.5:
-        return beta / 2
-    return beta * 2 if kl > kl_target * 1.5 else beta
+    """The penalty of the next policy update (section 4)."""
+    return beta / 2 if kl < kl_target / 1.5 else beta * 2 if kl > kl_target * 1.5 else beta
 
 
-def ppo_loss(agent: Agent, batch: Batch, args: Args, kl_beta: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Eq. 9 with the sign of a loss, and the first six of STATS."""
+def ppo_loss(agent: Agent, batch: Batch, kl_beta: torch.Tensor, args: Args) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Eq. 9 as a loss, and STATS but for the last."""
     policy, values = agent(batch.obs)
     logratio = policy.log_prob(batch.actions) - batch.logprobs
-    ratio = logratio.exp()
-    advantages = batch.advantages
+    ratio, advantages = logratio.exp(), batch.advantages
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    kl = type(policy)(*batch.old_policy).kl(policy) if args.objective.startswith("kl") else torch.zeros_like(ratio)
-    policy_loss = -surrogate_objective(ratio, advantages, kl, args.objective, args.clip_coef, kl_beta)
-    v_loss = value_loss(values, batch.values, batch.returns, args.clip_coef if args.clip_vloss else None)
+    kl = type(policy)(*batch.old_policy).kl(policy) if args.objective.startswith("kl") else logratio
+    policy_loss = -surrogate_objective(ratio, advantages, kl, kl_beta, args)
+    value_loss = value_objective(values, batch.values, batch.returns, args)
     entropy = policy.entropy().mean()
-    loss = policy_loss + args.vf_coef * v_loss - args.ent_coef * entropy
-    approx_kl = ((ratio - 1) - logratio).mean()  # never negative, unlike the mean of -log r (Schulman 2020)
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    approx_kl = ((ratio - 1) - logratio).mean()  # the mean of -log r estimates the same, but can be negative
     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    return loss, [policy_loss, v_loss, entropy, approx_kl, -logratio.mean(), clipfrac]
-
-
-class Adam:
-    """Adam (arXiv 1412.6980) of one vector; torch.optim.Adam takes four times as long for so few numbers."""
-
-    def __init__(self, parameters: torch.Tensor, eps: float = 1e-5):
-        self.parameters, self.eps, self.steps = parameters, eps, 0
-        self.m, self.v = torch.zeros_like(parameters), torch.zeros_like(parameters)
-
-    @torch.no_grad()
-    def step(self, grad: torch.Tensor, learning_rate: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        self.steps += 1
-        self.m.lerp_(grad, 1 - beta1)
-        self.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        deviation = (self.v / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
-        self.parameters.addcdiv_(self.m, deviation, value=-learning_rate / (1 - beta1**self.steps))
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(m=self.m, v=self.v, steps=self.steps)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-        self.m.copy_(state["m"]), self.v.copy_(state["v"])
+    return loss, [policy_loss, value_loss, entropy, approx_kl, -logratio.mean(), clipfrac]
 
 
 def flatten_parameters(module: nn.Module) -> torch.Tensor:
-    """One vector of all parameters, which become views of it: clipping and Adam are then a few operations each."""
+    """One vector of which all parameters become views: clipping and Adam are then a handful of operations."""
     vector = nn.utils.parameters_to_vector(module.parameters()).detach()
     nn.utils.vector_to_parameters(vector, module.parameters())
     return vector
+
+
+class Adam:
+    """Adam (arXiv 1412.6980) on one vector: torch.optim.Adam needs three times as long for so few numbers."""
+
+    def __init__(self, parameters: torch.Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5):
+        self.parameters, self.beta1, self.beta2, self.eps, self.t = parameters, beta1, beta2, eps, 0
+        self.m, self.v = torch.zeros_like(parameters), torch.zeros_like(parameters)
+
+    @torch.no_grad()
+    def step(self, grad: torch.Tensor, learning_rate: float) -> None:
+        self.t += 1
+        self.m.lerp_(grad, 1 - self.beta1)
+        self.v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+        deviation = (self.v / (1 - self.beta2**self.t)).sqrt_().add_(self.eps)
+        self.parameters.addcdiv_(self.m, deviation, value=-learning_rate / (1 - self.beta1**self.t))
 
 
 def make_gradient(agent: Agent, args: Args):
@@ -664,129 +657,155 @@ def make_gradient(agent: Agent, args: Args):
 
     def gradient(batch: Batch, rows: torch.Tensor, kl_beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         minibatch = Batch(*(x[rows] for x in batch[:-1]), tuple(x[rows] for x in batch.old_policy))
-        loss, stats = ppo_loss(agent, minibatch, args, kl_beta)
+        loss, stats = ppo_loss(agent, minibatch, kl_beta, args)
         grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
         norm = grad.norm()
         return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.stack([*stats, norm]).detach()
 
-    if args.compile == "on":
-        torch._dynamo.config.trace_autograd_ops = True  # forward, backward and clipping become one graph
-        return torch.compile(gradient, fullgraph=True, dynamic=False)
-    return gradient
+    asked = args.compile
+    if asked == "auto":  # compiling takes 10 s and then saves two thirds of every minibatch of an MLP, nothing of a CNN's
+        minibatches = args.total_timesteps // (args.num_envs * args.num_steps) * args.update_epochs * args.num_minibatches
+        args.compile = "on" if minibatches > 40_000 and args.device == "cpu" and not agent.image else "off"
+    if args.compile == "off":
+        return gradient
+    torch._dynamo.config.trace_autograd_ops = True  # loss, its gradient and the clipping as one graph
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # safe: one shape in the whole run
+    compiled = torch.compile(gradient, fullgraph=True, dynamic=False, options=options)
+    rows = args.num_envs * args.num_steps
+    try:  # compile on zeros now, so that the first iteration need not
+        obs = torch.zeros(rows, *agent.observation_space.shape, dtype=agent.obs_dtype, device=agent.device)
+        obs += int(getattr(agent.observation_space, "start", 0))
+        with torch.no_grad():
+            policy = agent(obs)[0]
+            actions = agent.act(agent.features(obs), torch.zeros((), device=agent.device))
+        batch = Batch(obs, actions, *torch.zeros(4, rows, device=agent.device), policy.parameters)
+        index = torch.arange(rows // args.num_minibatches, device=agent.device)
+        compiled(batch, index, torch.tensor(1.0, device=agent.device))
+        return compiled
+    except Exception as error:  # no compiler, no headers, ...
+        if asked == "on":
+            raise UsageError(f"--compile on fails here ({str(error).splitlines()[0]}); use --compile off.") from None
+        print("This machine cannot compile for torch (a C++ compiler helps), so the run goes on three times slower.")
+        args.compile = "off"
+        return gradient
 
 
 def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
-    """Raises Diverged with the first step (steps, environments, ...) whose observation or reward is NaN or infinite."""
-    bad = {"reward": ~np.isfinite(rewards)}
-    if observations.is_floating_point() and not observations.isfinite().all():
-        bad["observation"] = ~observations.isfinite().flatten(2).all(-1).cpu().numpy()
-    for quantity, where in bad.items():
-        if where.any():
-            step, env = np.argwhere(where)[0]
-            raise Diverged(f"the {quantity} of environment {env} in step {step} of the rollout is NaN or infinite")
-
-
-def failed_environment(error: Exception) -> str:
-    """Which environment raised, from the frame of gymnasium's loop over them."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "sync_vector_env" in frame.f_code.co_filename]
-    return f"environment {frames[0].f_locals.get('i')}" if frames else "the vector environment"
+    """Raises Diverged for the first NaN or infinity in observations (steps, num_envs, ...) or rewards (steps, num_envs)."""
+    for name, x in (
+        ("observation", observations.flatten(2) if observations.dim() > 2 else observations),
+        ("reward", torch.from_numpy(rewards)),
+    ):
+        if x.is_floating_point() and not x.isfinite().all():
+            step, env = (~x.isfinite()).nonzero()[0, :2].tolist()
+            raise Diverged(f"the {name} of environment {env} in step {step} of the rollout is not finite")
 
 
 def scale_rewards(norm: RunningNorm, rewards: np.ndarray, ended: np.ndarray, running: np.ndarray, gamma: float) -> np.ndarray:
-    """Rewards over the deviation of the discounted return, which norm follows; running (num_envs,) is carried along."""
+    """Rewards over the deviation of the discounted return, which norm learns first; running (num_envs,) is carried along."""
     returns = np.empty_like(rewards)
     for t in range(len(rewards)):
         running[:] = running * gamma + rewards[t]
         returns[t] = running
         running[ended[t]] = 0.0
     norm.update(torch.from_numpy(returns).flatten().to(norm.count.device))
-    return (rewards * float(norm.scale)).clip(-10.0, 10.0)
+    return (rewards * norm.scale.item()).clip(-10.0, 10.0)
 
 
 @torch.no_grad()
 def rollout(
-    agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, episodes: Episodes, args: Args
-) -> tuple[Batch, np.ndarray, list[tuple[int, float, int]]]:
-    """Plays num_steps steps from obs; returns the batch, the next observations, (steps, return, length) per episode."""
-    shape, device, finished, final_obs = (args.num_steps, args.num_envs), agent.device, [], {}
+    agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, info: dict, episodes: Episodes, args: Args
+) -> tuple[Batch, np.ndarray, dict, list[tuple[int, float, int, int]]]:
+    """Plays num_steps steps on from obs and info; returns the batch, the next obs and info, and the finished episodes."""
+    shape, device, final_obs, features = (args.num_steps, args.num_envs), agent.device, {}, []
     observations = torch.empty((args.num_steps + 1, *obs.shape), dtype=agent.obs_dtype, device=device)
-    features, actions, rewards = [], [], np.empty(shape)
-    terminations, truncations = np.empty(shape, dtype=bool), np.empty(shape, dtype=bool)
-    for t, noise in enumerate(agent.noise(*shape)):
-        observations[t].copy_(torch.from_numpy(obs))
-        features.append(agent.features(observations[t]))
-        actions.append(agent.act(features[t], noise))
+    noise, policy = agent.noise(*shape), agent.numpy_policy()
+    noise = noise.numpy() if policy else noise
+    actions = np.zeros(noise.shape[:3], dtype=np.float32 if agent.continuous else np.int64)
+    rewards, (terminations, truncations, finished) = np.zeros(shape), np.zeros((3, *shape), dtype=bool)
+    for t, observation in enumerate(observations[:-1].numpy() if policy else observations[:-1]):
+        if policy:
+            observation[:] = obs
+            actions[t] = policy(observation, noise[t])
+        else:
+            observation.copy_(torch.from_numpy(obs))
+            features.append(agent.features(observation))
+            actions[t] = agent.act(features[t], noise[t]).cpu().numpy()
+        clock = info.get("episode_frame_number")
         try:
             obs, rewards[t], terminations[t], truncations[t], info = envs.step(agent.to_env(actions[t]))
-        except Exception as error:
+        except EnvironmentFailed as error:
             check_finite(observations[: t + 1], rewards[:t])
-            raise EnvironmentFailed(f"{failed_environment(error)} raised in step {t} of its rollout: {error!r}") from error
-        ended = terminations[t] | truncations[t]
-        finished += [((t + 1) * args.num_envs, *e[1:]) for e in episodes.step(rewards[t], ended, info)]
-        if truncations[t].any():
-            final_obs |= {(t, n): info["final_obs"][n] for n in np.flatnonzero(truncations[t] & ~terminations[t])}
+            raise EnvironmentFailed(f"{error} in step {t} of the rollout") from error
+        if "final_obs" in info:
+            finished[t] = finished_episodes(terminations[t] | truncations[t], info, clock)
+            for n in np.flatnonzero(truncations[t] & ~terminations[t]):
+                final_obs[t, n] = info["final_obs"][n]
     observations[-1].copy_(torch.from_numpy(obs))
     check_finite(observations, rewards)
+    done = episodes.collect(rewards, finished)
+    if args.clip_reward:
+        rewards = np.sign(rewards)
+    if args.norm_reward:
+        rewards = scale_rewards(agent.return_norm, rewards, terminations | truncations, episodes.discounted, args.gamma)
 
-    features.append(agent.features(observations[-1]))
-    policy, values = agent.heads(torch.cat(features))  # pi_old and V_old of the whole batch at once, which is faster
-    values = values.view(-1, args.num_envs)
-    old_policy = tuple(parameter[: -args.num_envs] for parameter in policy.parameters())
-    actions = torch.cat(actions)
+    # All states at once, which is faster than the critic at every step; the CNN's features are there already.
+    features = (
+        torch.cat([*features, agent.features(observations[-1])]) if features else agent.features(observations.flatten(0, 1))
+    )
+    policy, values = agent.heads(features)
+    values, actions = values.view(-1, args.num_envs), torch.from_numpy(actions).to(device).flatten(0, 1)
+    old_policy = tuple(x[: -args.num_envs] for x in policy.parameters)
     logprobs = type(policy)(*old_policy).log_prob(actions)
     next_values = values[1:].clone()
     if final_obs:
         final = torch.from_numpy(np.stack(list(final_obs.values()))).to(device, agent.obs_dtype)
         next_values[tuple(zip(*final_obs))] = agent(final)[1]
-    rewards = np.sign(rewards) if args.clip_reward else rewards
-    if args.norm_reward:
-        rewards = scale_rewards(agent.return_norm, rewards, terminations | truncations, episodes.discounted, args.gamma)
-    advantages, returns = compute_gae(
-        torch.from_numpy(rewards).to(device, torch.float32),
-        values[:-1],
-        next_values,
-        torch.from_numpy(terminations).to(device),
-        torch.from_numpy(truncations).to(device),
-        args.gamma,
-        args.gae_lambda,
-    )
-    flat = [x.flatten(0, 1) for x in (advantages, returns, values[:-1])]
-    return Batch(observations[:-1].flatten(0, 1), actions, logprobs, *flat, old_policy), obs, finished
+    flags = (torch.from_numpy(x).to(device) for x in (terminations, truncations))
+    rewards = torch.from_numpy(rewards).to(device, torch.float32)
+    advantages, returns = compute_gae(rewards, values[:-1], next_values, *flags, args.gamma, args.gae_lambda)
+    flat = (x.flatten(0, 1) for x in (advantages, returns, values[:-1]))
+    return Batch(observations[:-1].flatten(0, 1), actions, logprobs, *flat, old_policy), obs, info, done
 
 
 def update(
-    agent: Agent, optimizer: Adam, gradient, batch: Batch, args: Args, learning_rate: float, kl_beta: float
+    agent: Agent, optimizer: Adam, gradient, batch: Batch, learning_rate: float, kl_beta: float, args: Args
 ) -> dict[str, float]:
-    """K epochs of minibatch steps on the loss; returns the means of STATS over the minibatches by their tags."""
+    """K epochs of minibatch steps; returns the means of STATS over them, and the explained variance, by their tags."""
     stats, beta = [], torch.tensor(kl_beta, device=agent.device)
-    for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(batch.values), device=agent.device).chunk(args.num_minibatches):
-            grad, minibatch_stats = gradient(batch, rows, beta)
-            stats.append(minibatch_stats)
-            if args.target_kl and minibatch_stats[STATS.index("approx_kl")] > args.target_kl:
-                return summarise(stats, batch)
-            optimizer.step(grad, learning_rate)
-    return summarise(stats, batch)
-
-
-def summarise(stats: list[torch.Tensor], batch: Batch) -> dict[str, float]:
-    """Means over the minibatches under their TensorBoard tags, and how much of the returns V_old explained."""
-    explained = 1 - (batch.returns - batch.values).var() / batch.returns.var()
-    means = torch.cat([torch.stack(stats).mean(0), explained.unsqueeze(0)]).tolist()
-    return {f"losses/{name}": value for name, value in zip((*STATS, "explained_variance"), means)}
+    epochs = (torch.randperm(len(batch.values), device=agent.device) for _ in range(args.update_epochs))
+    for rows in (rows for epoch in epochs for rows in epoch.chunk(args.num_minibatches)):
+        grad, minibatch_stats = gradient(batch, rows, beta)
+        stats.append(minibatch_stats)
+        if args.target_kl and minibatch_stats[STATS.index("approx_kl")] > args.target_kl:
+            break
+        optimizer.step(grad, learning_rate)
+    means = dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
+    for name, value in means.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{name} is {value}")
+    means["explained_variance"] = (1 - (batch.returns - batch.values).var() / batch.returns.var()).item()
+    return {f"losses/{name}": value for name, value in means.items()}
 
 
 @torch.no_grad()
 def mean_kl(agent: Agent, batch: Batch) -> float:
-    """E[KL(pi_old || pi)] over the batch: what adapt_beta is told."""
-    chunks = zip(batch.obs.split(1024), zip(*(p.split(1024) for p in batch.old_policy)))
-    kls = [type(policy)(*old).kl(policy) for policy, old in ((agent(obs)[0], old) for obs, old in chunks)]
+    """E[KL(pi_old || pi)] over the batch, for adapt_beta."""
+    kls = []
+    for obs, *old in zip(batch.obs.split(1024), *(x.split(1024) for x in batch.old_policy)):
+        policy = agent(obs)[0]
+        kls.append(type(policy)(*old).kl(policy))
     return torch.cat(kls).mean().item()
 
 
 # ------------------------------------------------------------------------------------------- the run directory
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a temporary neighbour and puts it in the place of path: at any moment there is the old file or the new."""
+def run_dir_of(path: Path) -> Path:
+    """The run directory that path is, or that the checkpoint file path lies in."""
+    return path.parent.parent if path.is_file() else path
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Writes a temporary neighbour, then puts it in the place of path: at any moment there is the old file or the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -807,11 +826,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a run directory; raises UsageError where there is none."""
+    """config.json of a run; raises UsageError where there is none."""
     try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is no run directory: its config.json cannot be read ({error}).") from None
+        return json.loads((run_dir_of(path) / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(f"{path} is no run directory: it has no readable config.json.") from None
 
 
 def versions() -> dict[str, str]:
@@ -820,7 +839,7 @@ def versions() -> dict[str, str]:
 
 
 def create_run_dir(args: Args) -> Path:
-    """Makes the folder of a new run, never one that exists, and its config.json."""
+    """Makes the folder of a new run, never one that exists, with its config.json."""
     name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     path = first = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
     while True:
@@ -833,10 +852,11 @@ def create_run_dir(args: Args) -> Path:
             path = first.with_name(f"{first.name}-{uuid.uuid4().hex[:4]}")
 
     def git(*command: str) -> str | None:
-        here = Path(__file__).parent
-        done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True) if shutil.which("git") else None
-        return done.stdout.strip() if done and done.returncode == 0 else None
+        if shutil.which("git"):
+            done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else None
 
+    cuda, cpu = args.device == "cuda", torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     config = dict(
         args=asdict(args),
         command=[sys.executable, *sys.argv],
@@ -844,7 +864,7 @@ def create_run_dir(args: Args) -> Path:
         git_commit=git("rev-parse", "HEAD"),
         git_dirty=bool(git("status", "--porcelain")),
         versions=versions(),
-        hardware=torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
+        hardware=torch.cuda.get_device_name() if cuda else cpu,
         threads=torch.get_num_threads(),
         wandb_id=uuid.uuid4().hex[:8],
     )
@@ -853,120 +873,109 @@ def create_run_dir(args: Args) -> Path:
     return path
 
 
-def cpu_name() -> str:
-    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-
-
 class Run:
-    """The files of a run directory and their views: TensorBoard, wandb, the progress line."""
+    """The files of a run, their views in TensorBoard, wandb and the progress line, and how the run ends."""
 
     def __init__(self, args: Args, state: dict[str, Any] | None, started: float):
-        self.path = path = Path(args.resume) if state else create_run_dir(args)
-        self.args, self.signals = args, []
-        self.total = args.total_timesteps // (args.num_envs * args.num_steps) * args.num_envs * args.num_steps
-        saved = state or dict(global_step=0, wall_time=0.0, last_returns=[], best=None, csv_bytes={})
-        self.global_step = self.first_step = saved["global_step"]
-        self.earlier_time, self.last_returns, self.best = saved["wall_time"], list(saved["last_returns"]), saved["best"]
-        self.tags = ["charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate"]
-        self.tags += [f"losses/{name}" for name in (*STATS, "explained_variance")]
-        self.tags += ["charts/kl_beta"] if args.objective.startswith("kl") else []
-        self.episodes = self.open_csv("episodes.csv", ["global_step", "wall_time", "return", "length"], saved["csv_bytes"])
-        self.progress = self.open_csv("progress.csv", ["global_step", "wall_time", "sps", *self.tags], saved["csv_bytes"])
+        self.path, self.args, self.signals = Path(args.resume) if state else create_run_dir(args), args, []
+        self.batch_size = args.num_envs * args.num_steps
+        self.total = args.total_timesteps // self.batch_size * self.batch_size
+        saved = state or dict(iteration=0, wall_time=0.0, last_returns=[], best=-math.inf, csv_bytes={})
+        self.global_step = self.first_step = saved["iteration"] * self.batch_size
+        self.earlier_time, self.last_returns, self.best = saved["wall_time"], saved["last_returns"], saved["best"]
+        charts = ["episodic_return", "episodic_length", "SPS", "learning_rate"] + ["kl_beta"] * args.objective.startswith("kl")
+        self.tags = [f"charts/{x}" for x in charts] + [f"losses/{x}" for x in (*STATS, "explained_variance")]
+        self.files = {}
+        for name, columns in (("episodes", ["return", "length"]), ("progress", ["sps", *self.tags])):
+            file = self.files[name] = open(self.path / f"{name}.csv", "a", newline="")
+            file.truncate(saved["csv_bytes"].get(name, 0))  # what came after the checkpoint will come again
+            if not state:
+                csv.writer(file).writerow(["global_step", "wall_time", *columns])
+        self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if state else None)
+        if not state:
+            self.writer.add_text(
+                "hyperparameters", "|name|value|\n|-|-|\n" + "".join(f"|{k}|{v}|\n" for k, v in vars(args).items())
+            )
+            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
+            for summary in hparams(plain, {"charts/episodic_return": 0.0}):
+                self.writer.file_writer.add_summary(summary)
         self.wandb = None
         if args.track:
             import wandb
 
-            config = read_config(path)
-            self.wandb = wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                id=config["wandb_id"],
-                name=path.name,
-                resume="allow",
-                config=config["args"],
-                dir=path,
-                settings=wandb.Settings(silent=True),
-            )
-        self.writer = SummaryWriter(path, purge_step=self.first_step + 1 if state else None)
-        if state is None:
-            table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-            plain = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in asdict(args).items()}
-            for summary in hparams(plain, {"charts/episodic_return": 0}):
-                self.writer.file_writer.add_summary(summary)
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name)
+            identity = read_config(self.path)["wandb_id"]
+            self.wandb = wandb.init(**names, id=identity, resume="allow", config=vars(args), dir=self.path)
+        print(f"{self.path}  ({args.device}, {args.num_threads} threads" + ", compiled" * (args.compile == "on") + ")")
         self.printed, self.begun = 0.0, time.perf_counter()
         self.startup_time = self.begun - started
 
     def __enter__(self) -> "Run":
-        def remember(signum: int, frame) -> None:
+        def remember(signum: int, frame: Any) -> None:
             if self.signals:
-                os._exit(128 + signum)  # the second one does not wait for the iteration
+                os._exit(128 + signum)  # a second signal does not wait
             self.signals.append(signum)
 
         self.handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         status = {None: "completed", Stopped: "interrupted", Diverged: "diverged"}.get(kind, "failed")
         if status in ("diverged", "failed"):
             newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
-            error.args = (f"after step {self.global_step}: {error}; the last good checkpoint is {newest}",)
-        self.finish(status, str(error) if error else None)
-
-    def open_csv(self, name: str, columns: list[str], lengths: dict[str, int]):
-        """Opens a CSV file to append, cut to what it held at the checkpoint."""
-        path = self.path / name
-        file = open(path, "a", newline="")
-        file.truncate(lengths.get(name, 0))
-        if not lengths:
-            csv.writer(file).writerow(columns)
-        return file
+            where = f"iteration {self.global_step // self.batch_size + 1}, after step {self.global_step}"
+            error.args = (f"{where}: {error}; the last good checkpoint is {newest}.",)
+        try:
+            self.finish(status, error)
+        except OSError:
+            if error is None:
+                raise
 
     def wall_time(self) -> float:
-        """Seconds of training, earlier sessions included, start-up and compilation left out."""
+        """Seconds of training, with earlier sessions, without start-up and compilation."""
         return self.earlier_time + time.perf_counter() - self.begun
 
     def sps(self) -> float:
         """Steps per second of this session."""
-        return (self.global_step - self.first_step) / max(time.perf_counter() - self.begun, 1e-9)
+        return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
-    def log(self, iteration: int, episodes: list, values: dict[str, float]) -> None:
-        """Records an iteration: its finished episodes (steps into it, return, length) and a value per tag."""
-        first, seconds = self.global_step, self.wall_time()
-        self.global_step = iteration * self.args.num_envs * self.args.num_steps
-        csv.writer(self.episodes).writerows((first + step, f"{seconds:.3f}", *rest) for step, *rest in episodes)
-        self.last_returns = (self.last_returns + [ret for _, ret, _ in episodes])[-100:]
+    def log(self, episodes: list[tuple[int, float, int, int]], values: dict[str, float]) -> None:
+        """Records an iteration: its finished episodes, as Episodes.collect has them, and values by their tags."""
+        before, now = self.global_step, f"{self.wall_time():.3f}"
+        self.global_step += self.batch_size
+        csv.writer(self.files["episodes"]).writerows([before + step, now, ret, length] for step, ret, length, _ in episodes)
+        self.last_returns = (self.last_returns + [ret for _, ret, _, _ in episodes])[-100:]
         if episodes:
-            values["charts/episodic_return"] = float(np.mean([ret for _, ret, _ in episodes]))
-            values["charts/episodic_length"] = float(np.mean([length for _, _, length in episodes]))
+            values["charts/episodic_return"], values["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()[1:3]
         values["charts/SPS"] = self.sps()
         row = [values.get(tag, "") for tag in self.tags]
-        csv.writer(self.progress).writerow([self.global_step, f"{seconds:.3f}", f"{self.sps():.1f}", *row])
-        self.episodes.flush(), self.progress.flush()
+        csv.writer(self.files["progress"]).writerow([self.global_step, now, values["charts/SPS"], *row])
+        for file in self.files.values():
+            file.flush()
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, self.global_step)
         if self.wandb:
             self.wandb.log(values, step=self.global_step)
-        self.print_progress(last=self.global_step >= self.total)
+        self.print_progress()
 
-    def print_progress(self, last: bool) -> None:
-        """One line that renews itself on a terminal, a line every few seconds elsewhere."""
-        terminal = sys.stdout.isatty()
-        if time.perf_counter() - self.printed < (0.1 if terminal else 5) and not last:
+    def print_progress(self) -> None:
+        """One line that renews itself on a terminal, or a line every five seconds elsewhere."""
+        terminal, last = sys.stdout.isatty(), self.global_step == self.total
+        if time.perf_counter() - self.printed < (0.1 if terminal else 5.0) and not last:
             return
         self.printed, part = time.perf_counter(), self.global_step / self.total
-        left = int((self.total - self.global_step) / max(self.sps(), 1e-9))
+        left = int((self.total - self.global_step) / self.sps())
+        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
         ret = f"{np.mean(self.last_returns):,.1f}" if self.last_returns else "-"
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        text = f"{self.global_step:>11,} steps {part:4.0%} {self.sps():>7,.0f}/s  return {ret:>9}  {clock} left"
-        bar = "[" + ("#" * int(part * 12)).ljust(12, ".") + "] "
-        print(f"\r{bar}{text}" if terminal else text, end="" if terminal and not last else "\n", flush=True)
+        line = f"{self.global_step:>10,} steps {part:4.0%} {self.sps():>7,.0f}/s  return {ret:>8}  {clock}"
+        bar = "[" + ("#" * int(16 * part)).ljust(16, ".") + "]"
+        print(f"\r{bar}{line}" if terminal else line, end="" if terminal and not last else "\n", flush=True)
 
-    def finish(self, status: str, error: str | None = None) -> None:
-        """Writes summary.json and closes everything."""
-        if self.printed and sys.stdout.isatty() and self.global_step < self.total:
+    def finish(self, status: str, error: BaseException | None) -> None:
+        """Writes summary.json and closes the views."""
+        if sys.stdout.isatty() and self.printed and self.global_step < self.total:
             print()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         summary = dict(
@@ -976,43 +985,39 @@ class Run:
             sps=self.sps(),
             startup_time=self.startup_time,
             train_last100=float(np.mean(self.last_returns)) if self.last_returns else None,
-            episodes_in_last100=len(self.last_returns),
             peak_memory_mb=memory,
         )
-        write_json(self.path / "summary.json", summary | (dict(error=error) if error else {}))
-        self.episodes.close(), self.progress.close(), self.writer.close()
+        write_json(self.path / "summary.json", summary | ({"error": str(error)} if error else {}))
+        for file in (*self.files.values(), self.writer):
+            file.close()
         if self.wandb:
             self.wandb.finish(exit_code=0 if status == "completed" else 1)
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
 def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exact: bool, kl_beta: float) -> None:
-    """Writes checkpoints/step_*.pt, keeps the two newest, and best.pt, the one with the best last 100 episodes."""
-    score = float(np.mean(run.last_returns)) if run.last_returns else None
-    better = score is not None and (run.best is None or score >= run.best)
-    run.best = score if better else run.best
+    """Writes checkpoints/step_*.pt, of which the two newest stay, and best.pt if the last 100 episodes were the best."""
+    score = float(np.mean(run.last_returns)) if run.last_returns else -math.inf
+    better, run.best = score > run.best, max(score, run.best)
     kind, keys, *position = np.random.get_state()
     state = dict(
         iteration=iteration,
         exact=exact,
-        global_step=run.global_step,
         total_timesteps=run.args.total_timesteps,
         agent=agent.state_dict(),
-        optimizer=optimizer.state_dict(),
+        optimizer=dict(m=optimizer.m, v=optimizer.v, t=optimizer.t),
         kl_beta=kl_beta,
         torch_rng=torch.get_rng_state(),
         cuda_rng=torch.cuda.get_rng_state() if run.args.device == "cuda" else None,
-        numpy_rng=(kind, keys.tolist(), *position),
+        numpy_rng=[kind, keys.tolist(), *position],
         python_rng=random.getstate(),
         wall_time=run.wall_time(),
         last_returns=run.last_returns,
         best=run.best,
-        csv_bytes={name: (run.path / name).stat().st_size for name in ("episodes.csv", "progress.csv")},
+        csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files},
         versions=versions(),
     )
-    buffer = io.BytesIO()
+    buffer, folder = io.BytesIO(), run.path / "checkpoints"
     torch.save(state, buffer)
-    folder = run.path / "checkpoints"
     write_atomically(folder / f"step_{run.global_step:012}.pt", buffer.getbuffer())
     if better:
         write_atomically(folder / "best.pt", buffer.getbuffer())
@@ -1021,96 +1026,49 @@ def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exa
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The newest good checkpoint of a run directory (or the given file); names a corrupt one, never starts afresh."""
-    files = [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True)
-    for file in files:
+    """The newest good checkpoint of a run directory, or the file given; a corrupt one is named, nothing starts afresh."""
+    for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file makes torch raise
-            print(f"{file} cannot be read ({type(error).__name__}), trying the one before.", file=sys.stderr)
+        except Exception as error:  # damage can surface as almost anything
+            print(f"{file} is corrupt ({type(error).__name__}); trying the one before it.", file=sys.stderr)
     raise UsageError(f"{path} has no readable checkpoint.")
 
 
 def restore(state: dict[str, Any], agent: Agent, optimizer: Adam) -> None:
-    """Puts weights, normalisers, optimizer and random states of a checkpoint back."""
+    """Puts back weights, normalisers, optimizer and all random states."""
     agent.load_state_dict(state["agent"])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.m.copy_(state["optimizer"]["m"])
+    optimizer.v.copy_(state["optimizer"]["v"])
+    optimizer.t = state["optimizer"]["t"]
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
-    kind, keys, *position = state["numpy_rng"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *position))
-    version, keys, gauss = state["python_rng"]
-    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(state["numpy_rng"]))
+    random.setstate(tuple(tuple(x) if isinstance(x, list) else x for x in state["python_rng"]))
 
 
 # ---------------------------------------------------------------------------------------- evaluate, train, main
 def resolve(args: Args, envs: gym.vector.VectorEnv) -> None:
-    """Turns every "auto" into what was measured to be fastest for this network and machine; sets the threads."""
+    """Turns "auto" into what was measured to be fastest for this network and machine, and sets the threads."""
     image, cuda = is_image(envs.single_observation_space), torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
-        raise UsageError("--device cuda: torch sees no CUDA device here; --device cpu would work.")
+        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
     if args.norm_obs and (image or not isinstance(envs.single_observation_space, gym.spaces.Box)):
-        raise UsageError("--norm-obs is for vector observations; --no-norm-obs would work.")
+        raise UsageError(f"--norm-obs is for vector observations, which {args.env_id} does not have; use --no-norm-obs.")
     if args.device == "auto":
         args.device = "cuda" if image and cuda else "cpu"
     if args.bf16 == "auto":
         native = args.device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
         args.bf16 = "on" if image and native else "off"
-    compiler = args.device == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    if args.compile == "auto":
-        steps = args.total_timesteps // (args.num_envs * args.num_steps) * args.update_epochs * args.num_minibatches
-        args.compile = "on" if not image and compiler and steps > 40_000 else "off"
-    if args.compile == "on" and not compiler:
-        raise UsageError("--compile on needs a C++ compiler and finds none; install g++, or use --compile off.")
     args.num_threads = args.num_threads or ((os.cpu_count() or 1) if image else 1)
     torch.set_num_threads(args.num_threads)
-
-
-@torch.no_grad()
-def evaluate(path: Path, args: Args) -> list[float]:
-    """Plays args.eval_episodes with the newest checkpoint of a run, normalisers frozen; returns the raw returns.
-
-    The result goes to summary.json, where the run has ended, and to TensorBoard as eval/episodic_return.
-    """
-    if args.capture_video and importlib.util.find_spec("moviepy") is None:
-        raise UsageError('--capture-video needs moviepy; install it with: pip install "lineage-rl[video]"')
-    num_envs, run_dir = min(args.eval_episodes, 8), path.parent.parent if path.is_file() else path
-    envs = make_envs(args, num_envs, "rgb_array" if args.capture_video else None)
-    resolve(args, envs)
-    torch.manual_seed(args.eval_seed)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
-    state = load_checkpoint(path)
-    agent.load_state_dict(state["agent"])
-    obs, episodes = reset_envs(envs, [args.eval_seed + i for i in range(num_envs)]), Episodes(num_envs)
-    returns = [[] for _ in range(num_envs)]
-    quota = [len(range(i, args.eval_episodes, num_envs)) for i in range(num_envs)]  # fixed shares, or short ones win
-    while any(len(played) < share for played, share in zip(returns, quota)):
-        noise = agent.noise(num_envs) * float(args.eval_stochastic)
-        features = agent.features(torch.from_numpy(obs).to(agent.device, agent.obs_dtype))
-        actions = agent.act(features, noise)
-        obs, rewards, terminations, truncations, info = envs.step(agent.to_env(actions))
-        for n, ret, _ in episodes.step(rewards, terminations | truncations, info):
-            returns[n].append(ret)
-    returns = [ret for played, share in zip(returns, quota) for ret in played[:share]]
-    kind = "stochastic" if args.eval_stochastic else "deterministic"
-    result = dict(mean=np.mean(returns), std=np.std(returns), min=np.min(returns), max=np.max(returns))
-    print(f"{len(returns)} {kind} episodes at step {state['global_step']:,}: ", end="")
-    print("  ".join(f"{name} {value:,.2f}" for name, value in result.items()))
-    if (run_dir / "summary.json").exists():
-        summary = json.loads((run_dir / "summary.json").read_text())
-        result = {k: float(v) for k, v in result.items()} | dict(episodes=len(returns), global_step=state["global_step"])
-        summary["eval"] = summary.get("eval", {}) | {kind: result | dict(seed=args.eval_seed)}
-        write_json(run_dir / "summary.json", summary)
-        with SummaryWriter(run_dir) as writer:
-            writer.add_scalar("eval/episodic_return", result["mean"], state["global_step"])
-    return returns
 
 
 def train(args: Args) -> Path:
     """Trains for total_timesteps, or goes on with the run args.resume; returns the run directory.
 
-    Raises UsageError before anything is created, then Diverged, EnvironmentFailed, OSError, or Stopped after a signal.
+    Raises UsageError before anything is created; later Diverged, EnvironmentFailed, OSError, and Stopped for a signal.
     """
     started = time.perf_counter()
     check_args(args)
@@ -1119,30 +1077,31 @@ def train(args: Args) -> Path:
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
     optimizer = Adam(flatten_parameters(agent))
-    gradient = make_gradient(agent, args)
-    batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
+    with torch.random.fork_rng(devices=[]):
+        gradient = make_gradient(agent, args)
+    num_iterations, done, kl_beta = args.total_timesteps // (args.num_envs * args.num_steps), 0, args.kl_beta
     interval = args.checkpoint_interval or max(10, math.ceil(num_iterations / 20))
     state = load_checkpoint(Path(args.resume)) if args.resume else None
     if state:
         restore(state, agent, optimizer)
-    done, kl_beta = (state["iteration"], state["kl_beta"]) if state else (0, args.kl_beta)
+        done, kl_beta = state["iteration"], state["kl_beta"]
     with Run(args, state, started) as run:
         if not state:
             save_checkpoint(run, agent, optimizer, 0, True, kl_beta)
         for iteration in range(done + 1, num_iterations + 1):
-            if iteration == done + 1 or (iteration - 1) % interval == 0:  # after a checkpoint, as a resumed run would
-                obs, episodes = reset_envs(envs, reset_seeds(args, iteration)), Episodes(args.num_envs)
+            if iteration == done + 1 or (iteration - 1) % interval == 0:  # after a checkpoint, as when resuming from it
+                (obs, info), episodes = reset_envs(envs, args.seed, iteration), Episodes(args.num_envs)
             learning_rate = args.learning_rate * (1 - (iteration - 1) / num_iterations if args.anneal_lr else 1)
-            batch, obs, finished = rollout(agent, envs, obs, episodes, args)
-            stats = update(agent, optimizer, gradient, batch, args, learning_rate, kl_beta)
-            if args.norm_obs:
-                agent.obs_norm.update(batch.obs)
+            batch, obs, info, finished = rollout(agent, envs, obs, info, episodes, args)
+            stats = update(agent, optimizer, gradient, batch, learning_rate, kl_beta, args)
+            stats |= {"charts/learning_rate": learning_rate}
+            if args.objective.startswith("kl"):
+                stats["charts/kl_beta"] = kl_beta
             if args.objective == "kl-adaptive":
                 kl_beta = adapt_beta(kl_beta, mean_kl(agent, batch), args.kl_target)
-            if not all(map(math.isfinite, stats.values())):
-                raise Diverged(f"iteration {iteration}: {stats}")
-            run.log(iteration, finished, {"charts/learning_rate": learning_rate} | stats)
+            if agent.obs_norm is not None:
+                agent.obs_norm.update(batch.obs)
+            run.log(finished, stats)
             if iteration % interval == 0 or iteration == num_iterations or run.signals:
                 save_checkpoint(run, agent, optimizer, iteration, iteration % interval == 0, kl_beta)
             if run.signals and iteration < num_iterations:
@@ -1150,11 +1109,69 @@ def train(args: Args) -> Path:
     return run.path
 
 
+def film(frames: list[np.ndarray], path: Path, fps: int) -> None:
+    """Writes frames (height, width, 3) as an mp4."""
+    from moviepy import ImageSequenceClip
+
+    path.parent.mkdir(exist_ok=True)
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None)
+
+
+@torch.no_grad()
+def evaluate(args: Args) -> list[float]:
+    """Plays eval_episodes with the run args.evaluate, its normalisers frozen; returns the raw returns.
+
+    Where the run has ended the result goes to its summary.json too, and to TensorBoard as eval/episodic_return.
+    """
+    if args.capture_video and importlib.util.find_spec("moviepy") is None:
+        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
+    check_args(args)
+    path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
+    atari = environment_family(args.env_id) == "atari"
+    envs = make_envs(args, num_envs, **({} if atari or not args.capture_video else {"render_mode": "rgb_array"}))
+    resolve(args, envs)
+    state = load_checkpoint(path)
+    torch.manual_seed(args.eval_seed)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
+    agent.load_state_dict(state["agent"])
+    (obs, info), episodes = reset_envs(envs, args.eval_seed, 0), Episodes(num_envs)
+    returns, frames = [[] for _ in range(num_envs)], []
+    if args.capture_video and atari:  # the emulators cannot render, but twins that play the same games see in colour
+        twins = make_envs(args, num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
+        reset_envs(twins, args.eval_seed, 0)
+    share = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # else short episodes would win
+    while any(len(played) < quota for played, quota in zip(returns, share)):
+        noise = agent.noise(num_envs) * float(args.eval_stochastic)
+        actions = agent.act(agent.features(torch.from_numpy(obs).to(agent.device, agent.obs_dtype)), noise)
+        actions, clock = agent.to_env(actions.cpu().numpy()), info.get("episode_frame_number")
+        obs, rewards, terminations, truncations, info = envs.step(actions)
+        if args.capture_video and len(returns[0]) < share[0]:
+            frames.append(twins.step(actions)[0][0, -1] if atari else envs.envs[0].render())
+        for _, ret, _, n in episodes.collect(rewards[None], finished_episodes(terminations | truncations, info, clock)[None]):
+            returns[n].append(ret)
+            if frames and n == 0:
+                film(frames, run_dir_of(path) / "videos" / f"step_{state['iteration']}_episode_{len(returns[0])}.mp4", 30)
+                frames = []
+    returns = [ret for played, quota in zip(returns, share) for ret in played[:quota]]
+    kind = "stochastic" if args.eval_stochastic else "deterministic"
+    result = {name: float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
+    print(f"{len(returns)} {kind} episodes: " + "  ".join(f"{name} {value:,.2f}" for name, value in result.items()))
+    summary = run_dir_of(path) / "summary.json"
+    if summary.exists():
+        content = json.loads(summary.read_text())
+        content["eval"] = content.get("eval", {}) | {kind: result | dict(episodes=len(returns), seed=args.eval_seed)}
+        write_json(summary, content)
+        with SummaryWriter(run_dir_of(path)) as writer:
+            step = state["iteration"] * args.num_envs * args.num_steps
+            writer.add_scalar("eval/episodic_return", result["mean"], step)
+    return returns
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 trained, 1 diverged or crashed, 2 usage, 128 + signal."""
+    """The command line; the exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
     try:
         args = parse_args(argv)
-        evaluate(Path(args.evaluate), args) if args.evaluate else train(args)
+        evaluate(args) if args.evaluate else train(args)
         return 0
     except Stopped as stopped:
         return 128 + stopped.args[0]
