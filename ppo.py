@@ -3,19 +3,19 @@
 Play num_steps steps in num_envs environments with the policy pi_old; then, for a few epochs over minibatches of that
 batch, climb the clipped surrogate (eq. 7) minus the value error plus an entropy bonus (eq. 9):
 
-    L(theta) = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 S[pi](s) ],   r = pi(a|s) / pi_old(a|s)
+    L(theta) = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 S[pi](s) ],  r = pi(a|s) / pi_old(a|s)
 
 with A the generalized advantage estimate (arXiv 1506.02438) and R = A + V_old(s). `--objective` puts the paper's other
-surrogates in the place of the first term: kl-fixed and kl-adaptive (eq. 8, section 4) or none (eq. 6).
+surrogates in the place of the first term: kl-fixed and kl-adaptive (eq. 8, section 4), or none (eq. 6).
 
     python ppo.py --env-id CartPole-v1
     python ppo.py --env-id HalfCheetah-v5 --seed 2          python ppo.py --help --env-id HalfCheetah-v5
     python ppo.py --resume runs/<run>                       python ppo.py --evaluate runs/<run>
 
-Where this departs from the paper: advantages are normalised per minibatch, the gradient's global norm is clipped, weights
-start orthogonal, the learning rate anneals everywhere, actor and critic share nothing on vector observations, Atari takes
-4 epochs, c1 = 0.5 and a constant eps. And an episode that a time limit cuts is bootstrapped with the value of its last
-state: it did not end there (Pardo et al. 2018, arXiv 1712.00378).
+Departures from the paper: advantages are normalised per minibatch, the gradient's global norm is clipped, weights start
+orthogonal, the learning rate always anneals, actor and critic share nothing on vector observations, Atari takes 4
+epochs, c1 = 0.5 and a constant eps. And an episode that a time limit cuts is bootstrapped with the value of its last
+state, because it did not end there (Pardo et al. 2018, arXiv 1712.00378).
 """
 
 import argparse
@@ -38,9 +38,10 @@ import sys
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ale_py
 import gymnasium as gym
@@ -152,12 +153,24 @@ class Args:
 # Where a family of environments departs from the defaults above; an explicit flag wins over both.
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
-    "box2d": dict(total_timesteps=1_000_000, learning_rate=3e-4, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98),
+    "box2d": dict(
+        total_timesteps=1_000_000, learning_rate=3e-4, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98
+    ),
     "mujoco": dict(
-        total_timesteps=1_000_000, learning_rate=3e-4, num_steps=256, num_minibatches=32, norm_obs=True, norm_reward=True
+        total_timesteps=1_000_000,
+        learning_rate=3e-4,
+        num_steps=256,
+        num_minibatches=32,
+        norm_obs=True,
+        norm_reward=True,
     ),
     "atari": dict(
-        total_timesteps=10_000_000, learning_rate=2.5e-4, update_epochs=4, clip_coef=0.1, ent_coef=0.01, clip_reward=True
+        total_timesteps=10_000_000,
+        learning_rate=2.5e-4,
+        update_epochs=4,
+        clip_coef=0.1,
+        ent_coef=0.01,
+        clip_reward=True,
     ),
 }
 
@@ -166,16 +179,16 @@ class UsageError(Exception):
     """The configuration is wrong: one sentence, exit status 2, nothing created."""
 
 
-class Diverged(Exception):
-    """A loss, gradient, observation or reward is NaN or infinite: exit status 1."""
+class Failed(Exception):
+    """A number is NaN or infinite (status "diverged") or an environment raised ("failed"): exit status 1."""
 
-
-class EnvironmentFailed(Exception):
-    """An environment raised: exit status 1."""
+    def __init__(self, message: str, status: str = "diverged"):
+        super().__init__(message)
+        self.status = status
 
 
 class Stopped(Exception):
-    """A signal ended the run, after its iteration was saved: exit status 128 + signal."""
+    """A signal ended the run after its iteration was saved: exit status 128 + signal."""
 
 
 def environment_family(env_id: str) -> str:
@@ -184,15 +197,13 @@ def environment_family(env_id: str) -> str:
     try:
         if module:
             importlib.import_module(module)
-        entry_point = str(gym.spec(name).entry_point)
+        where = str(gym.spec(name).entry_point).replace("ale_py", "atari")
     except ModuleNotFoundError as error:
         raise UsageError(f"--env-id {env_id}: no module named {error.name}; install it, or drop the prefix.") from None
     except gym.error.Error:
         near = difflib.get_close_matches(name, gym.registry, n=1, cutoff=0.0)[0]
         raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
-    return next(
-        (f for f, key in (("atari", "ale_py"), ("box2d", "box2d"), ("mujoco", "mujoco")) if key in entry_point), "classic"
-    )
+    return next((family for family in FAMILIES if family in where), "classic")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -208,46 +219,46 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = Args(env_id=asked.env_id, **FAMILIES[environment_family(asked.env_id)])
     args = tyro.cli(Args, args=argv, default=saved)
     harmless = ("resume", "track", "wandb_project_name", "wandb_entity", "capture_video")
-    changes = [f"{k} {v!r} -> {vars(args)[k]!r}" for k, v in vars(saved).items() if v != vars(args)[k] and k not in harmless]
-    if asked.resume and changes:
-        raise UsageError(f"--resume goes on with the run's own arguments, but these differ: {'; '.join(changes)}.")
+    changed = [name for name, value in vars(saved).items() if name not in harmless and value != vars(args)[name]]
+    if asked.resume and changed:
+        difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
+        raise UsageError(f"--resume goes on with the arguments of the run, and these differ: {difference}.")
     return args
 
 
 def check_args(args: Args) -> None:
     """Raises UsageError for the first argument that cannot work, and says what would."""
-    at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps", "eval_episodes")
-    positive = ("learning_rate", "gamma", "clip_coef", "kl_beta", "kl_target", "max_grad_norm", "target_kl")
+    positive = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes learning_rate gamma"
+    positive += " clip_coef kl_beta kl_target max_grad_norm target_kl"
     for name, value in vars(args).items():
-        wrong = ""
+        must = ""
         if isinstance(value, float) and not math.isfinite(value):
-            wrong = "a finite number"
-        elif name in at_least_one + positive and value is not None and value <= 0:
-            wrong = "greater than 0"
-        elif name in ("gamma", "gae_lambda") and not 0 <= value <= 1:
-            wrong = "at most 1" if value > 1 else "0 or more"
+            must = "a finite number"
+        elif name in positive.split() and value is not None and value <= 0:
+            must = "greater than 0"
+        elif name in ("gamma", "gae_lambda") and value > 1:
+            must = "at most 1"
         elif isinstance(value, (int, float)) and value < 0 and name != "log_std_init":
-            wrong = "0 or more"
-        if wrong:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be {wrong}.")
-    batch = args.num_envs * args.num_steps
-    if batch % args.num_minibatches or batch // args.num_minibatches < 2:
-        fits = sorted((n for n in range(1, batch // 2 + 1) if batch % n == 0), key=lambda n: abs(n - args.num_minibatches))
-        would = f"--num-minibatches {' or '.join(map(str, fits[:3]))} would" if fits else "more --num-steps would"
+            must = "0 or more"
+        if must:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be {must}.")
+    batch, parts = args.num_envs * args.num_steps, args.num_minibatches
+    size = f"{args.num_envs} x {args.num_steps} = {batch}"
+    if batch % parts or batch < 2 * parts:
+        fits = sorted((n for n in range(1, batch // 2 + 1) if batch % n == 0), key=lambda n: abs(n - parts))[:3]
+        would = f"--num-minibatches {' or '.join(map(str, fits))}" if fits else "a larger --num-steps"
         raise UsageError(
-            f"--num-minibatches {args.num_minibatches} does not cut the batch of {args.num_envs} x {args.num_steps} = "
-            f"{batch} steps into equal parts of at least 2; {would}."
+            f"{parts} minibatches do not cut a batch of {size} into equal parts of 2 or more; {would} would."
         )
     if args.total_timesteps < batch:
         raise UsageError(
-            f"--total-timesteps {args.total_timesteps} is less than one batch of {args.num_envs} x {args.num_steps} steps; "
-            f"{batch} or more would work, or fewer --num-envs or --num-steps."
+            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
         )
 
 
 # ------------------------------------------------------------------------------------------------- environments
 class Bare(gym.Wrapper):
-    """An environment that says which one it is when it raises, and whose info, slow to merge, is left out."""
+    """An environment without its info, which is slow to merge, that says which one it is when it raises."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -257,7 +268,7 @@ class Bare(gym.Wrapper):
         try:
             return *self.env.step(action)[:4], {}
         except Exception as error:
-            raise EnvironmentFailed(f"environment {self.index} raised {error!r}") from error
+            raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
 
     def reset(self, **options: Any) -> tuple:
         return self.env.reset(**options)[0], {}
@@ -268,59 +279,43 @@ def make_envs(args: Args, num_envs: int, **options: Any) -> gym.vector.VectorEnv
 
     Raises UsageError for a missing extra and for spaces that the networks cannot take.
     """
-    mode = gym.vector.AutoresetMode.SAME_STEP
+    mode, index, spaces = gym.vector.AutoresetMode.SAME_STEP, itertools.count(), gym.spaces
     if environment_family(args.env_id) == "atari":
-        # Two protocols. Sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009), or that of the PPO paper:
-        # random no-ops, fire to start, a lost life ends the episode for the learner, while the game goes on.
+        # Two protocols: sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009), or the PPO paper's random
+        # no-ops, fire to start, and a lost life that ends the episode for the learner while the game goes on.
         paper = args.env_id.endswith("NoFrameskip-v4")
         game = "ALE/" + args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4") + "-v5"
         if not paper and args.env_id != game or "-ram" in game:
             raise UsageError(f"--env-id {args.env_id}: Atari games are ALE/<Game>-v5 or <Game>NoFrameskip-v4.")
-        protocol = dict(
-            repeat_action_probability=0.0 if paper else 0.25,
-            noop_max=30 if paper else 0,
-            use_fire_reset=paper,
-            life_loss_info=paper,
-            episodic_life=False,
-            reward_clipping=False,
-            frameskip=4,
-            maxpool=True,
-            max_num_frames_per_episode=108_000,
-            full_action_space=False,
-        )
+        protocol = dict(repeat_action_probability=0.0 if paper else 0.25, noop_max=30 if paper else 0)
+        protocol |= dict(use_fire_reset=paper, life_loss_info=paper, episodic_life=False, reward_clipping=False)
+        protocol |= dict(frameskip=4, maxpool=True, max_num_frames_per_episode=108_000, full_action_space=False)
         threads = min(num_envs, args.num_threads or os.cpu_count() or 1)
         return gym.make_vec(game, num_envs, autoreset_mode=mode, num_threads=threads, **protocol | options)
-    index = itertools.count()
+    options |= dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode=mode, copy=False))
+    options |= dict(disable_env_checker=True, wrappers=[lambda env: Bare(env, next(index))])
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
             warnings.simplefilter("ignore")
-            envs = gym.make_vec(
-                args.env_id,
-                num_envs,
-                vectorization_mode="sync",
-                vector_kwargs=dict(autoreset_mode=mode, copy=False),
-                wrappers=[lambda env: Bare(env, next(index))],
-                disable_env_checker=True,
-                **options,
-            )
+            envs = gym.make_vec(args.env_id, num_envs, **options)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(f"--env-id {args.env_id} cannot be made: {' '.join(str(error).split())}") from None
-    observations, actions, spaces = envs.single_observation_space, envs.single_action_space, gym.spaces
+    observations, actions = envs.single_observation_space, envs.single_action_space
     if not isinstance(observations, (spaces.Box, spaces.Discrete)):
-        raise UsageError(f"--env-id {args.env_id} observes {observations}; only Box and Discrete are supported.")
+        raise UsageError(f"--env-id {args.env_id} observes {observations}; Box and Discrete are supported.")
     if not isinstance(actions, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)):
-        raise UsageError(f"--env-id {args.env_id} acts in {actions}; only Box, Discrete and MultiDiscrete are supported.")
+        raise UsageError(f"--env-id {args.env_id} acts in {actions}; Box, Discrete and MultiDiscrete are supported.")
     return envs
 
 
 def reset_envs(envs: gym.vector.VectorEnv, seed: int, iteration: int) -> tuple[np.ndarray, dict]:
-    """First observations and info, with seeds made from (seed, iteration), so that a resumed run starts as this one does."""
+    """First observations and info; the seeds come from (seed, iteration), so a resumed run starts as this one goes on."""
     seeds = np.random.SeedSequence([seed, iteration]).generate_state(envs.num_envs).astype(np.int64) % 2**31
     return envs.reset(seed=seeds.tolist() if isinstance(envs, gym.vector.SyncVectorEnv) else seeds)
 
 
-def finished_episodes(ended: np.ndarray, info: dict, clock: np.ndarray | None) -> np.ndarray:
-    """Which of the ended (num_envs,) were whole games: ALE also ends at a lost life, but turns its clock back only after."""
+def whole_games(ended: np.ndarray, info: dict, clock: np.ndarray | None) -> np.ndarray:
+    """Which of ended (num_envs,) are whole games: ALE also ends at a lost life, but its clock only turns back after."""
     return ended if clock is None else ended & (info["episode_frame_number"] < clock)
 
 
@@ -332,7 +327,7 @@ class Episodes:
         self.discounted = np.zeros(num_envs)  # for scale_rewards
 
     def collect(self, rewards: np.ndarray, finished: np.ndarray) -> list[tuple[int, float, int, int]]:
-        """(steps, return, length, environment) of every episode that finished; rewards, finished (num_steps, num_envs)."""
+        """(steps, return, length, environment) of all that finished; rewards and flags are (num_steps, num_envs)."""
         done, (num_steps, num_envs) = [], rewards.shape
         begin = np.zeros(num_envs, dtype=np.int64)
         for t, n in np.argwhere(finished):
@@ -353,7 +348,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # in float32, for the forward pass
+        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / deviation in float32, for the forward pass
         self.register_buffer("scale", torch.ones(shape))
 
     @torch.no_grad()
@@ -373,7 +368,7 @@ class RunningNorm(nn.Module):
 
 
 class Categorical:
-    """Policy over Discrete and MultiDiscrete actions: logits (batch, components, choices), actions (batch, components)."""
+    """Policy over (Multi)Discrete actions: logits (batch, components, choices), actions (batch, components)."""
 
     def __init__(self, logits: torch.Tensor):
         self.log_probs = F.log_softmax(logits, dim=-1)
@@ -391,7 +386,7 @@ class Categorical:
 
 
 class Gaussian:
-    """Policy over Box actions, of diagonal covariance that no state changes: mean and actions (batch, dims)."""
+    """Policy over Box actions: mean and actions (batch, dims), independent, of a deviation that no state changes."""
 
     def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
         self.mean, self.log_std = self.parameters = mean, log_std.expand_as(mean)
@@ -405,8 +400,8 @@ class Gaussian:
 
     def kl(self, other: "Gaussian") -> torch.Tensor:
         """KL(self || other), (batch,)."""
-        var, other_var = (2 * self.log_std).exp(), (2 * other.log_std).exp()
-        return (other.log_std - self.log_std + (var + (self.mean - other.mean) ** 2) / (2 * other_var) - 0.5).sum(-1)
+        z2 = ((2 * self.log_std).exp() + (self.mean - other.mean) ** 2) * (-2 * other.log_std).exp()
+        return (other.log_std - self.log_std + 0.5 * z2 - 0.5).sum(-1)
 
 
 def layer_init(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Linear | nn.Conv2d:
@@ -416,27 +411,24 @@ def layer_init(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.L
 
 
 class MLP(nn.Module):
-    """Two hidden layers of 64 tanh, written out: nn.Sequential takes twice as long for a single observation."""
+    """Two hidden layers of 64 tanh."""
 
     def __init__(self, inputs: int, outputs: int, gain: float):
         super().__init__()
-        sizes = ((inputs, 64, math.sqrt(2)), (64, 64, math.sqrt(2)), (64, outputs, gain))
-        self.layers = nn.ModuleList(layer_init(nn.Linear(n, m), gain) for n, m, gain in sizes)
-        self.weights = [(layer.weight, layer.bias) for layer in self.layers]
+        self.first, self.second = layer_init(nn.Linear(inputs, 64)), layer_init(nn.Linear(64, 64))
+        self.last = layer_init(nn.Linear(64, outputs), gain)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for weight, bias in self.weights[:-1]:
-            x = torch.tanh(F.linear(x, weight, bias))
-        return F.linear(x, *self.weights[-1])
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 def nature_cnn(channels: int, height: int, width: int) -> nn.Sequential:
     """Three convolutions and 512 features (Mnih et al. 2015)."""
-    convolutions = [layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()]
-    convolutions += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()]
-    convolutions += [layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten()]
-    outputs = nn.Sequential(*convolutions)(torch.zeros(1, channels, height, width)).shape[1]
-    return nn.Sequential(*convolutions, layer_init(nn.Linear(outputs, 512)), nn.ReLU())
+    layers = [layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()]
+    layers += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()]
+    layers += [layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten()]
+    size = nn.Sequential(*layers)(torch.zeros(1, channels, height, width)).shape[1]
+    return nn.Sequential(*layers, layer_init(nn.Linear(size, 512)), nn.ReLU())
 
 
 def is_image(space: gym.Space) -> bool:
@@ -445,32 +437,31 @@ def is_image(space: gym.Space) -> bool:
 
 
 class Agent(nn.Module):
-    """Actor, critic and normalisers for a pair of spaces; takes observations raw, (batch, *space.shape)."""
+    """Actor, critic and normalisers for a pair of spaces; observations come raw, (batch, *space.shape)."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         self.observation_space, self.action_space, self.bf16 = observation_space, action_space, args.bf16 == "on"
-        self.continuous = isinstance(action_space, gym.spaces.Box)
+        self.continuous, self.missing = isinstance(action_space, gym.spaces.Box), None
         if self.continuous:
             outputs = math.prod(action_space.shape)
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
-        else:  # a row of logits per component; those beyond the component's own number stay at minus infinity
+        else:  # a row of logits per component; choices that a component lacks have a logit of minus infinity
             nvec = torch.tensor(getattr(action_space, "nvec", getattr(action_space, "n", None))).flatten()
             self.choices, outputs = (len(nvec), int(nvec.max())), len(nvec) * int(nvec.max())
-            missing = torch.arange(self.choices[1]) >= nvec.unsqueeze(-1)
-            self.register_buffer("missing", missing if missing.any() else None, persistent=False)
+            if nvec.min() < nvec.max():
+                self.missing = (torch.arange(self.choices[1]) >= nvec.unsqueeze(-1)).to(args.device)
         self.image, self.discrete = is_image(observation_space), isinstance(observation_space, gym.spaces.Discrete)
+        self.obs_dtype = torch.uint8 if self.image else torch.int64 if self.discrete else torch.float32
+        shape = observation_space.shape
         if self.image:
-            shape = observation_space.shape
-            self.channels_last, self.obs_dtype = shape[2] < shape[0], torch.uint8
-            self.body = nature_cnn(*((shape[2], shape[0], shape[1]) if self.channels_last else shape))
+            self.channels_last = shape[2] < shape[0]
+            self.body = nature_cnn(*((shape[2], *shape[:2]) if self.channels_last else shape))
             self.actor, self.critic = layer_init(nn.Linear(512, outputs), 0.01), layer_init(nn.Linear(512, 1), 1.0)
         else:
-            self.obs_dtype = torch.int64 if self.discrete else torch.float32
-            inputs = int(observation_space.n) if self.discrete else math.prod(observation_space.shape)
+            inputs = int(observation_space.n) if self.discrete else math.prod(shape)
             self.actor, self.critic = MLP(inputs, outputs, 0.01), MLP(inputs, 1, 1.0)
-        self.obs_norm = RunningNorm(observation_space.shape) if args.norm_obs else None
-        self.return_norm = RunningNorm(())
+        self.obs_norm, self.return_norm = RunningNorm(shape) if args.norm_obs else None, RunningNorm(())
 
     @property
     def device(self) -> torch.device:
@@ -484,24 +475,20 @@ class Agent(nn.Module):
                 return self.body(obs.to(torch.bfloat16 if self.bf16 else torch.float32) / 255).float()
         if self.discrete:
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
-        obs = obs if self.obs_norm is None else self.obs_norm(obs)
-        return obs if obs.dim() == 2 else obs.flatten(1)
+        return (self.obs_norm(obs) if self.obs_norm else obs).flatten(1)
 
-    def policy_head(self, features: torch.Tensor) -> torch.Tensor:
+    def actor_head(self, features: torch.Tensor) -> torch.Tensor:
         """Means (batch, dims), or logits (batch, components, choices)."""
-        output = self.actor(features)
         if self.continuous:
-            return output
-        logits = output.view(-1, *self.choices)
+            return self.actor(features)
+        logits = self.actor(features).view(-1, *self.choices)
         return logits if self.missing is None else logits.masked_fill(self.missing, -1e9)
 
-    def heads(self, features: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
+    def forward(self, features: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
         """pi(.|s) and V(s) (batch,)."""
-        head, values = self.policy_head(features), self.critic(features).squeeze(-1)
-        return (Gaussian(head, self.log_std) if self.continuous else Categorical(head)), values
-
-    def forward(self, obs: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
-        return self.heads(self.features(obs))
+        head = self.actor_head(features)
+        policy = Gaussian(head, self.log_std) if self.continuous else Categorical(head)
+        return policy, self.critic(features).squeeze(-1)
 
     def noise(self, *batch: int) -> torch.Tensor:
         """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
@@ -511,31 +498,35 @@ class Agent(nn.Module):
 
     def act(self, features: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """A sample of the policy, (batch, dims or components); its mode where the noise is zero."""
-        noisy = self.policy_head(features) + noise
+        noisy = self.actor_head(features) + noise
         return noisy if self.continuous else noisy.argmax(-1)
 
-    def numpy_policy(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-        """act(features(obs), noise) of the MLP on the CPU, in numpy: a third of torch's time for the few rows of a step.
+    def numpy_act(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """act(features(obs), noise) for an MLP on the CPU, in a quarter of the time that torch takes for a few rows.
 
-        None where there is no such shortcut. Good until the normaliser or the weights change.
+        None where there is no such shortcut. It reads the weights in place, but the normaliser as it is now.
         """
-        if self.image or self.discrete or self.device.type != "cpu" or not self.continuous and self.missing is not None:
+        if self.image or self.discrete or self.device.type != "cpu" or self.missing is not None:
             return None
-        layers = [(weight.numpy().T, bias.numpy()) for weight, bias in self.actor.weights]
-        norm = None if self.obs_norm is None else (self.obs_norm.shift.numpy(), self.obs_norm.scale.numpy())
+        layers = [
+            (x.weight.detach().numpy().T, x.bias.detach().numpy())
+            for x in (self.actor.first, self.actor.second, self.actor.last)
+        ]
+        shift, scale = (self.obs_norm.shift.numpy(), self.obs_norm.scale.numpy()) if self.obs_norm else (0.0, 1.0)
 
-        def policy(obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
-            x = obs if norm is None else np.minimum(np.maximum((obs - norm[0]) * norm[1], -10.0), 10.0)
-            x = x.reshape(len(obs), -1)
+        def act(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
+            if self.obs_norm:
+                x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0)
+            x = x.reshape(len(x), -1)
             for weight, bias in layers[:-1]:
                 x = np.tanh(x @ weight + bias)
             noisy = (x @ layers[-1][0] + layers[-1][1]).reshape(noise.shape) + noise
             return noisy if self.continuous else noisy.argmax(-1)
 
-        return policy
+        return act
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """Actions (num_envs, ...) as the environments take them; what lies outside the box is clipped only here."""
+        """Actions (batch, ...) as the environments take them; what lies outside the box is clipped only here."""
         actions = actions.reshape(-1, *self.action_space.shape)
         if self.continuous:
             return np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
@@ -569,9 +560,9 @@ def compute_gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalized advantage estimate (arXiv 1506.02438, eq. 16), and the returns advantages + values.
 
-    All tensors are (num_steps, num_envs), the flags belong to step t. next_values[t] is V of the true successor of step t:
-    of the final observation where an episode ended, not of the one after the reset. A terminated state has no future; a
-    truncated one does, so its error bootstraps. Neither lets later errors through: those are of another episode.
+    All tensors are (num_steps, num_envs), the flags belong to step t. next_values[t] is V of the true successor of step
+    t: of the final observation where an episode ended, not of the one after the reset. A terminated state has no future;
+    a truncated one does, so its error bootstraps. Neither lets later errors through: those are of another episode.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     successors = torch.where(terminations, 0.0, next_values)  # where, for 0 * NaN is NaN
@@ -585,7 +576,7 @@ def compute_gae(
 
 
 def surrogate_objective(
-    ratio: torch.Tensor, advantages: torch.Tensor, kl: torch.Tensor, kl_beta: torch.Tensor, args: Args
+    ratio: torch.Tensor, advantages: torch.Tensor, kl: torch.Tensor, kl_beta: torch.Tensor | float, args: Args
 ) -> torch.Tensor:
     """The mean that the policy climbs; ratio, advantages and kl, KL(pi_old || pi), are (batch,)."""
     surrogate = ratio * advantages  # L^CPI, eq. 6
@@ -598,7 +589,7 @@ def surrogate_objective(
 
 
 def value_objective(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, args: Args) -> torch.Tensor:
-    """Half the mean squared error of values, all (batch,); or of a clipped step from the old ones, where that is larger."""
+    """Half the mean squared error, all (batch,); of a clipped step from the old values instead, where that is larger."""
     assert values.shape == old.shape == returns.shape
     error = (values - returns) ** 2
     if args.clip_vloss:
@@ -607,13 +598,13 @@ def value_objective(values: torch.Tensor, old: torch.Tensor, returns: torch.Tens
 
 
 def adapt_beta(beta: float, kl: float, kl_target: float) -> float:
-    """The penalty of the next policy update (section 4)."""
+    """The KL penalty of the next update (section 4), from the mean KL(pi_old || pi) that this one led to."""
     return beta / 2 if kl < kl_target / 1.5 else beta * 2 if kl > kl_target * 1.5 else beta
 
 
 def ppo_loss(agent: Agent, batch: Batch, kl_beta: torch.Tensor, args: Args) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Eq. 9 as a loss, and STATS but for the last."""
-    policy, values = agent(batch.obs)
+    policy, values = agent(agent.features(batch.obs))
     logratio = policy.log_prob(batch.actions) - batch.logprobs
     ratio, advantages = logratio.exp(), batch.advantages
     if args.norm_adv:
@@ -651,8 +642,11 @@ class Adam:
         self.parameters.addcdiv_(self.m, deviation, value=-learning_rate / (1 - self.beta1**self.t))
 
 
-def make_gradient(agent: Agent, args: Args):
-    """gradient(batch, rows, kl_beta) -> (gradient (parameters,) clipped to max_grad_norm, STATS as one tensor)."""
+def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """gradient(batch, rows, kl_beta) -> (gradient (parameters,) clipped to max_grad_norm, STATS as one tensor).
+
+    Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
+    """
     parameters = list(agent.parameters())
 
     def gradient(batch: Batch, rows: torch.Tensor, kl_beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -662,47 +656,47 @@ def make_gradient(agent: Agent, args: Args):
         norm = grad.norm()
         return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.stack([*stats, norm]).detach()
 
-    asked = args.compile
-    if asked == "auto":  # compiling takes 10 s and then saves two thirds of every minibatch of an MLP, nothing of a CNN's
-        minibatches = args.total_timesteps // (args.num_envs * args.num_steps) * args.update_epochs * args.num_minibatches
-        args.compile = "on" if minibatches > 40_000 and args.device == "cpu" and not agent.image else "off"
+    asked, batch_size = args.compile, args.num_envs * args.num_steps
+    if asked == "auto":  # compiling takes 10 s and saves two thirds of each step of an MLP, but nothing of a CNN's
+        steps = args.total_timesteps // batch_size * args.update_epochs * args.num_minibatches
+        args.compile = "on" if steps > 40_000 and args.device == "cpu" and not agent.image else "off"
     if args.compile == "off":
         return gradient
-    torch._dynamo.config.trace_autograd_ops = True  # loss, its gradient and the clipping as one graph
-    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # safe: one shape in the whole run
+    # Every minibatch has the same shape, so the checks before each call go, a seventh of its time. The code object is
+    # copied because what was compiled belongs to it, and another agent in this process must not be given ours.
+    gradient.__code__ = gradient.__code__.replace()
+    torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and clipping in one graph
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     compiled = torch.compile(gradient, fullgraph=True, dynamic=False, options=options)
-    rows = args.num_envs * args.num_steps
-    try:  # compile on zeros now, so that the first iteration need not
-        obs = torch.zeros(rows, *agent.observation_space.shape, dtype=agent.obs_dtype, device=agent.device)
-        obs += int(getattr(agent.observation_space, "start", 0))
+    try:  # now rather than in the first iteration, on zeros
+        zeros = torch.zeros(4, batch_size, device=args.device)
+        start = int(getattr(agent.observation_space, "start", 0))
+        obs = torch.full((batch_size, *agent.observation_space.shape), start, dtype=agent.obs_dtype, device=args.device)
         with torch.no_grad():
-            policy = agent(obs)[0]
-            actions = agent.act(agent.features(obs), torch.zeros((), device=agent.device))
-        batch = Batch(obs, actions, *torch.zeros(4, rows, device=agent.device), policy.parameters)
-        index = torch.arange(rows // args.num_minibatches, device=agent.device)
-        compiled(batch, index, torch.tensor(1.0, device=agent.device))
-        return compiled
+            features = agent.features(obs)
+            actions, old_policy = agent.act(features, zeros[0, 0]), agent(features)[0].parameters
+        rows = torch.arange(batch_size // args.num_minibatches, device=args.device)
+        compiled(Batch(obs, actions, *zeros, old_policy), rows, zeros[0, 0])
     except Exception as error:  # no compiler, no headers, ...
         if asked == "on":
             raise UsageError(f"--compile on fails here ({str(error).splitlines()[0]}); use --compile off.") from None
-        print("This machine cannot compile for torch (a C++ compiler helps), so the run goes on three times slower.")
+        print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
         args.compile = "off"
-        return gradient
+    return compiled if args.compile == "on" else gradient
 
 
 def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
-    """Raises Diverged for the first NaN or infinity in observations (steps, num_envs, ...) or rewards (steps, num_envs)."""
-    for name, x in (
-        ("observation", observations.flatten(2) if observations.dim() > 2 else observations),
-        ("reward", torch.from_numpy(rewards)),
-    ):
+    """Raises Failed for the first NaN or infinity in observations or rewards, (steps, num_envs, ...)."""
+    for name, x in (("observation", observations), ("reward", torch.from_numpy(rewards))):
         if x.is_floating_point() and not x.isfinite().all():
             step, env = (~x.isfinite()).nonzero()[0, :2].tolist()
-            raise Diverged(f"the {name} of environment {env} in step {step} of the rollout is not finite")
+            raise Failed(f"the {name} of environment {env} in step {step} of the rollout is NaN or infinite")
 
 
-def scale_rewards(norm: RunningNorm, rewards: np.ndarray, ended: np.ndarray, running: np.ndarray, gamma: float) -> np.ndarray:
-    """Rewards over the deviation of the discounted return, which norm learns first; running (num_envs,) is carried along."""
+def scale_rewards(
+    norm: RunningNorm, rewards: np.ndarray, ended: np.ndarray, running: np.ndarray, gamma: float
+) -> np.ndarray:
+    """Rewards over the deviation of the discounted return, which norm takes in; running (num_envs,) is carried along."""
     returns = np.empty_like(rewards)
     for t in range(len(rewards)):
         running[:] = running * gamma + rewards[t]
@@ -716,29 +710,30 @@ def scale_rewards(norm: RunningNorm, rewards: np.ndarray, ended: np.ndarray, run
 def rollout(
     agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, info: dict, episodes: Episodes, args: Args
 ) -> tuple[Batch, np.ndarray, dict, list[tuple[int, float, int, int]]]:
-    """Plays num_steps steps on from obs and info; returns the batch, the next obs and info, and the finished episodes."""
-    shape, device, final_obs, features = (args.num_steps, args.num_envs), agent.device, {}, []
+    """Plays num_steps steps on from obs and info; returns the batch, the next obs and info, and the episodes done."""
+    shape, device, features, final_obs = (args.num_steps, args.num_envs), agent.device, [], {}
     observations = torch.empty((args.num_steps + 1, *obs.shape), dtype=agent.obs_dtype, device=device)
-    noise, policy = agent.noise(*shape), agent.numpy_policy()
-    noise = noise.numpy() if policy else noise
+    noise, fast_act = agent.noise(*shape), agent.numpy_act()
     actions = np.zeros(noise.shape[:3], dtype=np.float32 if agent.continuous else np.int64)
     rewards, (terminations, truncations, finished) = np.zeros(shape), np.zeros((3, *shape), dtype=bool)
-    for t, observation in enumerate(observations[:-1].numpy() if policy else observations[:-1]):
-        if policy:
-            observation[:] = obs
-            actions[t] = policy(observation, noise[t])
+    if fast_act:
+        seen, noise = observations.numpy(), noise.numpy()
+    for t in range(args.num_steps):
+        if fast_act:
+            seen[t] = obs
+            actions[t] = fast_act(seen[t], noise[t])
         else:
-            observation.copy_(torch.from_numpy(obs))
-            features.append(agent.features(observation))
+            observations[t].copy_(torch.from_numpy(obs))
+            features.append(agent.features(observations[t]))
             actions[t] = agent.act(features[t], noise[t]).cpu().numpy()
         clock = info.get("episode_frame_number")
         try:
             obs, rewards[t], terminations[t], truncations[t], info = envs.step(agent.to_env(actions[t]))
-        except EnvironmentFailed as error:
+        except Failed as error:
             check_finite(observations[: t + 1], rewards[:t])
-            raise EnvironmentFailed(f"{error} in step {t} of the rollout") from error
+            raise Failed(f"{error} in step {t} of the rollout", error.status) from error
         if "final_obs" in info:
-            finished[t] = finished_episodes(terminations[t] | truncations[t], info, clock)
+            finished[t] = whole_games(terminations[t] | truncations[t], info, clock)
             for n in np.flatnonzero(truncations[t] & ~terminations[t]):
                 final_obs[t, n] = info["final_obs"][n]
     observations[-1].copy_(torch.from_numpy(obs))
@@ -749,27 +744,25 @@ def rollout(
     if args.norm_reward:
         rewards = scale_rewards(agent.return_norm, rewards, terminations | truncations, episodes.discounted, args.gamma)
 
-    # All states at once, which is faster than the critic at every step; the CNN's features are there already.
-    features = (
-        torch.cat([*features, agent.features(observations[-1])]) if features else agent.features(observations.flatten(0, 1))
-    )
-    policy, values = agent.heads(features)
+    # pi_old and V_old of all states at once: faster than at every step. The CNN's features are there already.
+    seen = observations.flatten(0, 1) if not features else observations[-1]
+    policy, values = agent(torch.cat([*features, agent.features(seen)]))
     values, actions = values.view(-1, args.num_envs), torch.from_numpy(actions).to(device).flatten(0, 1)
     old_policy = tuple(x[: -args.num_envs] for x in policy.parameters)
     logprobs = type(policy)(*old_policy).log_prob(actions)
     next_values = values[1:].clone()
     if final_obs:
         final = torch.from_numpy(np.stack(list(final_obs.values()))).to(device, agent.obs_dtype)
-        next_values[tuple(zip(*final_obs))] = agent(final)[1]
-    flags = (torch.from_numpy(x).to(device) for x in (terminations, truncations))
+        next_values[tuple(zip(*final_obs))] = agent(agent.features(final))[1]
     rewards = torch.from_numpy(rewards).to(device, torch.float32)
+    flags = [torch.from_numpy(flag).to(device) for flag in (terminations, truncations)]
     advantages, returns = compute_gae(rewards, values[:-1], next_values, *flags, args.gamma, args.gae_lambda)
     flat = (x.flatten(0, 1) for x in (advantages, returns, values[:-1]))
     return Batch(observations[:-1].flatten(0, 1), actions, logprobs, *flat, old_policy), obs, info, done
 
 
 def update(
-    agent: Agent, optimizer: Adam, gradient, batch: Batch, learning_rate: float, kl_beta: float, args: Args
+    agent: Agent, optimizer: Adam, gradient: Callable, batch: Batch, learning_rate: float, kl_beta: float, args: Args
 ) -> dict[str, float]:
     """K epochs of minibatch steps; returns the means of STATS over them, and the explained variance, by their tags."""
     stats, beta = [], torch.tensor(kl_beta, device=agent.device)
@@ -783,7 +776,7 @@ def update(
     means = dict(zip(STATS, torch.stack(stats).mean(0).tolist()))
     for name, value in means.items():
         if not math.isfinite(value):
-            raise Diverged(f"{name} is {value}")
+            raise Failed(f"{name} is {value}")
     means["explained_variance"] = (1 - (batch.returns - batch.values).var() / batch.returns.var()).item()
     return {f"losses/{name}": value for name, value in means.items()}
 
@@ -791,21 +784,14 @@ def update(
 @torch.no_grad()
 def mean_kl(agent: Agent, batch: Batch) -> float:
     """E[KL(pi_old || pi)] over the batch, for adapt_beta."""
-    kls = []
-    for obs, *old in zip(batch.obs.split(1024), *(x.split(1024) for x in batch.old_policy)):
-        policy = agent(obs)[0]
-        kls.append(type(policy)(*old).kl(policy))
-    return torch.cat(kls).mean().item()
+    chunks = zip(batch.obs.split(1024), zip(*(x.split(1024) for x in batch.old_policy)))
+    pairs = ((agent(agent.features(obs))[0], old) for obs, old in chunks)
+    return torch.cat([type(policy)(*old).kl(policy) for policy, old in pairs]).mean().item()
 
 
 # ------------------------------------------------------------------------------------------- the run directory
-def run_dir_of(path: Path) -> Path:
-    """The run directory that path is, or that the checkpoint file path lies in."""
-    return path.parent.parent if path.is_file() else path
-
-
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a temporary neighbour, then puts it in the place of path: at any moment there is the old file or the new."""
+    """Writes a temporary neighbour, then puts it in the place of path: at any moment there is the old or the new file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -825,6 +811,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def run_dir_of(path: Path) -> Path:
+    """The run directory that path is, or that the checkpoint path belongs to."""
+    return path.parent.parent if path.is_file() else path
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a run; raises UsageError where there is none."""
     try:
@@ -839,37 +830,28 @@ def versions() -> dict[str, str]:
 
 
 def create_run_dir(args: Args) -> Path:
-    """Makes the folder of a new run, never one that exists, with its config.json."""
+    """Makes the folder of a new run, never one that exists, and its config.json."""
+
+    def git(*command: str) -> str | None:
+        here = Path(__file__).parent
+        done = shutil.which("git") and subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() if done and done.returncode == 0 else None
+
     name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     path = first = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
     while True:
         try:
-            path.mkdir(parents=True)
+            (path / "checkpoints").mkdir(parents=True)
             break
         except FileExistsError:
             if args.run_name:
                 raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
             path = first.with_name(f"{first.name}-{uuid.uuid4().hex[:4]}")
-
-    def git(*command: str) -> str | None:
-        if shutil.which("git"):
-            done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-            return done.stdout.strip() if done.returncode == 0 else None
-
-    cuda, cpu = args.device == "cuda", torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    config = dict(
-        args=asdict(args),
-        command=[sys.executable, *sys.argv],
-        seed=args.seed,
-        git_commit=git("rev-parse", "HEAD"),
-        git_dirty=bool(git("status", "--porcelain")),
-        versions=versions(),
-        hardware=torch.cuda.get_device_name() if cuda else cpu,
-        threads=torch.get_num_threads(),
-        wandb_id=uuid.uuid4().hex[:8],
-    )
-    write_json(path / "config.json", config)
-    (path / "checkpoints").mkdir()
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    config = dict(args=asdict(args), command=[sys.executable, *sys.argv], seed=args.seed, versions=versions())
+    config |= dict(git_commit=git("rev-parse", "HEAD"), git_dirty=bool(git("status", "--porcelain")))
+    config |= dict(hardware=torch.cuda.get_device_name() if args.device == "cuda" else cpu, threads=args.num_threads)
+    write_json(path / "config.json", config | dict(wandb_id=uuid.uuid4().hex[:8]))
     return path
 
 
@@ -877,14 +859,15 @@ class Run:
     """The files of a run, their views in TensorBoard, wandb and the progress line, and how the run ends."""
 
     def __init__(self, args: Args, state: dict[str, Any] | None, started: float):
-        self.path, self.args, self.signals = Path(args.resume) if state else create_run_dir(args), args, []
-        self.batch_size = args.num_envs * args.num_steps
+        self.args, self.batch_size, self.signals, self.printed = args, args.num_envs * args.num_steps, [], 0.0
+        self.path = Path(args.resume) if state else create_run_dir(args)
         self.total = args.total_timesteps // self.batch_size * self.batch_size
         saved = state or dict(iteration=0, wall_time=0.0, last_returns=[], best=-math.inf, csv_bytes={})
         self.global_step = self.first_step = saved["iteration"] * self.batch_size
         self.earlier_time, self.last_returns, self.best = saved["wall_time"], saved["last_returns"], saved["best"]
-        charts = ["episodic_return", "episodic_length", "SPS", "learning_rate"] + ["kl_beta"] * args.objective.startswith("kl")
-        self.tags = [f"charts/{x}" for x in charts] + [f"losses/{x}" for x in (*STATS, "explained_variance")]
+        self.tags = [f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "learning_rate")]
+        self.tags += ["charts/kl_beta"] * args.objective.startswith("kl")
+        self.tags += [f"losses/{x}" for x in (*STATS, "explained_variance")]
         self.files = {}
         for name, columns in (("episodes", ["return", "length"]), ("progress", ["sps", *self.tags])):
             file = self.files[name] = open(self.path / f"{name}.csv", "a", newline="")
@@ -893,9 +876,8 @@ class Run:
                 csv.writer(file).writerow(["global_step", "wall_time", *columns])
         self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if state else None)
         if not state:
-            self.writer.add_text(
-                "hyperparameters", "|name|value|\n|-|-|\n" + "".join(f"|{k}|{v}|\n" for k, v in vars(args).items())
-            )
+            table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+            self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{table}")
             plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
             for summary in hparams(plain, {"charts/episodic_return": 0.0}):
                 self.writer.file_writer.add_summary(summary)
@@ -903,35 +885,57 @@ class Run:
         if args.track:
             import wandb
 
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name)
-            identity = read_config(self.path)["wandb_id"]
-            self.wandb = wandb.init(**names, id=identity, resume="allow", config=vars(args), dir=self.path)
-        print(f"{self.path}  ({args.device}, {args.num_threads} threads" + ", compiled" * (args.compile == "on") + ")")
-        self.printed, self.begun = 0.0, time.perf_counter()
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, dir=self.path)
+            self.wandb = wandb.init(id=read_config(self.path)["wandb_id"], resume="allow", config=vars(args), **names)
+        machine = f"{args.device}, {args.num_threads} threads" + ", compiled" * (args.compile == "on")
+        print(f"{self.path} ({machine})")
+        if state:
+            how = (
+                "exactly as if it had never stopped"
+                if saved["exact"]
+                else "validly, but not bit for bit as without the stop"
+            )
+            print(f"goes on from step {self.global_step:,}, {how}")
+        self.begun = time.perf_counter()
         self.startup_time = self.begun - started
 
     def __enter__(self) -> "Run":
         def remember(signum: int, frame: Any) -> None:
             if self.signals:
-                os._exit(128 + signum)  # a second signal does not wait
+                os._exit(128 + signum)  # a second signal does not wait for the iteration
             self.signals.append(signum)
 
-        self.handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        """Says in summary.json how the run ended, and in the error where it can go on."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
-        status = {None: "completed", Stopped: "interrupted", Diverged: "diverged"}.get(kind, "failed")
+        status = "interrupted" if kind is Stopped else getattr(error, "status", "failed") if error else "completed"
         if status in ("diverged", "failed"):
             newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
-            where = f"iteration {self.global_step // self.batch_size + 1}, after step {self.global_step}"
-            error.args = (f"{where}: {error}; the last good checkpoint is {newest}.",)
+            iteration = self.global_step // self.batch_size + 1
+            error.args = (f"iteration {iteration}: {error}; the last good checkpoint is {newest}.",)
+        summary = dict(status=status, global_step=self.global_step, wall_time=self.wall_time(), sps=self.sps())
+        summary |= dict(startup_time=self.startup_time, train_last100=self.score())
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        summary |= dict(peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
         try:
-            self.finish(status, error)
+            write_json(self.path / "summary.json", summary | (dict(error=str(error)) if error else {}))
+            for file in (*self.files.values(), self.writer):
+                file.close()
         except OSError:
-            if error is None:
+            if not error:
                 raise
+        if self.wandb:
+            self.wandb.finish(exit_code=int(status != "completed"))
+        end = "\n" if sys.stdout.isatty() and 0 < self.global_step < self.total else ""
+        print(f"{end}{status} after {self.global_step:,} steps: {self.path}")
+
+    def score(self) -> float | None:
+        """Mean return of the last 100 training episodes."""
+        return float(np.mean(self.last_returns)) if self.last_returns else None
 
     def wall_time(self) -> float:
         """Seconds of training, with earlier sessions, without start-up and compilation."""
@@ -942,13 +946,13 @@ class Run:
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
     def log(self, episodes: list[tuple[int, float, int, int]], values: dict[str, float]) -> None:
-        """Records an iteration: its finished episodes, as Episodes.collect has them, and values by their tags."""
+        """Records an iteration: its episodes, as Episodes.collect returns them, and values by their tags."""
         before, now = self.global_step, f"{self.wall_time():.3f}"
         self.global_step += self.batch_size
-        csv.writer(self.files["episodes"]).writerows([before + step, now, ret, length] for step, ret, length, _ in episodes)
-        self.last_returns = (self.last_returns + [ret for _, ret, _, _ in episodes])[-100:]
+        csv.writer(self.files["episodes"]).writerows([before + step, now, *rest] for step, *rest, _ in episodes)
+        self.last_returns = (self.last_returns + [episode[1] for episode in episodes])[-100:]
         if episodes:
-            values["charts/episodic_return"], values["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()[1:3]
+            values["charts/episodic_return"], values["charts/episodic_length"] = np.mean(episodes, 0)[1:3].tolist()
         values["charts/SPS"] = self.sps()
         row = [values.get(tag, "") for tag in self.tags]
         csv.writer(self.files["progress"]).writerow([self.global_step, now, values["charts/SPS"], *row])
@@ -961,61 +965,34 @@ class Run:
         self.print_progress()
 
     def print_progress(self) -> None:
-        """One line that renews itself on a terminal, or a line every five seconds elsewhere."""
-        terminal, last = sys.stdout.isatty(), self.global_step == self.total
-        if time.perf_counter() - self.printed < (0.1 if terminal else 5.0) and not last:
+        """One line that renews itself on a terminal; a line every five seconds elsewhere."""
+        terminal, part = sys.stdout.isatty(), self.global_step / self.total
+        if time.perf_counter() - self.printed < (0.1 if terminal else 5.0) and part < 1:
             return
-        self.printed, part = time.perf_counter(), self.global_step / self.total
-        left = int((self.total - self.global_step) / self.sps())
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        ret = f"{np.mean(self.last_returns):,.1f}" if self.last_returns else "-"
-        line = f"{self.global_step:>10,} steps {part:4.0%} {self.sps():>7,.0f}/s  return {ret:>8}  {clock}"
-        bar = "[" + ("#" * int(16 * part)).ljust(16, ".") + "]"
-        print(f"\r{bar}{line}" if terminal else line, end="" if terminal and not last else "\n", flush=True)
-
-    def finish(self, status: str, error: BaseException | None) -> None:
-        """Writes summary.json and closes the views."""
-        if sys.stdout.isatty() and self.printed and self.global_step < self.total:
-            print()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        summary = dict(
-            status=status,
-            global_step=self.global_step,
-            wall_time=self.wall_time(),
-            sps=self.sps(),
-            startup_time=self.startup_time,
-            train_last100=float(np.mean(self.last_returns)) if self.last_returns else None,
-            peak_memory_mb=memory,
-        )
-        write_json(self.path / "summary.json", summary | ({"error": str(error)} if error else {}))
-        for file in (*self.files.values(), self.writer):
-            file.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if status == "completed" else 1)
+        self.printed = time.perf_counter()
+        seconds = int((self.total - self.global_step) / self.sps())
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        score = "-" if self.score() is None else f"{self.score():,.1f}"
+        line = f"{self.global_step:>10,} steps {part:4.0%} {self.sps():>7,.0f}/s  return {score:>8}  {left}"
+        bar = f"\r[{'#' * int(16 * part):.<16}]"
+        print(bar + line if terminal else line, end="" if terminal and part < 1 else "\n", flush=True)
 
 
 def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exact: bool, kl_beta: float) -> None:
-    """Writes checkpoints/step_*.pt, of which the two newest stay, and best.pt if the last 100 episodes were the best."""
-    score = float(np.mean(run.last_returns)) if run.last_returns else -math.inf
-    better, run.best = score > run.best, max(score, run.best)
+    """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best so far."""
     kind, keys, *position = np.random.get_state()
-    state = dict(
-        iteration=iteration,
-        exact=exact,
-        total_timesteps=run.args.total_timesteps,
-        agent=agent.state_dict(),
-        optimizer=dict(m=optimizer.m, v=optimizer.v, t=optimizer.t),
-        kl_beta=kl_beta,
-        torch_rng=torch.get_rng_state(),
-        cuda_rng=torch.cuda.get_rng_state() if run.args.device == "cuda" else None,
-        numpy_rng=[kind, keys.tolist(), *position],
-        python_rng=random.getstate(),
-        wall_time=run.wall_time(),
-        last_returns=run.last_returns,
-        best=run.best,
-        csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files},
-        versions=versions(),
+    better = run.score() is not None and run.score() > run.best
+    run.best = run.score() if better else run.best
+    state = dict(iteration=iteration, exact=exact, total_timesteps=run.args.total_timesteps, versions=versions())
+    state |= dict(
+        agent=agent.state_dict(), optimizer=dict(m=optimizer.m, v=optimizer.v, t=optimizer.t), kl_beta=kl_beta
     )
+    state |= dict(
+        torch_rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(), python_rng=random.getstate()
+    )
+    state |= dict(numpy_rng=[kind, keys.tolist(), *position])
+    state |= dict(wall_time=run.wall_time(), last_returns=run.last_returns, best=run.best)
+    state |= dict(csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files})
     buffer, folder = io.BytesIO(), run.path / "checkpoints"
     torch.save(state, buffer)
     write_atomically(folder / f"step_{run.global_step:012}.pt", buffer.getbuffer())
@@ -1026,7 +1003,7 @@ def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exa
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The newest good checkpoint of a run directory, or the file given; a corrupt one is named, nothing starts afresh."""
+    """The newest good checkpoint of a run directory, or the file given. A corrupt one is named; nothing starts afresh."""
     for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -1042,20 +1019,25 @@ def restore(state: dict[str, Any], agent: Agent, optimizer: Adam) -> None:
     optimizer.v.copy_(state["optimizer"]["v"])
     optimizer.t = state["optimizer"]["t"]
     torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
     np.random.set_state(tuple(state["numpy_rng"]))
-    random.setstate(tuple(tuple(x) if isinstance(x, list) else x for x in state["python_rng"]))
+    version, keys, gauss = state["python_rng"]
+    random.setstate((version, tuple(keys), gauss))
 
 
 # ---------------------------------------------------------------------------------------- evaluate, train, main
 def resolve(args: Args, envs: gym.vector.VectorEnv) -> None:
-    """Turns "auto" into what was measured to be fastest for this network and machine, and sets the threads."""
+    """Turns "auto" into what suits this network and machine, and sets the threads; raises UsageError for what cannot be."""
     image, cuda = is_image(envs.single_observation_space), torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
     if args.norm_obs and (image or not isinstance(envs.single_observation_space, gym.spaces.Box)):
-        raise UsageError(f"--norm-obs is for vector observations, which {args.env_id} does not have; use --no-norm-obs.")
+        raise UsageError(f"--norm-obs is for vector observations, which {args.env_id} has not; use --no-norm-obs.")
+    if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if not wandb.login(prompt=False):
+            raise UsageError("--track: wandb is not logged in; run wandb login, or set WANDB_MODE=offline.")
     if args.device == "auto":
         args.device = "cuda" if image and cuda else "cpu"
     if args.bf16 == "auto":
@@ -1065,10 +1047,69 @@ def resolve(args: Args, envs: gym.vector.VectorEnv) -> None:
     torch.set_num_threads(args.num_threads)
 
 
+def film(frames: list[np.ndarray], path: Path) -> None:
+    """Writes frames (height, width, 3) as an mp4."""
+    from moviepy import ImageSequenceClip
+
+    path.parent.mkdir(exist_ok=True)
+    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+
+
+@torch.no_grad()
+def evaluate(args: Args) -> list[float]:
+    """Plays eval_episodes with the run args.evaluate, its normalisers frozen; returns the raw returns.
+
+    Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard.
+    """
+    check_args(args)
+    if args.capture_video and importlib.util.find_spec("moviepy") is None:
+        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
+    path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
+    atari = environment_family(args.env_id) == "atari"
+    envs = make_envs(args, num_envs, **(dict(render_mode="rgb_array") if args.capture_video and not atari else {}))
+    resolve(args, envs)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
+    state, folder = load_checkpoint(path), run_dir_of(path)
+    agent.load_state_dict(state["agent"])
+    torch.manual_seed(args.eval_seed)
+    (obs, info), episodes = reset_envs(envs, args.eval_seed, 0), Episodes(num_envs)
+    if args.capture_video and atari:  # the emulators cannot render, but twins that play the same games see in colour
+        twins = make_envs(args, num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
+        reset_envs(twins, args.eval_seed, 0)
+    returns, frames = [[] for _ in range(num_envs)], []
+    shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # or else short episodes win
+    while any(len(played) < share for played, share in zip(returns, shares)):
+        noise = agent.noise(num_envs) * float(args.eval_stochastic)
+        features = agent.features(torch.from_numpy(obs).to(agent.device, agent.obs_dtype))
+        actions, clock = agent.to_env(agent.act(features, noise).cpu().numpy()), info.get("episode_frame_number")
+        obs, rewards, terminations, truncations, info = envs.step(actions)
+        if args.capture_video:
+            frames.append(twins.step(actions)[0][0, -1] if atari else envs.envs[0].render())
+        for _, ret, _, n in episodes.collect(rewards[None], whole_games(terminations | truncations, info, clock)[None]):
+            returns[n].append(ret)
+            if args.capture_video and n == 0 and len(returns[0]) <= shares[0]:
+                film(frames, folder / "videos" / f"iteration_{state['iteration']}_episode_{len(returns[0])}.mp4")
+                frames.clear()
+    returns = [ret for played, share in zip(returns, shares) for ret in played[:share]]
+    kind = "stochastic" if args.eval_stochastic else "deterministic"
+    result = {name: float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
+    print(f"{len(returns)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text())
+        result |= dict(episodes=len(returns), seed=args.eval_seed, iteration=state["iteration"])
+        summary["eval"] = summary.get("eval", {}) | {kind: result}
+        write_json(folder / "summary.json", summary)
+        with SummaryWriter(folder) as writer:
+            writer.add_scalar(
+                "eval/episodic_return", result["mean"], state["iteration"] * args.num_envs * args.num_steps
+            )
+    return returns
+
+
 def train(args: Args) -> Path:
     """Trains for total_timesteps, or goes on with the run args.resume; returns the run directory.
 
-    Raises UsageError before anything is created; later Diverged, EnvironmentFailed, OSError, and Stopped for a signal.
+    Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
     """
     started = time.perf_counter()
     check_args(args)
@@ -1093,78 +1134,20 @@ def train(args: Args) -> Path:
                 (obs, info), episodes = reset_envs(envs, args.seed, iteration), Episodes(args.num_envs)
             learning_rate = args.learning_rate * (1 - (iteration - 1) / num_iterations if args.anneal_lr else 1)
             batch, obs, info, finished = rollout(agent, envs, obs, info, episodes, args)
-            stats = update(agent, optimizer, gradient, batch, learning_rate, kl_beta, args)
-            stats |= {"charts/learning_rate": learning_rate}
+            values = update(agent, optimizer, gradient, batch, learning_rate, kl_beta, args)
+            values |= {"charts/learning_rate": learning_rate}
             if args.objective.startswith("kl"):
-                stats["charts/kl_beta"] = kl_beta
+                values["charts/kl_beta"] = kl_beta
             if args.objective == "kl-adaptive":
                 kl_beta = adapt_beta(kl_beta, mean_kl(agent, batch), args.kl_target)
-            if agent.obs_norm is not None:
+            if agent.obs_norm:
                 agent.obs_norm.update(batch.obs)
-            run.log(finished, stats)
+            run.log(finished, values)
             if iteration % interval == 0 or iteration == num_iterations or run.signals:
                 save_checkpoint(run, agent, optimizer, iteration, iteration % interval == 0, kl_beta)
             if run.signals and iteration < num_iterations:
                 raise Stopped(run.signals[0])
     return run.path
-
-
-def film(frames: list[np.ndarray], path: Path, fps: int) -> None:
-    """Writes frames (height, width, 3) as an mp4."""
-    from moviepy import ImageSequenceClip
-
-    path.parent.mkdir(exist_ok=True)
-    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None)
-
-
-@torch.no_grad()
-def evaluate(args: Args) -> list[float]:
-    """Plays eval_episodes with the run args.evaluate, its normalisers frozen; returns the raw returns.
-
-    Where the run has ended the result goes to its summary.json too, and to TensorBoard as eval/episodic_return.
-    """
-    if args.capture_video and importlib.util.find_spec("moviepy") is None:
-        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
-    check_args(args)
-    path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
-    atari = environment_family(args.env_id) == "atari"
-    envs = make_envs(args, num_envs, **({} if atari or not args.capture_video else {"render_mode": "rgb_array"}))
-    resolve(args, envs)
-    state = load_checkpoint(path)
-    torch.manual_seed(args.eval_seed)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
-    agent.load_state_dict(state["agent"])
-    (obs, info), episodes = reset_envs(envs, args.eval_seed, 0), Episodes(num_envs)
-    returns, frames = [[] for _ in range(num_envs)], []
-    if args.capture_video and atari:  # the emulators cannot render, but twins that play the same games see in colour
-        twins = make_envs(args, num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
-        reset_envs(twins, args.eval_seed, 0)
-    share = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # else short episodes would win
-    while any(len(played) < quota for played, quota in zip(returns, share)):
-        noise = agent.noise(num_envs) * float(args.eval_stochastic)
-        actions = agent.act(agent.features(torch.from_numpy(obs).to(agent.device, agent.obs_dtype)), noise)
-        actions, clock = agent.to_env(actions.cpu().numpy()), info.get("episode_frame_number")
-        obs, rewards, terminations, truncations, info = envs.step(actions)
-        if args.capture_video and len(returns[0]) < share[0]:
-            frames.append(twins.step(actions)[0][0, -1] if atari else envs.envs[0].render())
-        for _, ret, _, n in episodes.collect(rewards[None], finished_episodes(terminations | truncations, info, clock)[None]):
-            returns[n].append(ret)
-            if frames and n == 0:
-                film(frames, run_dir_of(path) / "videos" / f"step_{state['iteration']}_episode_{len(returns[0])}.mp4", 30)
-                frames = []
-    returns = [ret for played, quota in zip(returns, share) for ret in played[:quota]]
-    kind = "stochastic" if args.eval_stochastic else "deterministic"
-    result = {name: float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
-    print(f"{len(returns)} {kind} episodes: " + "  ".join(f"{name} {value:,.2f}" for name, value in result.items()))
-    summary = run_dir_of(path) / "summary.json"
-    if summary.exists():
-        content = json.loads(summary.read_text())
-        content["eval"] = content.get("eval", {}) | {kind: result | dict(episodes=len(returns), seed=args.eval_seed)}
-        write_json(summary, content)
-        with SummaryWriter(run_dir_of(path)) as writer:
-            step = state["iteration"] * args.num_envs * args.num_steps
-            writer.add_scalar("eval/episodic_return", result["mean"], step)
-    return returns
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1177,7 +1160,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stopped.args[0]
     except KeyboardInterrupt:
         return 130
-    except (UsageError, Diverged, EnvironmentFailed, OSError) as error:
+    except (UsageError, Failed, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
