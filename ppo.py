@@ -3,7 +3,7 @@
 Play num_steps steps in num_envs environments with the policy pi_old; then, for a few epochs over minibatches of that
 batch, climb the clipped surrogate (eq. 7) minus the value error plus an entropy bonus (eq. 9):
 
-    L(theta) = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 S[pi](s) ],  r = pi(a|s) / pi_old(a|s)
+    L(theta) = E[ min(r A, clip(r, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 S[pi](s) ], r = pi(a|s) / pi_old(a|s)
 
 with A the generalized advantage estimate (arXiv 1506.02438) and R = A + V_old(s). `--objective` puts the paper's other
 surrogates in the place of the first term: kl-fixed and kl-adaptive (eq. 8, section 4), or none (eq. 6).
@@ -207,7 +207,7 @@ def environment_family(env_id: str) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Args from the command line, over the defaults of the environment's family or, for --resume, over the run's own."""
+    """Args from the command line, over the defaults of the environment's family or, to resume, over the run's own."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--env-id", "--env_id", default=Args.env_id)
     peek.add_argument("--resume", type=Path)
@@ -281,8 +281,8 @@ def make_envs(args: Args, num_envs: int, **options: Any) -> gym.vector.VectorEnv
     """
     mode, index, spaces = gym.vector.AutoresetMode.SAME_STEP, itertools.count(), gym.spaces
     if environment_family(args.env_id) == "atari":
-        # Two protocols: sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009), or the PPO paper's random
-        # no-ops, fire to start, and a lost life that ends the episode for the learner while the game goes on.
+        # Two protocols: sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009), or the PPO paper's:
+        # random no-ops, fire to start, and a lost life ends the episode for the learner while the game goes on.
         paper = args.env_id.endswith("NoFrameskip-v4")
         game = "ALE/" + args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4") + "-v5"
         if not paper and args.env_id != game or "-ram" in game:
@@ -309,7 +309,7 @@ def make_envs(args: Args, num_envs: int, **options: Any) -> gym.vector.VectorEnv
 
 
 def reset_envs(envs: gym.vector.VectorEnv, seed: int, iteration: int) -> tuple[np.ndarray, dict]:
-    """First observations and info; the seeds come from (seed, iteration), so a resumed run starts as this one goes on."""
+    """First observations and info; seeds come from (seed, iteration), so a resumed run starts as this one goes on."""
     seeds = np.random.SeedSequence([seed, iteration]).generate_state(envs.num_envs).astype(np.int64) % 2**31
     return envs.reset(seed=seeds.tolist() if isinstance(envs, gym.vector.SyncVectorEnv) else seeds)
 
@@ -578,7 +578,7 @@ def compute_gae(
 def surrogate_objective(
     ratio: torch.Tensor, advantages: torch.Tensor, kl: torch.Tensor, kl_beta: torch.Tensor | float, args: Args
 ) -> torch.Tensor:
-    """The mean that the policy climbs; ratio, advantages and kl, KL(pi_old || pi), are (batch,)."""
+    """The mean that the policy climbs; ratio, advantages and kl = KL(pi_old || pi) are (batch,)."""
     surrogate = ratio * advantages  # L^CPI, eq. 6
     if args.objective == "clip":
         clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * advantages
@@ -589,7 +589,7 @@ def surrogate_objective(
 
 
 def value_objective(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, args: Args) -> torch.Tensor:
-    """Half the mean squared error, all (batch,); of a clipped step from the old values instead, where that is larger."""
+    """Half the mean squared error, all (batch,); of a clipped step from the old values, where that is larger."""
     assert values.shape == old.shape == returns.shape
     error = (values - returns) ** 2
     if args.clip_vloss:
@@ -696,7 +696,7 @@ def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
 def scale_rewards(
     norm: RunningNorm, rewards: np.ndarray, ended: np.ndarray, running: np.ndarray, gamma: float
 ) -> np.ndarray:
-    """Rewards over the deviation of the discounted return, which norm takes in; running (num_envs,) is carried along."""
+    """Rewards over the deviation of the discounted return, which norm takes in; running (num_envs,) is carried on."""
     returns = np.empty_like(rewards)
     for t in range(len(rewards)):
         running[:] = running * gamma + rewards[t]
@@ -791,7 +791,7 @@ def mean_kl(agent: Agent, batch: Batch) -> float:
 
 # ------------------------------------------------------------------------------------------- the run directory
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a temporary neighbour, then puts it in the place of path: at any moment there is the old or the new file."""
+    """Writes a temporary neighbour, then puts it in the place of path: there is always the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1003,7 +1003,7 @@ def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exa
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The newest good checkpoint of a run directory, or the file given. A corrupt one is named; nothing starts afresh."""
+    """The newest good checkpoint of a run directory, or the file given; a corrupt one is named, none starts afresh."""
     for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -1027,7 +1027,7 @@ def restore(state: dict[str, Any], agent: Agent, optimizer: Adam) -> None:
 
 # ---------------------------------------------------------------------------------------- evaluate, train, main
 def resolve(args: Args, envs: gym.vector.VectorEnv) -> None:
-    """Turns "auto" into what suits this network and machine, and sets the threads; raises UsageError for what cannot be."""
+    """Turns "auto" into what suits this network and machine and sets the threads; UsageError for what cannot be."""
     image, cuda = is_image(envs.single_observation_space), torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
