@@ -197,13 +197,14 @@ def environment_family(env_id: str) -> str:
     try:
         if module:
             importlib.import_module(module)
-        where = str(gym.spec(name).entry_point).replace("ale_py", "atari")
+        where = str(gym.spec(name).entry_point)
     except ModuleNotFoundError as error:
         raise UsageError(f"--env-id {env_id}: no module named {error.name}; install it, or drop the prefix.") from None
     except gym.error.Error:
         near = difflib.get_close_matches(name, gym.registry, n=1, cutoff=0.0)[0]
         raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
-    return next((family for family in FAMILIES if family in where), "classic")
+    homes = {"ale_py": "atari", "gymnasium.envs.box2d": "box2d", "gymnasium.envs.mujoco": "mujoco"}
+    return next((family for home, family in homes.items() if where.startswith(home)), "classic")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -266,9 +267,11 @@ class Bare(gym.Wrapper):
 
     def step(self, action: Any) -> tuple:
         try:
-            return *self.env.step(action)[:4], {}
+            obs, reward, terminated, truncated, _ = self.env.step(action)
         except Exception as error:
             raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
+        # The reset that follows must not write over the final observation, should the environment reuse its array.
+        return np.copy(obs) if terminated or truncated else obs, reward, terminated, truncated, {}
 
     def reset(self, **options: Any) -> tuple:
         return self.env.reset(**options)[0], {}
@@ -389,7 +392,10 @@ class Gaussian:
     """Policy over Box actions: mean and actions (batch, dims), independent, of a deviation that no state changes."""
 
     def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
-        self.mean, self.log_std = self.parameters = mean, log_std.expand_as(mean)
+        self.mean, self.log_std = self.parameters = (
+            mean,
+            log_std.expand_as(mean).clone(),
+        )  # not a view that Adam changes
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         z = (actions - self.mean) * (-self.log_std).exp()
@@ -475,7 +481,7 @@ class Agent(nn.Module):
                 return self.body(obs.to(torch.bfloat16 if self.bf16 else torch.float32) / 255).float()
         if self.discrete:
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
-        return (self.obs_norm(obs) if self.obs_norm else obs).flatten(1)
+        return (self.obs_norm(obs) if self.obs_norm else obs).reshape(len(obs), -1)
 
     def actor_head(self, features: torch.Tensor) -> torch.Tensor:
         """Means (batch, dims), or logits (batch, components, choices)."""
@@ -504,7 +510,7 @@ class Agent(nn.Module):
     def numpy_act(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
         """act(features(obs), noise) for an MLP on the CPU, in a quarter of the time that torch takes for a few rows.
 
-        None where there is no such shortcut. It reads the weights in place, but the normaliser as it is now.
+        None where there is no such shortcut. Weights and normaliser are read in place.
         """
         if self.image or self.discrete or self.device.type != "cpu" or self.missing is not None:
             return None
@@ -560,14 +566,14 @@ def compute_gae(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalized advantage estimate (arXiv 1506.02438, eq. 16), and the returns advantages + values.
 
-    All tensors are (num_steps, num_envs), the flags belong to step t. next_values[t] is V of the true successor of step
-    t: of the final observation where an episode ended, not of the one after the reset. A terminated state has no future;
-    a truncated one does, so its error bootstraps. Neither lets later errors through: those are of another episode.
+    All tensors are (num_steps, num_envs), the flags belong to step t. next_values[t] is V of the true successor of
+    step t: of the final observation where an episode ended, not of the one after the reset. A terminated state has no
+    future; a truncated one does, so its error bootstraps. Neither lets in later errors: those are of another episode.
     """
     terminations, truncations = terminations.bool(), truncations.bool()
     successors = torch.where(terminations, 0.0, next_values)  # where, for 0 * NaN is NaN
     deltas = rewards + gamma * successors - values
-    decay = torch.where(terminations | truncations, 0.0, gamma * gae_lambda).to(deltas)
+    decay = gamma * gae_lambda * (~(terminations | truncations)).to(deltas)
     advantages = [torch.zeros_like(deltas[0])]
     for delta, discount in zip(deltas.flip(0), decay.flip(0)):
         advantages.append(torch.addcmul(delta, discount, advantages[-1]))
@@ -685,12 +691,13 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
     return compiled if args.compile == "on" else gradient
 
 
-def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
+def check_finite(observations: torch.Tensor, rewards: np.ndarray, first_step: int = 0, first_env: int = 0) -> None:
     """Raises Failed for the first NaN or infinity in observations or rewards, (steps, num_envs, ...)."""
     for name, x in (("observation", observations), ("reward", torch.from_numpy(rewards))):
         if x.is_floating_point() and not x.isfinite().all():
             step, env = (~x.isfinite()).nonzero()[0, :2].tolist()
-            raise Failed(f"the {name} of environment {env} in step {step} of the rollout is NaN or infinite")
+            where = f"environment {first_env + env} in step {first_step + step} of the rollout"
+            raise Failed(f"the {name} of {where} is NaN or infinite")
 
 
 def scale_rewards(
@@ -753,6 +760,8 @@ def rollout(
     next_values = values[1:].clone()
     if final_obs:
         final = torch.from_numpy(np.stack(list(final_obs.values()))).to(device, agent.obs_dtype)
+        for where, x in zip(final_obs, final):
+            check_finite(x[None, None], np.zeros((1, 1)), *where)
         next_values[tuple(zip(*final_obs))] = agent(agent.features(final))[1]
     rewards = torch.from_numpy(rewards).to(device, torch.float32)
     flags = [torch.from_numpy(flag).to(device) for flag in (terminations, truncations)]
