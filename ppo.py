@@ -38,6 +38,7 @@ import sys
 import time
 import uuid
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,9 +159,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "mujoco": dict(
         total_timesteps=1_000_000,
-        learning_rate=3e-4,
+        learning_rate=5e-4,
         num_steps=256,
-        num_minibatches=32,
+        gae_lambda=0.9,
+        num_minibatches=16,
+        log_std_init=-0.5,
         norm_obs=True,
         norm_reward=True,
     ),
@@ -214,8 +217,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     peek.add_argument("--resume", type=Path)
     peek.add_argument("--evaluate", type=Path)
     asked = peek.parse_known_args(argv)[0]
+    if asked.resume and asked.resume.is_file():
+        raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked.resume)}.")
     if asked.resume or asked.evaluate:
-        saved = Args(**read_config(asked.resume or asked.evaluate)["args"])
+        saved, _ = read_config(asked.resume or asked.evaluate)
     else:
         saved = Args(env_id=asked.env_id, **FAMILIES[environment_family(asked.env_id)])
     args = tyro.cli(Args, args=argv, default=saved)
@@ -241,6 +246,8 @@ def check_args(args: Args) -> None:
             must = "at most 1"
         elif isinstance(value, (int, float)) and value < 0 and name != "log_std_init":
             must = "0 or more"
+        elif name in ("seed", "eval_seed") and value >= 2**32:
+            must = "less than 2**32"
         if must:
             raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be {must}.")
     batch, parts = args.num_envs * args.num_steps, args.num_minibatches
@@ -274,7 +281,10 @@ class Bare(gym.Wrapper):
         return np.copy(obs) if terminated or truncated else obs, reward, terminated, truncated, {}
 
     def reset(self, **options: Any) -> tuple:
-        return self.env.reset(**options)[0], {}
+        try:
+            return self.env.reset(**options)[0], {}
+        except Exception as error:
+            raise Failed(f"environment {self.index} raised {error!r} in its reset", "failed") from error
 
 
 def make_envs(args: Args, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
@@ -301,7 +311,7 @@ def make_envs(args: Args, num_envs: int, **options: Any) -> gym.vector.VectorEnv
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
             warnings.simplefilter("ignore")
             envs = gym.make_vec(args.env_id, num_envs, **options)
-    except (gym.error.Error, ImportError) as error:
+    except Exception as error:  # an extra that is missing, or whatever a constructor raises
         raise UsageError(f"--env-id {args.env_id} cannot be made: {' '.join(str(error).split())}") from None
     observations, actions = envs.single_observation_space, envs.single_action_space
     if not isinstance(observations, (spaces.Box, spaces.Discrete)):
@@ -825,12 +835,15 @@ def run_dir_of(path: Path) -> Path:
     return path.parent.parent if path.is_file() else path
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a run; raises UsageError where there is none."""
+def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
+    """The arguments, and all else in the config.json, of a run; raises UsageError where there is no such file."""
     try:
-        return json.loads((run_dir_of(path) / "config.json").read_text())
-    except (OSError, ValueError):
-        raise UsageError(f"{path} is no run directory: it has no readable config.json.") from None
+        config = json.loads((run_dir_of(path) / "config.json").read_text())
+        return Args(**config["args"]), config
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path} is no run directory of this script: it has no config.json with its arguments."
+        ) from None
 
 
 def versions() -> dict[str, str]:
@@ -850,15 +863,19 @@ def create_run_dir(args: Args) -> Path:
     path = first = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
     while True:
         try:
-            (path / "checkpoints").mkdir(parents=True)
+            path.mkdir(parents=True)
             break
-        except FileExistsError:
+        except OSError as error:
+            if not path.exists():
+                raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
             if args.run_name:
                 raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
             path = first.with_name(f"{first.name}-{uuid.uuid4().hex[:4]}")
+    (path / "checkpoints").mkdir()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     config = dict(args=asdict(args), command=[sys.executable, *sys.argv], seed=args.seed, versions=versions())
-    config |= dict(git_commit=git("rev-parse", "HEAD"), git_dirty=bool(git("status", "--porcelain")))
+    changes = git("status", "--porcelain")
+    config |= dict(git_commit=git("rev-parse", "HEAD"), git_dirty=None if changes is None else bool(changes))
     config |= dict(hardware=torch.cuda.get_device_name() if args.device == "cuda" else cpu, threads=args.num_threads)
     write_json(path / "config.json", config | dict(wandb_id=uuid.uuid4().hex[:8]))
     return path
@@ -883,6 +900,7 @@ class Run:
             file.truncate(saved["csv_bytes"].get(name, 0))  # what came after the checkpoint will come again
             if not state:
                 csv.writer(file).writerow(["global_step", "wall_time", *columns])
+                file.flush()
         self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if state else None)
         if not state:
             table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
@@ -895,7 +913,9 @@ class Run:
             import wandb
 
             names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, dir=self.path)
-            self.wandb = wandb.init(id=read_config(self.path)["wandb_id"], resume="allow", config=vars(args), **names)
+            self.wandb = wandb.init(
+                id=read_config(self.path)[1]["wandb_id"], resume="allow", config=vars(args), **names
+            )
         machine = f"{args.device}, {args.num_threads} threads" + ", compiled" * (args.compile == "on")
         print(f"{self.path} ({machine})")
         if state:
@@ -905,6 +925,10 @@ class Run:
                 else "validly, but not bit for bit as without the stop"
             )
             print(f"goes on from step {self.global_step:,}, {how}")
+        ended = self.path / "summary.json"
+        self.evaluations = (
+            {k: v for k, v in json.loads(ended.read_text()).items() if k == "eval"} if ended.exists() else {}
+        )
         self.begun = time.perf_counter()
         self.startup_time = self.begun - started
 
@@ -918,29 +942,33 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        """Says in summary.json how the run ended, and in the error where it can go on."""
+        """Writes summary.json, and says of an error when it happened and where the run can go on."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         status = "interrupted" if kind is Stopped else getattr(error, "status", "failed") if error else "completed"
+        summary = dict(status=status, global_step=self.global_step, wall_time=self.wall_time(), sps=self.sps())
+        summary |= dict(startup_time=self.startup_time, train_last100=self.score(), **self.evaluations)
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        summary |= dict(peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        print("\n" * (sys.stdout.isatty() and 0 < self.global_step < self.total), end="")
+        message = ""
         if status in ("diverged", "failed"):
             newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
             iteration = self.global_step // self.batch_size + 1
-            error.args = (f"iteration {iteration}: {error}; the last good checkpoint is {newest}.",)
-        summary = dict(status=status, global_step=self.global_step, wall_time=self.wall_time(), sps=self.sps())
-        summary |= dict(startup_time=self.startup_time, train_last100=self.score())
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        summary |= dict(peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+            message = f"iteration {iteration}: {error}; the last good checkpoint is {newest}."
+            summary |= dict(error=message)
         try:
-            write_json(self.path / "summary.json", summary | (dict(error=str(error)) if error else {}))
+            write_json(self.path / "summary.json", summary)
             for file in (*self.files.values(), self.writer):
                 file.close()
-        except OSError:
+        except OSError:  # a full disk again
             if not error:
                 raise
         if self.wandb:
             self.wandb.finish(exit_code=int(status != "completed"))
-        end = "\n" if sys.stdout.isatty() and 0 < self.global_step < self.total else ""
-        print(f"{end}{status} after {self.global_step:,} steps: {self.path}")
+        if isinstance(error, (Failed, OSError)):
+            raise Failed(message, status) from error
+        print(f"{status} after {self.global_step:,} steps: {self.path}")
 
     def score(self) -> float | None:
         """Mean return of the last 100 training episodes."""
@@ -982,9 +1010,9 @@ class Run:
         seconds = int((self.total - self.global_step) / self.sps())
         left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
         score = "-" if self.score() is None else f"{self.score():,.1f}"
-        line = f"{self.global_step:>10,} steps {part:4.0%} {self.sps():>7,.0f}/s  return {score:>8}  {left}"
-        bar = f"\r[{'#' * int(16 * part):.<16}]"
-        print(bar + line if terminal else line, end="" if terminal and part < 1 else "\n", flush=True)
+        line = f"{self.global_step:>11,} steps {part:4.0%} {self.sps():>7,.0f}/s  return {score:>9}  {left}"
+        bar = f"\r[{'#' * int(10 * part):.<10}]"
+        print(f"{bar}{line}\x1b[K" if terminal else line, end="" if terminal and part < 1 else "\n", flush=True)
 
 
 def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exact: bool, kl_beta: float) -> None:
@@ -1004,9 +1032,9 @@ def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exa
     state |= dict(csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files})
     buffer, folder = io.BytesIO(), run.path / "checkpoints"
     torch.save(state, buffer)
-    write_atomically(folder / f"step_{run.global_step:012}.pt", buffer.getbuffer())
-    if better:
+    if better:  # first, for the other one says that it is done
         write_atomically(folder / "best.pt", buffer.getbuffer())
+    write_atomically(folder / f"step_{run.global_step:012}.pt", buffer.getbuffer())
     for old in sorted(folder.glob("step_*.pt"))[:-2]:
         old.unlink()
 
@@ -1015,9 +1043,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The newest good checkpoint of a run directory, or the file given; a corrupt one is named, none starts afresh."""
     for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
         try:
+            if damaged := zipfile.ZipFile(file).testzip():  # torch does not look at the checksums
+                raise ValueError(f"{damaged} has a wrong checksum")
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damage can surface as almost anything
-            print(f"{file} is corrupt ({type(error).__name__}); trying the one before it.", file=sys.stderr)
+            print(f"{file} is corrupt and left out ({type(error).__name__}).", file=sys.stderr)
     raise UsageError(f"{path} has no readable checkpoint.")
 
 
@@ -1045,8 +1075,12 @@ def resolve(args: Args, envs: gym.vector.VectorEnv) -> None:
     if args.track and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
-        if not wandb.login(prompt=False):
-            raise UsageError("--track: wandb is not logged in; run wandb login, or set WANDB_MODE=offline.")
+        try:
+            problem = None if wandb.login(prompt=False) else "wandb is not logged in"
+        except Exception as error:
+            problem = f"wandb cannot log in ({' '.join(str(error).split())})"
+        if problem:
+            raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
     if args.device == "auto":
         args.device = "cuda" if image and cuda else "cpu"
     if args.bf16 == "auto":
@@ -1079,7 +1113,10 @@ def evaluate(args: Args) -> list[float]:
     resolve(args, envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
     state, folder = load_checkpoint(path), run_dir_of(path)
-    agent.load_state_dict(state["agent"])
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError:
+        raise UsageError(f"{path} was trained on other spaces than those of --env-id {args.env_id}.") from None
     torch.manual_seed(args.eval_seed)
     (obs, info), episodes = reset_envs(envs, args.eval_seed, 0), Episodes(num_envs)
     if args.capture_video and atari:  # the emulators cannot render, but twins that play the same games see in colour
@@ -1132,6 +1169,9 @@ def train(args: Args) -> Path:
     num_iterations, done, kl_beta = args.total_timesteps // (args.num_envs * args.num_steps), 0, args.kl_beta
     interval = args.checkpoint_interval or max(10, math.ceil(num_iterations / 20))
     state = load_checkpoint(Path(args.resume)) if args.resume else None
+    if state and state["iteration"] == num_iterations:
+        print(f"{args.resume} is complete; there is nothing left to train.")
+        return Path(args.resume)
     if state:
         restore(state, agent, optimizer)
         done, kl_beta = state["iteration"], state["kl_beta"]
