@@ -284,7 +284,7 @@ class Bare(gym.Wrapper):
         try:
             return self.env.reset(**options)[0], {}
         except Exception as error:
-            raise Failed(f"environment {self.index} raised {error!r} in its reset", "failed") from error
+            raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
 
 
 def make_envs(args: Args, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
@@ -889,7 +889,8 @@ class Run:
         self.path = Path(args.resume) if state else create_run_dir(args)
         self.total = args.total_timesteps // self.batch_size * self.batch_size
         saved = state or dict(iteration=0, wall_time=0.0, last_returns=[], best=-math.inf, csv_bytes={})
-        self.global_step = self.first_step = saved["iteration"] * self.batch_size
+        self.iteration, self.global_step = saved["iteration"], saved["iteration"] * self.batch_size
+        self.first_step = self.global_step
         self.earlier_time, self.last_returns, self.best = saved["wall_time"], saved["last_returns"], saved["best"]
         self.tags = [f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "learning_rate")]
         self.tags += ["charts/kl_beta"] * args.objective.startswith("kl")
@@ -954,8 +955,7 @@ class Run:
         message = ""
         if status in ("diverged", "failed"):
             newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
-            iteration = self.global_step // self.batch_size + 1
-            message = f"iteration {iteration}: {error}; the last good checkpoint is {newest}."
+            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
             summary |= dict(error=message)
         try:
             write_json(self.path / "summary.json", summary)
@@ -1178,7 +1178,8 @@ def train(args: Args) -> Path:
     with Run(args, state, started) as run:
         if not state:
             save_checkpoint(run, agent, optimizer, 0, True, kl_beta)
-        for iteration in range(done + 1, num_iterations + 1):
+        for run.iteration in range(done + 1, num_iterations + 1):
+            iteration = run.iteration
             if iteration == done + 1 or (iteration - 1) % interval == 0:  # after a checkpoint, as when resuming from it
                 (obs, info), episodes = reset_envs(envs, args.seed, iteration), Episodes(args.num_envs)
             learning_rate = args.learning_rate * (1 - (iteration - 1) / num_iterations if args.anneal_lr else 1)
