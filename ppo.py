@@ -40,7 +40,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -80,7 +80,7 @@ class Args:
     eval_stochastic: bool = False
     """let --evaluate sample actions instead of taking the most likely ones"""
     capture_video: bool = False
-    """let --evaluate film the first environment into the run directory"""
+    """film the first environment of --evaluate, or of an evaluation after the training, into the run directory"""
     checkpoint_interval: int = 0
     """iterations from one checkpoint, where all environments restart, to the next (0: a twentieth of the run)"""
     track: bool = False
@@ -204,7 +204,7 @@ def environment_family(env_id: str) -> str:
     except ModuleNotFoundError as error:
         raise UsageError(f"--env-id {env_id}: no module named {error.name}; install it, or drop the prefix.") from None
     except gym.error.Error:
-        near = difflib.get_close_matches(name, gym.registry, n=1, cutoff=0.0)[0]
+        near = " or ".join(difflib.get_close_matches(name, gym.registry, n=2)) or "one of gymnasium.registry"
         raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
     homes = {"ale_py": "atari", "gymnasium.envs.box2d": "box2d", "gymnasium.envs.mujoco": "mujoco"}
     return next((family for home, family in homes.items() if where.startswith(home)), "classic")
@@ -213,9 +213,9 @@ def environment_family(env_id: str) -> str:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Args from the command line, over the defaults of the environment's family or, to resume, over the run's own."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--env-id", "--env_id", default=Args.env_id)
-    peek.add_argument("--resume", type=Path)
-    peek.add_argument("--evaluate", type=Path)
+    peek.add_argument("--env-id", "--env_id", nargs="?", default=Args.env_id, const=Args.env_id)
+    peek.add_argument("--resume", nargs="?", type=Path)
+    peek.add_argument("--evaluate", nargs="?", type=Path)
     asked = peek.parse_known_args(argv)[0]
     if asked.resume and asked.resume.is_file():
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked.resume)}.")
@@ -917,7 +917,7 @@ class Run:
             self.wandb = wandb.init(
                 id=read_config(self.path)[1]["wandb_id"], resume="allow", config=vars(args), **names
             )
-        machine = f"{args.device}, {args.num_threads} threads" + ", compiled" * (args.compile == "on")
+        machine = f"{args.device}, threads: {args.num_threads}" + ", compiled" * (args.compile == "on")
         print(f"{self.path} ({machine})")
         if state:
             how = (
@@ -1030,6 +1030,8 @@ def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exa
     state |= dict(numpy_rng=[kind, keys.tolist(), *position])
     state |= dict(wall_time=run.wall_time(), last_returns=run.last_returns, best=run.best)
     state |= dict(csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files})
+    for file in run.files.values():
+        os.fsync(file.fileno())  # what csv_bytes counts must outlive a power cut, too
     buffer, folder = io.BytesIO(), run.path / "checkpoints"
     torch.save(state, buffer)
     if better:  # first, for the other one says that it is done
@@ -1072,7 +1074,9 @@ def resolve(args: Args, envs: gym.vector.VectorEnv) -> None:
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
     if args.norm_obs and (image or not isinstance(envs.single_observation_space, gym.spaces.Box)):
         raise UsageError(f"--norm-obs is for vector observations, which {args.env_id} has not; use --no-norm-obs.")
-    if args.track and os.environ.get("WANDB_MODE", "online") == "online":
+    if args.capture_video and importlib.util.find_spec("moviepy") is None:
+        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
+    if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
         try:
@@ -1105,8 +1109,6 @@ def evaluate(args: Args) -> list[float]:
     Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard.
     """
     check_args(args)
-    if args.capture_video and importlib.util.find_spec("moviepy") is None:
-        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
     path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
     atari = environment_family(args.env_id) == "atari"
     envs = make_envs(args, num_envs, **(dict(render_mode="rgb_array") if args.capture_video and not atari else {}))
@@ -1204,7 +1206,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; the exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
     try:
         args = parse_args(argv)
-        evaluate(args) if args.evaluate else train(args)
+        path = args.evaluate or str(train(args))
+        if args.evaluate or args.capture_video:
+            evaluate(replace(args, evaluate=path))
         return 0
     except Stopped as stopped:
         return 128 + stopped.args[0]

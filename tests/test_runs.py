@@ -940,8 +940,9 @@ def test_help_shows_the_defaults_of_the_family(capsys):
         text = re.sub(r"\s+", " ", re.sub(r"[│╭╰─╮╯]|\x1b\[[\d;]*m", " ", capsys.readouterr().out))
         return re.search(rf" --{flag}\b.*?\(default: (.*?)\)", text)[1]
 
-    assert default_of("num-minibatches", "--env-id", "HalfCheetah-v5") == "32"
-    assert default_of("num-minibatches") == "4"
+    mujoco = ppo.FAMILIES["mujoco"]
+    assert default_of("num-minibatches") == str(ppo.Args.num_minibatches) != str(mujoco["num_minibatches"])
+    assert default_of("num-minibatches", "--env-id", "HalfCheetah-v5") == str(mujoco["num_minibatches"])
     assert default_of("total-timesteps", "--env-id", "HalfCheetah-v5") == "1000000"
     assert default_of("env-id", "--env-id", "HalfCheetah-v5") == "HalfCheetah-v5"
     assert default_of("clip-coef", "--env-id", "ALE/Pong-v5") == "0.1"
@@ -949,7 +950,7 @@ def test_help_shows_the_defaults_of_the_family(capsys):
 
 def test_explicit_flags_win_over_the_defaults_of_the_family():
     family = ppo.parse_args(["--env-id", "HalfCheetah-v5"])
-    assert family.norm_obs and family.norm_reward and family.num_minibatches == 32
+    assert family.norm_obs and family.norm_reward and family.num_minibatches != 4
     chosen = ppo.parse_args(["--num-minibatches", "4", "--no-norm-obs", "--env-id=HalfCheetah-v5"])
     assert (chosen.num_minibatches, chosen.norm_obs) == (4, False)  # also where they are the general default
     assert vars(chosen) == vars(family) | dict(num_minibatches=4, norm_obs=False)
