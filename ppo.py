@@ -12,10 +12,12 @@ surrogates in the place of the first term: kl-fixed and kl-adaptive (eq. 8, sect
     python ppo.py --env-id HalfCheetah-v5 --seed 2          python ppo.py --help --env-id HalfCheetah-v5
     python ppo.py --resume runs/<run>                       python ppo.py --evaluate runs/<run>
 
-Departures from the paper: advantages are normalised per minibatch, the gradient's global norm is clipped, weights start
-orthogonal, the learning rate always anneals, actor and critic share nothing on vector observations, Atari takes 4
-epochs, c1 = 0.5 and a constant eps. And an episode that a time limit cuts is bootstrapped with the value of its last
-state, because it did not end there (Pardo et al. 2018, arXiv 1712.00378).
+Departures from the paper: advantages are normalised per minibatch and, on MuJoCo, observations and rewards by running
+statistics; the gradient's global norm is clipped; weights start orthogonal; the learning rate anneals everywhere, eps
+nowhere; Atari takes 4 epochs, not 3; c1 is 0.5, on half the squared error. And an episode that a time limit cuts is
+bootstrapped with the value of its last state, because it did not end there (Pardo et al. 2018, arXiv 1712.00378).
+
+In a hurry, read "the method" and `train`: all else is the same in every script of this family.
 """
 
 import argparse
@@ -82,7 +84,7 @@ class Args:
     capture_video: bool = False
     """film the first environment of --evaluate, or of an evaluation after the training, into the run directory"""
     checkpoint_interval: int = 0
-    """iterations from one checkpoint, where all environments restart, to the next (0: a twentieth of the run)"""
+    """iterations from a checkpoint, where all environments restart, to the next (0: a twentieth, at least 10)"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
     wandb_project_name: str = "lineage"
@@ -112,7 +114,7 @@ class Args:
 
     # Algorithm
     total_timesteps: int = 200_000
-    """environment steps of the whole run"""
+    """environment steps of the whole run, rounded down to whole batches"""
     learning_rate: float = 1e-3
     """step size of Adam"""
     anneal_lr: bool = True
@@ -152,30 +154,17 @@ class Args:
 
 
 # Where a family of environments departs from the defaults above; an explicit flag wins over both.
+# fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
-    "box2d": dict(
-        total_timesteps=1_000_000, learning_rate=3e-4, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98
-    ),
-    "mujoco": dict(
-        total_timesteps=1_000_000,
-        learning_rate=5e-4,
-        num_steps=256,
-        gae_lambda=0.9,
-        num_minibatches=16,
-        log_std_init=-0.5,
-        norm_obs=True,
-        norm_reward=True,
-    ),
-    "atari": dict(
-        total_timesteps=10_000_000,
-        learning_rate=2.5e-4,
-        update_epochs=4,
-        clip_coef=0.1,
-        ent_coef=0.01,
-        clip_reward=True,
-    ),
+    "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, learning_rate=3e-4, gamma=0.999,
+                  gae_lambda=0.98),
+    "mujoco": dict(total_timesteps=1_000_000, num_steps=256, num_minibatches=16, learning_rate=5e-4, gae_lambda=0.9,
+                   log_std_init=-0.5, norm_obs=True, norm_reward=True),
+    "atari": dict(total_timesteps=10_000_000, update_epochs=4, learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01,
+                  clip_reward=True),
 }
+# fmt: on
 
 
 class UsageError(Exception):
@@ -201,10 +190,10 @@ def environment_family(env_id: str) -> str:
         if module:
             importlib.import_module(module)
         where = str(gym.spec(name).entry_point)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--env-id {env_id}: no module named {error.name}; install it, or drop the prefix.") from None
+    except ImportError as error:
+        raise UsageError(f"--env-id {env_id}: {error}; install it, or drop the prefix.") from None
     except gym.error.Error:
-        near = " or ".join(difflib.get_close_matches(name, gym.registry, n=2)) or "one of gymnasium.registry"
+        near = (difflib.get_close_matches(name, gym.registry, n=1) or ["one of gymnasium.registry"])[0]
         raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
     homes = {"ale_py": "atari", "gymnasium.envs.box2d": "box2d", "gymnasium.envs.mujoco": "mujoco"}
     return next((family for home, family in homes.items() if where.startswith(home)), "classic")
@@ -224,7 +213,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         saved = Args(env_id=asked.env_id, **FAMILIES[environment_family(asked.env_id)])
     args = tyro.cli(Args, args=argv, default=saved)
-    harmless = ("resume", "track", "wandb_project_name", "wandb_entity", "capture_video")
+    harmless = ("resume", "track", "wandb_project_name", "wandb_entity", "capture_video", "device", "compile")
     changed = [name for name, value in vars(saved).items() if name not in harmless and value != vars(args)[name]]
     if asked.resume and changed:
         difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
@@ -402,10 +391,8 @@ class Gaussian:
     """Policy over Box actions: mean and actions (batch, dims), independent, of a deviation that no state changes."""
 
     def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
-        self.mean, self.log_std = self.parameters = (
-            mean,
-            log_std.expand_as(mean).clone(),
-        )  # not a view that Adam changes
+        self.mean, self.log_std = mean, log_std.expand_as(mean).clone()  # a copy, for Adam changes log_std in place
+        self.parameters = (self.mean, self.log_std)
 
     def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
         z = (actions - self.mean) * (-self.log_std).exp()
@@ -524,10 +511,8 @@ class Agent(nn.Module):
         """
         if self.image or self.discrete or self.device.type != "cpu" or self.missing is not None:
             return None
-        layers = [
-            (x.weight.detach().numpy().T, x.bias.detach().numpy())
-            for x in (self.actor.first, self.actor.second, self.actor.last)
-        ]
+        layers = [self.actor.first, self.actor.second, self.actor.last]
+        layers = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in layers]
         shift, scale = (self.obs_norm.shift.numpy(), self.obs_norm.scale.numpy()) if self.obs_norm else (0.0, 1.0)
 
         def act(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -625,7 +610,7 @@ def ppo_loss(agent: Agent, batch: Batch, kl_beta: torch.Tensor, args: Args) -> t
     ratio, advantages = logratio.exp(), batch.advantages
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    kl = type(policy)(*batch.old_policy).kl(policy) if args.objective.startswith("kl") else logratio
+    kl = type(policy)(*batch.old_policy).kl(policy) if args.objective.startswith("kl") else torch.zeros_like(ratio)
     policy_loss = -surrogate_objective(ratio, advantages, kl, kl_beta, args)
     value_loss = value_objective(values, batch.values, batch.returns, args)
     entropy = policy.entropy().mean()
@@ -701,13 +686,12 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
     return compiled if args.compile == "on" else gradient
 
 
-def check_finite(observations: torch.Tensor, rewards: np.ndarray, first_step: int = 0, first_env: int = 0) -> None:
+def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
     """Raises Failed for the first NaN or infinity in observations or rewards, (steps, num_envs, ...)."""
     for name, x in (("observation", observations), ("reward", torch.from_numpy(rewards))):
         if x.is_floating_point() and not x.isfinite().all():
             step, env = (~x.isfinite()).nonzero()[0, :2].tolist()
-            where = f"environment {first_env + env} in step {first_step + step} of the rollout"
-            raise Failed(f"the {name} of {where} is NaN or infinite")
+            raise Failed(f"the {name} of environment {env} in step {step} of the rollout is NaN or infinite")
 
 
 def scale_rewards(
@@ -770,8 +754,9 @@ def rollout(
     next_values = values[1:].clone()
     if final_obs:
         final = torch.from_numpy(np.stack(list(final_obs.values()))).to(device, agent.obs_dtype)
-        for where, x in zip(final_obs, final):
-            check_finite(x[None, None], np.zeros((1, 1)), *where)
+        for (t, n), x in zip(final_obs, final):
+            if not x.isfinite().all():
+                raise Failed(f"the last observation of environment {n} in step {t} of the rollout is NaN or infinite")
         next_values[tuple(zip(*final_obs))] = agent(agent.features(final))[1]
     rewards = torch.from_numpy(rewards).to(device, torch.float32)
     flags = [torch.from_numpy(flag).to(device) for flag in (terminations, truncations)]
@@ -803,9 +788,8 @@ def update(
 @torch.no_grad()
 def mean_kl(agent: Agent, batch: Batch) -> float:
     """E[KL(pi_old || pi)] over the batch, for adapt_beta."""
-    chunks = zip(batch.obs.split(1024), zip(*(x.split(1024) for x in batch.old_policy)))
-    pairs = ((agent(agent.features(obs))[0], old) for obs, old in chunks)
-    return torch.cat([type(policy)(*old).kl(policy) for policy, old in pairs]).mean().item()
+    policy, _ = agent(agent.features(batch.obs))
+    return type(policy)(*batch.old_policy).kl(policy).mean().item()
 
 
 # ------------------------------------------------------------------------------------------- the run directory
@@ -914,24 +898,28 @@ class Run:
             import wandb
 
             names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, dir=self.path)
-            self.wandb = wandb.init(
-                id=read_config(self.path)[1]["wandb_id"], resume="allow", config=vars(args), **names
-            )
+            identity = read_config(self.path)[1]["wandb_id"]
+            self.wandb = wandb.init(id=identity, resume="allow", config=vars(args), **names)
         machine = f"{args.device}, threads: {args.num_threads}" + ", compiled" * (args.compile == "on")
         print(f"{self.path} ({machine})")
+        self.exact = not state or self.continues_exactly(state)
         if state:
             how = (
                 "exactly as if it had never stopped"
-                if saved["exact"]
+                if self.exact
                 else "validly, but not bit for bit as without the stop"
             )
             print(f"goes on from step {self.global_step:,}, {how}")
         ended = self.path / "summary.json"
-        self.evaluations = (
-            {k: v for k, v in json.loads(ended.read_text()).items() if k == "eval"} if ended.exists() else {}
-        )
+        self.evaluations = json.loads(ended.read_text()).get("eval") if ended.exists() else None
         self.begun = time.perf_counter()
         self.startup_time = self.begun - started
+
+    def continues_exactly(self, state: dict[str, Any]) -> bool:
+        """Whether a checkpoint is from where every run restarts its environments, from this machine and software."""
+        saved, here = read_config(self.path)[0], self.args
+        same = saved.device == here.device == "cpu" and saved.compile == here.compile
+        return state["exact"] and same and state["versions"] == versions()
 
     def __enter__(self) -> "Run":
         def remember(signum: int, frame: Any) -> None:
@@ -948,9 +936,10 @@ class Run:
             signal.signal(signum, handler)
         status = "interrupted" if kind is Stopped else getattr(error, "status", "failed") if error else "completed"
         summary = dict(status=status, global_step=self.global_step, wall_time=self.wall_time(), sps=self.sps())
-        summary |= dict(startup_time=self.startup_time, train_last100=self.score(), **self.evaluations)
+        summary |= dict(startup_time=self.startup_time, train_last100=self.score())
         unit = 2**20 if sys.platform == "darwin" else 2**10
         summary |= dict(peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        summary |= dict(eval=self.evaluations) if self.evaluations else {}
         print("\n" * (sys.stdout.isatty() and 0 < self.global_step < self.total), end="")
         message = ""
         if status in ("diverged", "failed"):
@@ -997,7 +986,7 @@ class Run:
             file.flush()
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, self.global_step)
-        if self.wandb:
+        if self.wandb and self.global_step > self.wandb.step:  # it refuses what a killed run has sent already
             self.wandb.log(values, step=self.global_step)
         self.print_progress()
 
@@ -1015,21 +1004,24 @@ class Run:
         print(f"{bar}{line}\x1b[K" if terminal else line, end="" if terminal and part < 1 else "\n", flush=True)
 
 
-def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, iteration: int, exact: bool, kl_beta: float) -> None:
-    """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best so far."""
+def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, boundary: bool, kl_beta: float) -> None:
+    """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best so far.
+
+    At a boundary an uninterrupted run restarts its environments too: from there, a resumed one goes on exactly.
+    """
     kind, keys, *position = np.random.get_state()
     better = run.score() is not None and run.score() > run.best
     run.best = run.score() if better else run.best
-    state = dict(iteration=iteration, exact=exact, total_timesteps=run.args.total_timesteps, versions=versions())
+    state = dict(iteration=run.iteration, exact=boundary and run.exact, versions=versions())
+    state |= dict(total_timesteps=run.args.total_timesteps, kl_beta=kl_beta, agent=agent.state_dict())
+    state |= dict(optimizer=dict(m=optimizer.m, v=optimizer.v, t=optimizer.t))
     state |= dict(
-        agent=agent.state_dict(), optimizer=dict(m=optimizer.m, v=optimizer.v, t=optimizer.t), kl_beta=kl_beta
+        torch_rng=torch.get_rng_state(), python_rng=random.getstate(), numpy_rng=[kind, keys.tolist(), *position]
     )
-    state |= dict(
-        torch_rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(), python_rng=random.getstate()
-    )
-    state |= dict(numpy_rng=[kind, keys.tolist(), *position])
+    state |= dict(cuda_rng=torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [])
     state |= dict(wall_time=run.wall_time(), last_returns=run.last_returns, best=run.best)
     state |= dict(csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files})
+    run.writer.flush()
     for file in run.files.values():
         os.fsync(file.fileno())  # what csv_bytes counts must outlive a power cut, too
     buffer, folder = io.BytesIO(), run.path / "checkpoints"
@@ -1045,8 +1037,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The newest good checkpoint of a run directory, or the file given; a corrupt one is named, none starts afresh."""
     for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
         try:
-            if damaged := zipfile.ZipFile(file).testzip():  # torch does not look at the checksums
-                raise ValueError(f"{damaged} has a wrong checksum")
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():  # torch does not look at the checksums
+                    raise ValueError(f"{damaged} has a wrong checksum")
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damage can surface as almost anything
             print(f"{file} is corrupt and left out ({type(error).__name__}).", file=sys.stderr)
@@ -1060,7 +1053,8 @@ def restore(state: dict[str, Any], agent: Agent, optimizer: Adam) -> None:
     optimizer.v.copy_(state["optimizer"]["v"])
     optimizer.t = state["optimizer"]["t"]
     torch.set_rng_state(state["torch_rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    if agent.device.type == "cuda":
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
     np.random.set_state(tuple(state["numpy_rng"]))
     version, keys, gauss = state["python_rng"]
     random.setstate((version, tuple(keys), gauss))
@@ -1088,7 +1082,8 @@ def resolve(args: Args, envs: gym.vector.VectorEnv) -> None:
     if args.device == "auto":
         args.device = "cuda" if image and cuda else "cpu"
     if args.bf16 == "auto":
-        native = args.device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        cpu = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        native = cpu if args.device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = "on" if image and native else "off"
     args.num_threads = args.num_threads or ((os.cpu_count() or 1) if image else 1)
     torch.set_num_threads(args.num_threads)
@@ -1123,19 +1118,21 @@ def evaluate(args: Args) -> list[float]:
     (obs, info), episodes = reset_envs(envs, args.eval_seed, 0), Episodes(num_envs)
     if args.capture_video and atari:  # the emulators cannot render, but twins that play the same games see in colour
         twins = make_envs(args, num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
-        reset_envs(twins, args.eval_seed, 0)
+        twin_obs, _ = reset_envs(twins, args.eval_seed, 0)
     returns, frames = [[] for _ in range(num_envs)], []
     shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # or else short episodes win
     while any(len(played) < share for played, share in zip(returns, shares)):
         noise = agent.noise(num_envs) * float(args.eval_stochastic)
         features = agent.features(torch.from_numpy(obs).to(agent.device, agent.obs_dtype))
         actions, clock = agent.to_env(agent.act(features, noise).cpu().numpy()), info.get("episode_frame_number")
+        filming = args.capture_video and len(returns[0]) < shares[0]
+        if filming:
+            frames.append(twin_obs[0, -1] if atari else envs.envs[0].render())
+            twin_obs = twins.step(actions)[0] if atari else None
         obs, rewards, terminations, truncations, info = envs.step(actions)
-        if args.capture_video:
-            frames.append(twins.step(actions)[0][0, -1] if atari else envs.envs[0].render())
         for _, ret, _, n in episodes.collect(rewards[None], whole_games(terminations | truncations, info, clock)[None]):
             returns[n].append(ret)
-            if args.capture_video and n == 0 and len(returns[0]) <= shares[0]:
+            if filming and n == 0:
                 film(frames, folder / "videos" / f"iteration_{state['iteration']}_episode_{len(returns[0])}.mp4")
                 frames.clear()
     returns = [ret for played, share in zip(returns, shares) for ret in played[:share]]
@@ -1166,7 +1163,7 @@ def train(args: Args) -> Path:
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
     optimizer = Adam(flatten_parameters(agent))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # compiling, or not, must not change the run
         gradient = make_gradient(agent, args)
     num_iterations, done, kl_beta = args.total_timesteps // (args.num_envs * args.num_steps), 0, args.kl_beta
     interval = args.checkpoint_interval or max(10, math.ceil(num_iterations / 20))
@@ -1179,7 +1176,7 @@ def train(args: Args) -> Path:
         done, kl_beta = state["iteration"], state["kl_beta"]
     with Run(args, state, started) as run:
         if not state:
-            save_checkpoint(run, agent, optimizer, 0, True, kl_beta)
+            save_checkpoint(run, agent, optimizer, True, kl_beta)
         for run.iteration in range(done + 1, num_iterations + 1):
             iteration = run.iteration
             if iteration == done + 1 or (iteration - 1) % interval == 0:  # after a checkpoint, as when resuming from it
@@ -1195,9 +1192,10 @@ def train(args: Args) -> Path:
             if agent.obs_norm:
                 agent.obs_norm.update(batch.obs)
             run.log(finished, values)
-            if iteration % interval == 0 or iteration == num_iterations or run.signals:
-                save_checkpoint(run, agent, optimizer, iteration, iteration % interval == 0, kl_beta)
-            if run.signals and iteration < num_iterations:
+            boundary, last, stop = iteration % interval == 0, iteration == num_iterations, bool(run.signals)
+            if boundary or last or stop:
+                save_checkpoint(run, agent, optimizer, boundary, kl_beta)
+            if stop and not last:
                 raise Stopped(run.signals[0])
     return run.path
 

@@ -234,7 +234,7 @@ BAD_ARGUMENTS = {
     "--env-id CartPol-v1": "did you mean CartPole-v1?",
     "--env-id HalfCheetah-v9": "did you mean HalfCheetah-v",
     "--env-id ALE/Pon-v5": "did you mean ALE/Pong-v5?",
-    "--env-id no_such_package:Thing-v0": "no module named no_such_package; install it",
+    "--env-id no_such_package:Thing-v0": "No module named 'no_such_package'; install it",
     "--env-id json:Thing-v0": "json:Thing-v0 is not registered",
     "--env-id Pong-v4": "ALE/<Game>-v5 or <Game>NoFrameskip-v4",
     "--env-id Blackjack-v1": "Box and Discrete are supported",
