@@ -879,7 +879,7 @@ class Run:
         self.tags = [f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "learning_rate")]
         self.tags += ["charts/kl_beta"] * args.objective.startswith("kl")
         self.tags += [f"losses/{x}" for x in (*STATS, "explained_variance")]
-        self.files = {}
+        self.files, self.unwritten, self.written = {}, [], 0.0
         for name, columns in (("episodes", ["return", "length"]), ("progress", ["sps", *self.tags])):
             file = self.files[name] = open(self.path / f"{name}.csv", "a", newline="")
             file.truncate(saved["csv_bytes"].get(name, 0))  # what came after the checkpoint will come again
@@ -948,6 +948,7 @@ class Run:
             summary |= dict(error=message)
         try:
             write_json(self.path / "summary.json", summary)
+            self.write_scalars()
             for file in (*self.files.values(), self.writer):
                 file.close()
         except OSError:  # a full disk again
@@ -984,11 +985,19 @@ class Run:
         csv.writer(self.files["progress"]).writerow([self.global_step, now, values["charts/SPS"], *row])
         for file in self.files.values():
             file.flush()
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, self.global_step)
+        self.unwritten += [(tag, value, self.global_step) for tag, value in values.items()]
+        if time.perf_counter() - self.written > 2.0:
+            self.write_scalars()
         if self.wandb and self.global_step > self.wandb.step:  # it refuses what a killed run has sent already
             self.wandb.log(values, step=self.global_step)
         self.print_progress()
+
+    def write_scalars(self) -> None:
+        """Hands TensorBoard what has gathered, at most every other second: its thread gets in the way of this one."""
+        for scalar in self.unwritten:
+            self.writer.add_scalar(*scalar)
+        self.writer.flush()
+        self.unwritten, self.written = [], time.perf_counter()
 
     def print_progress(self) -> None:
         """One line that renews itself on a terminal; a line every five seconds elsewhere."""
@@ -1021,7 +1030,7 @@ def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, boundary: bool, kl_
     state |= dict(cuda_rng=torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [])
     state |= dict(wall_time=run.wall_time(), last_returns=run.last_returns, best=run.best)
     state |= dict(csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files})
-    run.writer.flush()
+    run.write_scalars()
     for file in run.files.values():
         os.fsync(file.fileno())  # what csv_bytes counts must outlive a power cut, too
     buffer, folder = io.BytesIO(), run.path / "checkpoints"

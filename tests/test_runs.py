@@ -400,7 +400,7 @@ def test_resume_with_changed_arguments_is_refused_with_the_difference(here, caps
 def test_resume_with_the_same_and_with_harmless_arguments_is_allowed(here):
     _, run = start(iterations=1)
     same_again = [*SMALL, "--total-timesteps", str(BATCH), "--run-name", "run"]
-    assert ppo.main(["--resume", str(run), *same_again, "--capture-video", "--wandb-project-name", "other"]) == 0
+    assert ppo.main(["--resume", str(run), *same_again, "--wandb-entity", "team", "--wandb-project-name", "other"]) == 0
 
 
 def test_resume_of_a_checkpoint_file_is_refused(here, capsys):
