@@ -65,7 +65,8 @@ ROWS = {
 THEIRS = """
 import json, resource, time, warnings
 warnings.filterwarnings("ignore")
-import torch
+import ale_py, gymnasium, torch
+gymnasium.register_envs(ale_py)
 torch.set_num_threads({threads})
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
