@@ -41,7 +41,7 @@ import time
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -165,6 +165,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
                   clip_reward=True),
 }
 # fmt: on
+POSITIVE = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes learning_rate gamma"
+POSITIVE += " clip_coef kl_beta kl_target max_grad_norm target_kl"
 
 
 class UsageError(Exception):
@@ -223,13 +225,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> None:
     """Raises UsageError for the first argument that cannot work, and says what would."""
-    positive = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes learning_rate gamma"
-    positive += " clip_coef kl_beta kl_target max_grad_norm target_kl"
     for name, value in vars(args).items():
         must = ""
         if isinstance(value, float) and not math.isfinite(value):
             must = "a finite number"
-        elif name in positive.split() and value is not None and value <= 0:
+        elif name in POSITIVE.split() and value is not None and value <= 0:
             must = "greater than 0"
         elif name in ("gamma", "gae_lambda") and value > 1:
             must = "at most 1"
@@ -239,17 +239,23 @@ def check_args(args: Args) -> None:
             must = "less than 2**32"
         if must:
             raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be {must}.")
+    batch = args.num_envs * args.num_steps
+    if args.total_timesteps < batch:
+        size = f"{args.num_envs} x {args.num_steps} = {batch}"
+        raise UsageError(
+            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
+        )
+
+
+def check_minibatches(args: Args) -> None:
+    """Raises UsageError unless the minibatches are equal parts of the batch, of two rows or more."""
     batch, parts = args.num_envs * args.num_steps, args.num_minibatches
-    size = f"{args.num_envs} x {args.num_steps} = {batch}"
     if batch % parts or batch < 2 * parts:
         fits = sorted((n for n in range(1, batch // 2 + 1) if batch % n == 0), key=lambda n: abs(n - parts))[:3]
         would = f"--num-minibatches {' or '.join(map(str, fits))}" if fits else "a larger --num-steps"
+        size = f"{args.num_envs} x {args.num_steps} = {batch}"
         raise UsageError(
             f"{parts} minibatches do not cut a batch of {size} into equal parts of 2 or more; {would} would."
-        )
-    if args.total_timesteps < batch:
-        raise UsageError(
-            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
         )
 
 
@@ -470,6 +476,11 @@ class Agent(nn.Module):
     def device(self) -> torch.device:
         return self.return_norm.count.device
 
+    def empty_obs(self, batch: int) -> torch.Tensor:
+        """Observations (batch, *space.shape) that are valid, to try something on."""
+        start = int(getattr(self.observation_space, "start", 0))
+        return torch.full((batch, *self.observation_space.shape), start, dtype=self.obs_dtype, device=self.device)
+
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """What actor and critic see."""
         if self.image:
@@ -532,6 +543,160 @@ class Agent(nn.Module):
         if self.continuous:
             return np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
         return actions + self.action_space.start
+
+
+# ------------------------------------------------------------------------------------------------------ playing
+def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
+    """Raises Failed for the first NaN or infinity in observations or rewards, (steps, num_envs, ...)."""
+    for name, x in (("observation", observations), ("reward", torch.from_numpy(rewards))):
+        if x.is_floating_point() and not x.isfinite().all():
+            step, env = (~x.isfinite()).nonzero()[0, :2].tolist()
+            raise Failed(f"the {name} of environment {env} in step {step} of the rollout is NaN or infinite")
+
+
+def scale_rewards(
+    norm: RunningNorm, rewards: np.ndarray, ended: np.ndarray, running: np.ndarray, gamma: float
+) -> np.ndarray:
+    """Rewards over the deviation of the discounted return, which norm takes in; running (num_envs,) is carried on."""
+    returns = np.empty_like(rewards)
+    for t in range(len(rewards)):
+        running[:] = running * gamma + rewards[t]
+        returns[t] = running
+        running[ended[t]] = 0.0
+    norm.update(torch.from_numpy(returns).flatten().to(norm.count.device))
+    return (rewards * norm.scale.item()).clip(-10.0, 10.0)
+
+
+class Steps(NamedTuple):
+    """What `play` saw, (num_steps, num_envs, ...) and on the agent's device; flags belong to step t, after it."""
+
+    observations: torch.Tensor  # one more than steps: also what came after the last one
+    features: list[torch.Tensor]  # of the CNN, for each step but that; empty for an MLP
+    actions: torch.Tensor
+    rewards: torch.Tensor  # as the method learns from them
+    terminations: torch.Tensor
+    truncations: torch.Tensor
+    final_obs: dict[tuple[int, int], np.ndarray]  # last observation of what was truncated, by step and environment
+
+
+@torch.no_grad()
+def play(
+    agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, info: dict, episodes: Episodes, args: Args
+) -> tuple[Steps, np.ndarray, dict, list[tuple[int, float, int, int]]]:
+    """Plays num_steps steps on from obs and info; returns them, the next obs and info, and the episodes done."""
+    shape, device, features, final_obs = (args.num_steps, args.num_envs), agent.device, [], {}
+    observations = torch.empty((args.num_steps + 1, *obs.shape), dtype=agent.obs_dtype, device=device)
+    noise, fast_act = agent.noise(*shape), agent.numpy_act()
+    actions = np.zeros(noise.shape[:3], dtype=np.float32 if agent.continuous else np.int64)
+    rewards, (terminations, truncations, finished) = np.zeros(shape), np.zeros((3, *shape), dtype=bool)
+    if fast_act:
+        seen, noise = observations.numpy(), noise.numpy()
+    for t in range(args.num_steps):
+        if fast_act:
+            seen[t] = obs
+            actions[t] = fast_act(seen[t], noise[t])
+        else:
+            observations[t].copy_(torch.from_numpy(obs))
+            features.append(agent.features(observations[t]))
+            actions[t] = agent.act(features[t], noise[t]).cpu().numpy()
+        clock = info.get("episode_frame_number")
+        try:
+            obs, rewards[t], terminations[t], truncations[t], info = envs.step(agent.to_env(actions[t]))
+        except Failed as error:
+            check_finite(observations[: t + 1], rewards[:t])
+            raise Failed(f"{error} in step {t} of the rollout", error.status) from error
+        if "final_obs" in info:
+            finished[t] = whole_games(terminations[t] | truncations[t], info, clock)
+            for n in np.flatnonzero(truncations[t] & ~terminations[t]):
+                final_obs[t, n] = info["final_obs"][n]
+                if agent.obs_dtype == torch.float32 and not np.isfinite(final_obs[t, n]).all():
+                    raise Failed(
+                        f"the last observation of environment {n} in step {t} of the rollout is NaN or infinite"
+                    )
+    observations[-1].copy_(torch.from_numpy(obs))
+    check_finite(observations, rewards)
+    done = episodes.collect(rewards, finished)
+    if args.clip_reward:
+        rewards = np.sign(rewards)
+    if args.norm_reward:
+        rewards = scale_rewards(agent.return_norm, rewards, terminations | truncations, episodes.discounted, args.gamma)
+    seen = [torch.from_numpy(x).to(device) for x in (actions, rewards.astype(np.float32), terminations, truncations)]
+    return Steps(observations, features, *seen, final_obs), obs, info, done
+
+
+@torch.no_grad()
+def judge(agent: Agent, steps: Steps) -> tuple[Categorical | Gaussian, torch.Tensor, torch.Tensor]:
+    """pi(.|s) of all num_steps * num_envs states, and (num_steps, num_envs) values V(s) and V of the true successors.
+
+    All states at once, which is faster than at every step.
+    """
+    num_envs = steps.rewards.shape[1]
+    unseen = steps.observations[-1] if steps.features else steps.observations.flatten(0, 1)
+    policy, values = agent(torch.cat([*steps.features, agent.features(unseen)]))
+    values = values.view(-1, num_envs)
+    next_values = values[1:].clone()
+    if steps.final_obs:
+        final = torch.from_numpy(np.stack(list(steps.final_obs.values()))).to(agent.device, agent.obs_dtype)
+        next_values[tuple(zip(*steps.final_obs))] = agent(agent.features(final))[1]
+    return type(policy)(*(x[:-num_envs] for x in policy.parameters)), values[:-1], next_values
+
+
+# --------------------------------------------------------------------------------------------------- optimising
+def flatten_parameters(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """One vector of which all parameters become views: clipping and a step are then a handful of operations."""
+    parameters = list(parameters)
+    vector = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(vector, parameters)
+    return vector
+
+
+class Adam:
+    """Adam (arXiv 1412.6980) on one vector: torch.optim.Adam needs three times as long for so few numbers."""
+
+    def __init__(self, parameters: torch.Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5):
+        self.parameters, self.beta1, self.beta2, self.eps, self.t = parameters, beta1, beta2, eps, 0
+        self.m, self.v = torch.zeros_like(parameters), torch.zeros_like(parameters)
+
+    @torch.no_grad()
+    def step(self, grad: torch.Tensor, learning_rate: float) -> None:
+        self.t += 1
+        self.m.lerp_(grad, 1 - self.beta1)
+        self.v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+        deviation = (self.v / (1 - self.beta2**self.t)).sqrt_().add_(self.eps)
+        self.parameters.addcdiv_(self.m, deviation, value=-learning_rate / (1 - self.beta1**self.t))
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(m=self.m, v=self.v, t=self.t)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.m.copy_(state["m"]), self.v.copy_(state["v"])
+        self.t = state["t"]
+
+
+def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) -> Callable:
+    """function as one graph for arguments of the example's shapes; function itself where args.compile is "off".
+
+    Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
+    """
+    asked = args.compile
+    if asked == "auto":
+        args.compile = "on" if worth_it and args.device == "cpu" else "off"
+    if args.compile == "off":
+        return function
+    # Every call has the same shapes, so the checks before each go, a seventh of its time. The code object is copied
+    # because what was compiled belongs to it, and another agent in this process must not be given ours.
+    function.__code__ = function.__code__.replace()
+    torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and clipping in one graph
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    try:  # now rather than in the first iteration
+        compiled(*example)
+    except Exception as error:  # no compiler, no headers, ...
+        if asked == "on":
+            raise UsageError(f"--compile on fails here ({str(error).splitlines()[0]}); use --compile off.") from None
+        print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
+        args.compile = "off"
+    return compiled if args.compile == "on" else function
 
 
 # --------------------------------------------------------------------------------------------------- the method
@@ -620,34 +785,8 @@ def ppo_loss(agent: Agent, batch: Batch, kl_beta: torch.Tensor, args: Args) -> t
     return loss, [policy_loss, value_loss, entropy, approx_kl, -logratio.mean(), clipfrac]
 
 
-def flatten_parameters(module: nn.Module) -> torch.Tensor:
-    """One vector of which all parameters become views: clipping and Adam are then a handful of operations."""
-    vector = nn.utils.parameters_to_vector(module.parameters()).detach()
-    nn.utils.vector_to_parameters(vector, module.parameters())
-    return vector
-
-
-class Adam:
-    """Adam (arXiv 1412.6980) on one vector: torch.optim.Adam needs three times as long for so few numbers."""
-
-    def __init__(self, parameters: torch.Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5):
-        self.parameters, self.beta1, self.beta2, self.eps, self.t = parameters, beta1, beta2, eps, 0
-        self.m, self.v = torch.zeros_like(parameters), torch.zeros_like(parameters)
-
-    @torch.no_grad()
-    def step(self, grad: torch.Tensor, learning_rate: float) -> None:
-        self.t += 1
-        self.m.lerp_(grad, 1 - self.beta1)
-        self.v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
-        deviation = (self.v / (1 - self.beta2**self.t)).sqrt_().add_(self.eps)
-        self.parameters.addcdiv_(self.m, deviation, value=-learning_rate / (1 - self.beta1**self.t))
-
-
 def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """gradient(batch, rows, kl_beta) -> (gradient (parameters,) clipped to max_grad_norm, STATS as one tensor).
-
-    Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
-    """
+    """gradient(batch, rows, kl_beta) -> (gradient (parameters,) clipped to max_grad_norm, STATS as one tensor)."""
     parameters = list(agent.parameters())
 
     def gradient(batch: Batch, rows: torch.Tensor, kl_beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -657,112 +796,32 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
         norm = grad.norm()
         return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.stack([*stats, norm]).detach()
 
-    asked, batch_size = args.compile, args.num_envs * args.num_steps
-    if asked == "auto":  # compiling takes 10 s and saves two thirds of each step of an MLP, but nothing of a CNN's
-        steps = args.total_timesteps // batch_size * args.update_epochs * args.num_minibatches
-        args.compile = "on" if steps > 40_000 and args.device == "cpu" and not agent.image else "off"
-    if args.compile == "off":
-        return gradient
-    # Every minibatch has the same shape, so the checks before each call go, a seventh of its time. The code object is
-    # copied because what was compiled belongs to it, and another agent in this process must not be given ours.
-    gradient.__code__ = gradient.__code__.replace()
-    torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and clipping in one graph
-    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    compiled = torch.compile(gradient, fullgraph=True, dynamic=False, options=options)
-    try:  # now rather than in the first iteration, on zeros
-        zeros = torch.zeros(4, batch_size, device=args.device)
-        start = int(getattr(agent.observation_space, "start", 0))
-        obs = torch.full((batch_size, *agent.observation_space.shape), start, dtype=agent.obs_dtype, device=args.device)
-        with torch.no_grad():
-            features = agent.features(obs)
-            actions, old_policy = agent.act(features, zeros[0, 0]), agent(features)[0].parameters
-        rows = torch.arange(batch_size // args.num_minibatches, device=args.device)
-        compiled(Batch(obs, actions, *zeros, old_policy), rows, zeros[0, 0])
-    except Exception as error:  # no compiler, no headers, ...
-        if asked == "on":
-            raise UsageError(f"--compile on fails here ({str(error).splitlines()[0]}); use --compile off.") from None
-        print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
-        args.compile = "off"
-    return compiled if args.compile == "on" else gradient
+    batch_size = args.num_envs * args.num_steps
+    obs = agent.empty_obs(batch_size)
+    zeros = torch.zeros(4, batch_size, device=args.device)
+    with torch.no_grad():
+        features = agent.features(obs)
+        actions, old_policy = agent.act(features, zeros[0, 0]), agent(features)[0].parameters
+    rows = torch.arange(batch_size // args.num_minibatches, device=args.device)
+    example = (Batch(obs, actions, *zeros, old_policy), rows, zeros[0, 0])
+    # Compiling takes 10 s and saves two thirds of each step of an MLP, but nothing of a CNN's.
+    steps = args.total_timesteps // batch_size * args.update_epochs * args.num_minibatches
+    return compile_for(example, gradient, args, steps > 40_000 and not agent.image)
 
 
-def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
-    """Raises Failed for the first NaN or infinity in observations or rewards, (steps, num_envs, ...)."""
-    for name, x in (("observation", observations), ("reward", torch.from_numpy(rewards))):
-        if x.is_floating_point() and not x.isfinite().all():
-            step, env = (~x.isfinite()).nonzero()[0, :2].tolist()
-            raise Failed(f"the {name} of environment {env} in step {step} of the rollout is NaN or infinite")
-
-
-def scale_rewards(
-    norm: RunningNorm, rewards: np.ndarray, ended: np.ndarray, running: np.ndarray, gamma: float
-) -> np.ndarray:
-    """Rewards over the deviation of the discounted return, which norm takes in; running (num_envs,) is carried on."""
-    returns = np.empty_like(rewards)
-    for t in range(len(rewards)):
-        running[:] = running * gamma + rewards[t]
-        returns[t] = running
-        running[ended[t]] = 0.0
-    norm.update(torch.from_numpy(returns).flatten().to(norm.count.device))
-    return (rewards * norm.scale.item()).clip(-10.0, 10.0)
-
-
-@torch.no_grad()
 def rollout(
     agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, info: dict, episodes: Episodes, args: Args
 ) -> tuple[Batch, np.ndarray, dict, list[tuple[int, float, int, int]]]:
     """Plays num_steps steps on from obs and info; returns the batch, the next obs and info, and the episodes done."""
-    shape, device, features, final_obs = (args.num_steps, args.num_envs), agent.device, [], {}
-    observations = torch.empty((args.num_steps + 1, *obs.shape), dtype=agent.obs_dtype, device=device)
-    noise, fast_act = agent.noise(*shape), agent.numpy_act()
-    actions = np.zeros(noise.shape[:3], dtype=np.float32 if agent.continuous else np.int64)
-    rewards, (terminations, truncations, finished) = np.zeros(shape), np.zeros((3, *shape), dtype=bool)
-    if fast_act:
-        seen, noise = observations.numpy(), noise.numpy()
-    for t in range(args.num_steps):
-        if fast_act:
-            seen[t] = obs
-            actions[t] = fast_act(seen[t], noise[t])
-        else:
-            observations[t].copy_(torch.from_numpy(obs))
-            features.append(agent.features(observations[t]))
-            actions[t] = agent.act(features[t], noise[t]).cpu().numpy()
-        clock = info.get("episode_frame_number")
-        try:
-            obs, rewards[t], terminations[t], truncations[t], info = envs.step(agent.to_env(actions[t]))
-        except Failed as error:
-            check_finite(observations[: t + 1], rewards[:t])
-            raise Failed(f"{error} in step {t} of the rollout", error.status) from error
-        if "final_obs" in info:
-            finished[t] = whole_games(terminations[t] | truncations[t], info, clock)
-            for n in np.flatnonzero(truncations[t] & ~terminations[t]):
-                final_obs[t, n] = info["final_obs"][n]
-    observations[-1].copy_(torch.from_numpy(obs))
-    check_finite(observations, rewards)
-    done = episodes.collect(rewards, finished)
-    if args.clip_reward:
-        rewards = np.sign(rewards)
-    if args.norm_reward:
-        rewards = scale_rewards(agent.return_norm, rewards, terminations | truncations, episodes.discounted, args.gamma)
-
-    # pi_old and V_old of all states at once: faster than at every step. The CNN's features are there already.
-    seen = observations.flatten(0, 1) if not features else observations[-1]
-    policy, values = agent(torch.cat([*features, agent.features(seen)]))
-    values, actions = values.view(-1, args.num_envs), torch.from_numpy(actions).to(device).flatten(0, 1)
-    old_policy = tuple(x[: -args.num_envs] for x in policy.parameters)
-    logprobs = type(policy)(*old_policy).log_prob(actions)
-    next_values = values[1:].clone()
-    if final_obs:
-        final = torch.from_numpy(np.stack(list(final_obs.values()))).to(device, agent.obs_dtype)
-        for (t, n), x in zip(final_obs, final):
-            if not x.isfinite().all():
-                raise Failed(f"the last observation of environment {n} in step {t} of the rollout is NaN or infinite")
-        next_values[tuple(zip(*final_obs))] = agent(agent.features(final))[1]
-    rewards = torch.from_numpy(rewards).to(device, torch.float32)
-    flags = [torch.from_numpy(flag).to(device) for flag in (terminations, truncations)]
-    advantages, returns = compute_gae(rewards, values[:-1], next_values, *flags, args.gamma, args.gae_lambda)
-    flat = (x.flatten(0, 1) for x in (advantages, returns, values[:-1]))
-    return Batch(observations[:-1].flatten(0, 1), actions, logprobs, *flat, old_policy), obs, info, done
+    steps, obs, info, done = play(agent, envs, obs, info, episodes, args)
+    old_policy, values, next_values = judge(agent, steps)
+    flags = steps.terminations, steps.truncations
+    advantages, returns = compute_gae(steps.rewards, values, next_values, *flags, args.gamma, args.gae_lambda)
+    actions = steps.actions.flatten(0, 1)
+    flat = (x.flatten(0, 1) for x in (advantages, returns, values))
+    logprobs = old_policy.log_prob(actions)
+    batch = Batch(steps.observations[:-1].flatten(0, 1), actions, logprobs, *flat, old_policy.parameters)
+    return batch, obs, info, done
 
 
 def update(
@@ -869,23 +928,22 @@ class Run:
     """The files of a run, their views in TensorBoard, wandb and the progress line, and how the run ends."""
 
     def __init__(self, args: Args, state: dict[str, Any] | None, started: float):
-        self.args, self.batch_size, self.signals, self.printed = args, args.num_envs * args.num_steps, [], 0.0
+        self.args, self.signals, self.printed, batch_size = args, [], 0.0, args.num_envs * args.num_steps
         self.path = Path(args.resume) if state else create_run_dir(args)
-        self.total = args.total_timesteps // self.batch_size * self.batch_size
-        saved = state or dict(iteration=0, wall_time=0.0, last_returns=[], best=-math.inf, csv_bytes={})
-        self.iteration, self.global_step = saved["iteration"], saved["iteration"] * self.batch_size
+        self.total = args.total_timesteps // batch_size * batch_size
+        saved = state or dict(iteration=0, global_step=0, wall_time=0.0, last_returns=[], best=-math.inf, csv_bytes={})
+        self.iteration, self.global_step = saved["iteration"], saved["global_step"]
         self.first_step = self.global_step
         self.earlier_time, self.last_returns, self.best = saved["wall_time"], saved["last_returns"], saved["best"]
-        self.tags = [f"charts/{x}" for x in ("episodic_return", "episodic_length", "SPS", "learning_rate")]
-        self.tags += ["charts/kl_beta"] * args.objective.startswith("kl")
-        self.tags += [f"losses/{x}" for x in (*STATS, "explained_variance")]
         self.files, self.unwritten, self.written = {}, [], 0.0
-        for name, columns in (("episodes", ["return", "length"]), ("progress", ["sps", *self.tags])):
-            file = self.files[name] = open(self.path / f"{name}.csv", "a", newline="")
+        for name in ("episodes", "progress"):
+            file = self.files[name] = open(self.path / f"{name}.csv", "a+", newline="")
             file.truncate(saved["csv_bytes"].get(name, 0))  # what came after the checkpoint will come again
-            if not state:
-                csv.writer(file).writerow(["global_step", "wall_time", *columns])
-                file.flush()
+        if not state:
+            csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
+            self.files["episodes"].flush()
+        self.files["progress"].seek(0)
+        self.columns = next(csv.reader(self.files["progress"]), None)
         self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if state else None)
         if not state:
             table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
@@ -972,17 +1030,22 @@ class Run:
         """Steps per second of this session."""
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
-    def log(self, episodes: list[tuple[int, float, int, int]], values: dict[str, float]) -> None:
-        """Records an iteration: its episodes, as Episodes.collect returns them, and values by their tags."""
+    def log(self, steps: int, episodes: list[tuple[int, float, int, int]], values: dict[str, float]) -> None:
+        """Records what an iteration was: steps, episodes as Episodes.collect returns them, and values by their tags."""
         before, now = self.global_step, f"{self.wall_time():.3f}"
-        self.global_step += self.batch_size
+        self.global_step += steps
         csv.writer(self.files["episodes"]).writerows([before + step, now, *rest] for step, *rest, _ in episodes)
         self.last_returns = (self.last_returns + [episode[1] for episode in episodes])[-100:]
-        if episodes:
-            values["charts/episodic_return"], values["charts/episodic_length"] = np.mean(episodes, 0)[1:3].tolist()
         values["charts/SPS"] = self.sps()
-        row = [values.get(tag, "") for tag in self.tags]
-        csv.writer(self.files["progress"]).writerow([self.global_step, now, values["charts/SPS"], *row])
+        row = {"global_step": self.global_step, "wall_time": now, "sps": values["charts/SPS"]}
+        row |= {"charts/episodic_return": "", "charts/episodic_length": ""} | values
+        if episodes:
+            means = dict(zip(("charts/episodic_return", "charts/episodic_length"), np.mean(episodes, 0)[1:3].tolist()))
+            row, values = row | means, values | means
+        if not self.columns:
+            self.columns = list(row)
+            csv.writer(self.files["progress"]).writerow(self.columns)
+        csv.writer(self.files["progress"]).writerow([row[column] for column in self.columns])
         for file in self.files.values():
             file.flush()
         self.unwritten += [(tag, value, self.global_step) for tag, value in values.items()]
@@ -1001,11 +1064,11 @@ class Run:
 
     def print_progress(self) -> None:
         """One line that renews itself on a terminal; a line every five seconds elsewhere."""
-        terminal, part = sys.stdout.isatty(), self.global_step / self.total
+        terminal, part = sys.stdout.isatty(), min(self.global_step / self.total, 1.0)
         if time.perf_counter() - self.printed < (0.1 if terminal else 5.0) and part < 1:
             return
         self.printed = time.perf_counter()
-        seconds = int((self.total - self.global_step) / self.sps())
+        seconds = int(max(self.total - self.global_step, 0) / self.sps())
         left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
         score = "-" if self.score() is None else f"{self.score():,.1f}"
         line = f"{self.global_step:>11,} steps {part:4.0%} {self.sps():>7,.0f}/s  return {score:>9}  {left}"
@@ -1013,17 +1076,17 @@ class Run:
         print(f"{bar}{line}\x1b[K" if terminal else line, end="" if terminal and part < 1 else "\n", flush=True)
 
 
-def save_checkpoint(run: Run, agent: Agent, optimizer: Adam, boundary: bool, kl_beta: float) -> None:
+def save_checkpoint(run: Run, agent: Agent, boundary: bool, **learner: Any) -> None:
     """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best so far.
 
-    At a boundary an uninterrupted run restarts its environments too: from there, a resumed one goes on exactly.
+    learner is what the method carries on besides the agent. At a boundary an uninterrupted run restarts its
+    environments too: from there, a resumed one goes on exactly.
     """
     kind, keys, *position = np.random.get_state()
     better = run.score() is not None and run.score() > run.best
     run.best = run.score() if better else run.best
-    state = dict(iteration=run.iteration, exact=boundary and run.exact, versions=versions())
-    state |= dict(total_timesteps=run.args.total_timesteps, kl_beta=kl_beta, agent=agent.state_dict())
-    state |= dict(optimizer=dict(m=optimizer.m, v=optimizer.v, t=optimizer.t))
+    state = dict(iteration=run.iteration, global_step=run.global_step, exact=boundary and run.exact)
+    state |= dict(total_timesteps=run.args.total_timesteps, versions=versions(), agent=agent.state_dict(), **learner)
     state |= dict(
         torch_rng=torch.get_rng_state(), python_rng=random.getstate(), numpy_rng=[kind, keys.tolist(), *position]
     )
@@ -1055,12 +1118,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path} has no readable checkpoint.")
 
 
-def restore(state: dict[str, Any], agent: Agent, optimizer: Adam) -> None:
-    """Puts back weights, normalisers, optimizer and all random states."""
+def restore(state: dict[str, Any], agent: Agent) -> None:
+    """Puts back weights, normalisers and all random states."""
     agent.load_state_dict(state["agent"])
-    optimizer.m.copy_(state["optimizer"]["m"])
-    optimizer.v.copy_(state["optimizer"]["v"])
-    optimizer.t = state["optimizer"]["t"]
     torch.set_rng_state(state["torch_rng"])
     if agent.device.type == "cuda":
         torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -1154,9 +1214,7 @@ def evaluate(args: Args) -> list[float]:
         summary["eval"] = summary.get("eval", {}) | {kind: result}
         write_json(folder / "summary.json", summary)
         with SummaryWriter(folder) as writer:
-            writer.add_scalar(
-                "eval/episodic_return", result["mean"], state["iteration"] * args.num_envs * args.num_steps
-            )
+            writer.add_scalar("eval/episodic_return", result["mean"], state["global_step"])
     return returns
 
 
@@ -1167,11 +1225,12 @@ def train(args: Args) -> Path:
     """
     started = time.perf_counter()
     check_args(args)
+    check_minibatches(args)
     envs = make_envs(args, args.num_envs)
     resolve(args, envs)
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
-    optimizer = Adam(flatten_parameters(agent))
+    optimizer = Adam(flatten_parameters(agent.parameters()))
     with torch.random.fork_rng(devices=[]):  # compiling, or not, must not change the run
         gradient = make_gradient(agent, args)
     num_iterations, done, kl_beta = args.total_timesteps // (args.num_envs * args.num_steps), 0, args.kl_beta
@@ -1181,11 +1240,12 @@ def train(args: Args) -> Path:
         print(f"{args.resume} is complete; there is nothing left to train.")
         return Path(args.resume)
     if state:
-        restore(state, agent, optimizer)
+        restore(state, agent)
+        optimizer.load_state_dict(state["optimizer"])
         done, kl_beta = state["iteration"], state["kl_beta"]
     with Run(args, state, started) as run:
         if not state:
-            save_checkpoint(run, agent, optimizer, True, kl_beta)
+            save_checkpoint(run, agent, True, optimizer=optimizer.state_dict(), kl_beta=kl_beta)
         for run.iteration in range(done + 1, num_iterations + 1):
             iteration = run.iteration
             if iteration == done + 1 or (iteration - 1) % interval == 0:  # after a checkpoint, as when resuming from it
@@ -1200,10 +1260,10 @@ def train(args: Args) -> Path:
                 kl_beta = adapt_beta(kl_beta, mean_kl(agent, batch), args.kl_target)
             if agent.obs_norm:
                 agent.obs_norm.update(batch.obs)
-            run.log(finished, values)
+            run.log(len(batch.values), finished, values)
             boundary, last, stop = iteration % interval == 0, iteration == num_iterations, bool(run.signals)
             if boundary or last or stop:
-                save_checkpoint(run, agent, optimizer, boundary, kl_beta)
+                save_checkpoint(run, agent, boundary, optimizer=optimizer.state_dict(), kl_beta=kl_beta)
             if stop and not last:
                 raise Stopped(run.signals[0])
     return run.path

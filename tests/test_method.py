@@ -85,7 +85,7 @@ class Player:
         self.args = ppo.parse_args(["--device", "cpu", "--compile", "off", *flags])
         self.envs = ppo.make_envs(self.args, self.args.num_envs, **env_options)
         self.agent = ppo.Agent(self.envs.single_observation_space, self.envs.single_action_space, self.args)
-        self.optimizer = ppo.Adam(ppo.flatten_parameters(self.agent))
+        self.optimizer = ppo.Adam(ppo.flatten_parameters(self.agent.parameters()))
         self.gradient = ppo.make_gradient(self.agent, self.args)
         self.episodes = ppo.Episodes(self.args.num_envs)
         self.obs, self.info = ppo.reset_envs(self.envs, self.args.seed, 1)

@@ -177,7 +177,7 @@ def after_iteration(monkeypatch, iteration, action):
 
     def log_then_act(run, *values):
         log(run, *values)
-        if run.global_step == iteration * run.batch_size:
+        if run.iteration == iteration:
             action()
 
     monkeypatch.setattr(ppo.Run, "log", log_then_act)
