@@ -167,6 +167,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # fmt: on
 POSITIVE = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes learning_rate gamma"
 POSITIVE += " clip_coef kl_beta kl_target max_grad_norm target_kl"
+AT_MOST_ONE = "gamma gae_lambda"
 
 
 class UsageError(Exception):
@@ -231,7 +232,7 @@ def check_args(args: Args) -> None:
             must = "a finite number"
         elif name in POSITIVE.split() and value is not None and value <= 0:
             must = "greater than 0"
-        elif name in ("gamma", "gae_lambda") and value > 1:
+        elif name in AT_MOST_ONE.split() and value > 1:
             must = "at most 1"
         elif isinstance(value, (int, float)) and value < 0 and name != "log_std_init":
             must = "0 or more"
@@ -498,11 +499,17 @@ class Agent(nn.Module):
         logits = self.actor(features).view(-1, *self.choices)
         return logits if self.missing is None else logits.masked_fill(self.missing, -1e9)
 
-    def forward(self, features: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
-        """pi(.|s) and V(s) (batch,)."""
+    def policy(self, features: torch.Tensor) -> Categorical | Gaussian:
+        """pi(.|s)."""
         head = self.actor_head(features)
-        policy = Gaussian(head, self.log_std) if self.continuous else Categorical(head)
-        return policy, self.critic(features).squeeze(-1)
+        return Gaussian(head, self.log_std) if self.continuous else Categorical(head)
+
+    def value(self, features: torch.Tensor) -> torch.Tensor:
+        """V(s) (batch,)."""
+        return self.critic(features).squeeze(-1)
+
+    def forward(self, features: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
+        return self.policy(features), self.value(features)
 
     def noise(self, *batch: int) -> torch.Tensor:
         """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
@@ -625,20 +632,13 @@ def play(
 
 
 @torch.no_grad()
-def judge(agent: Agent, steps: Steps) -> tuple[Categorical | Gaussian, torch.Tensor, torch.Tensor]:
-    """pi(.|s) of all num_steps * num_envs states, and (num_steps, num_envs) values V(s) and V of the true successors.
-
-    All states at once, which is faster than at every step.
-    """
-    num_envs = steps.rewards.shape[1]
-    unseen = steps.observations[-1] if steps.features else steps.observations.flatten(0, 1)
-    policy, values = agent(torch.cat([*steps.features, agent.features(unseen)]))
-    values = values.view(-1, num_envs)
-    next_values = values[1:].clone()
+def values_of_final_obs(agent: Agent, steps: Steps) -> torch.Tensor:
+    """V of the last observation where an episode was truncated, and zero elsewhere, (num_steps, num_envs)."""
+    values = torch.zeros_like(steps.rewards)
     if steps.final_obs:
         final = torch.from_numpy(np.stack(list(steps.final_obs.values()))).to(agent.device, agent.obs_dtype)
-        next_values[tuple(zip(*steps.final_obs))] = agent(agent.features(final))[1]
-    return type(policy)(*(x[:-num_envs] for x in policy.parameters)), values[:-1], next_values
+        values[tuple(zip(*steps.final_obs))] = agent.value(agent.features(final))
+    return values
 
 
 # --------------------------------------------------------------------------------------------------- optimising
@@ -801,12 +801,26 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
     zeros = torch.zeros(4, batch_size, device=args.device)
     with torch.no_grad():
         features = agent.features(obs)
-        actions, old_policy = agent.act(features, zeros[0, 0]), agent(features)[0].parameters
+        actions, old_policy = agent.act(features, zeros[0, 0]), agent.policy(features).parameters
     rows = torch.arange(batch_size // args.num_minibatches, device=args.device)
     example = (Batch(obs, actions, *zeros, old_policy), rows, zeros[0, 0])
     # Compiling takes 10 s and saves two thirds of each step of an MLP, but nothing of a CNN's.
     steps = args.total_timesteps // batch_size * args.update_epochs * args.num_minibatches
     return compile_for(example, gradient, args, steps > 40_000 and not agent.image)
+
+
+@torch.no_grad()
+def judge(agent: Agent, steps: Steps) -> tuple[Categorical | Gaussian, torch.Tensor, torch.Tensor]:
+    """pi(.|s) of all num_steps * num_envs states, and (num_steps, num_envs) values V(s) and V of the true successors.
+
+    All states at once, which is faster than at every step.
+    """
+    num_envs = steps.rewards.shape[1]
+    unseen = steps.observations[-1] if steps.features else steps.observations.flatten(0, 1)
+    policy, values = agent(torch.cat([*steps.features, agent.features(unseen)]))
+    values = values.view(-1, num_envs)
+    next_values = torch.where(steps.truncations, values_of_final_obs(agent, steps), values[1:])
+    return type(policy)(*(x[:-num_envs] for x in policy.parameters)), values[:-1], next_values
 
 
 def rollout(
@@ -847,7 +861,7 @@ def update(
 @torch.no_grad()
 def mean_kl(agent: Agent, batch: Batch) -> float:
     """E[KL(pi_old || pi)] over the batch, for adapt_beta."""
-    policy, _ = agent(agent.features(batch.obs))
+    policy = agent.policy(agent.features(batch.obs))
     return type(policy)(*batch.old_policy).kl(policy).mean().item()
 
 

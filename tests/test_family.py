@@ -1,0 +1,178 @@
+"""What every user of a2c.py, trpo.py and reinforce.py meets; the text they share with ppo.py is tested in test_runs."""
+
+import importlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_runs import SCRIPT, assert_same_run, here, newest, process, rows, scalars, summary, wait_for_the_next_second
+
+__all__ = ["here"]  # a fixture
+ROOT = SCRIPT.parent
+SMALL = {
+    "a2c": "--num-envs 2 --num-steps 8 --log-interval 3 --checkpoint-interval 8",
+    "trpo": "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2 --checkpoint-interval 2",
+    "reinforce": "--num-envs 2 --num-steps 60 --value-batch-size 60 --checkpoint-interval 2",
+}
+every_script = pytest.mark.parametrize("name", SMALL)
+
+
+def small(name: str, *flags: str) -> list[str]:
+    return [*SMALL[name].split(), "--device", "cpu", "--compile", "off", *flags]
+
+
+def script(name: str):
+    return importlib.import_module(name)
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import {name} as script
+log = script.Run.log
+def log_then_die(run, *values):
+    log(run, *values)
+    if run.iteration >= {iteration}: os.kill(os.getpid(), signal.SIGKILL)
+script.Run.log = log_then_die
+script.main(sys.argv[1:])
+"""
+EXACT = [
+    ("a2c", "CartPole-v1", 20, 30 * 16, ""),
+    ("a2c", "Pendulum-v1", 50, 80 * 16, "--norm-obs --norm-reward --checkpoint-interval 30"),
+]
+EXACT += [("a2c", "CartPole-v1", 20, 30 * 16, "--optimizer adam --checkpoint-interval 7")]
+EXACT += [
+    ("trpo", "CartPole-v1", 5, 900, ""),
+    ("trpo", "Pendulum-v1", 9, 1536, "--norm-obs --fisher-fraction 0.5 --checkpoint-interval 4"),
+]
+EXACT += [("reinforce", "CartPole-v1", 5, 1200, ""), ("reinforce", "Pendulum-v1", 5, 3000, "--norm-obs --norm-reward")]
+
+
+@pytest.mark.parametrize("name, env_id, iteration, total, more", EXACT)
+def test_run_that_was_killed_and_resumed_equals_one_that_was_not(name, env_id, iteration, total, more, here, capsys):
+    flags = small(name, "--env-id", env_id, "--total-timesteps", str(total), *more.split())
+    assert script(name).main([*flags, "--run-name", "whole"]) == 0
+    code = KILL.format(folder=str(ROOT), name=name, iteration=iteration)
+    assert process("-c", code, *flags, "--run-name", "killed", cwd=".").returncode == -signal.SIGKILL
+    run = here / "runs" / "killed"
+    assert 0 < newest(run)["iteration"] < iteration and not (run / "summary.json").exists()
+    assert script(name).main(["--resume", str(run)]) == 0
+    assert "exactly as if it had never stopped" in capsys.readouterr().out
+    assert_same_run(here / "runs" / "whole", run)
+
+
+@every_script
+def test_signal_from_outside_stops_a_real_process_that_can_go_on(name, here, capsys):
+    command = [sys.executable, ROOT / f"{name}.py", *small(name), "--run-name", "run", "--total-timesteps", "20000"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        while child.poll() is None and not (here / "runs/run/checkpoints/step_000000000000.pt").exists():
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=60)[1] == b"" and child.returncode == 130
+    finally:
+        child.kill()
+    run = here / "runs" / "run"
+    stopped = summary(run)
+    assert stopped["status"] == "interrupted" and stopped["global_step"] < 20000
+    assert stopped["global_step"] == newest(run)["global_step"] == int(rows(run, "progress")[-1]["global_step"])
+    wait_for_the_next_second()
+    assert script(name).main(["--resume", str(run)]) == 0
+    assert summary(run)["status"] == "completed" and summary(run)["global_step"] >= 19_800
+    assert "goes on from step" in capsys.readouterr().out
+    steps = [int(row["global_step"]) for row in rows(run, "progress")]
+    assert steps == sorted(set(steps)) and [step for step, _ in scalars(run)["losses/policy_loss"]] == steps
+
+
+@every_script
+def test_resume_of_a_completed_run_changes_nothing(name, here, capsys):
+    assert script(name).main([*small(name), "--total-timesteps", "600", "--run-name", "run"]) == 0
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    assert script(name).main(["--resume", "runs/run"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+@every_script
+def test_evaluation_plays_and_records(name, here, capsys):
+    assert script(name).main([*small(name), "--total-timesteps", "600", "--run-name", "run"]) == 0
+    weights = newest(here / "runs" / "run")["agent"]
+    assert script(name).main(["--evaluate", "runs/run", "--eval-episodes", "3"]) == 0
+    assert re.search(r"^3 deterministic episodes: mean [\d.]+, std", capsys.readouterr().out, re.M)
+    assert summary(here / "runs" / "run")["eval"]["deterministic"]["episodes"] == 3
+    assert all(torch.equal(x, weights[key]) for key, x in newest(here / "runs" / "run")["agent"].items())
+
+
+REFUSED = [
+    ("a2c", "--log-interval 0", "greater than 0"),
+    ("a2c", "--num-steps 0", "greater than 0"),
+    ("a2c", "--total-timesteps 39", "ask for 40 or more"),
+    ("a2c", "--gae-lambda 1.5", "at most 1"),
+    ("trpo", "--max-kl 0", "greater than 0"),
+    ("trpo", "--cg-damping=-0.1", "0 or more"),
+    ("trpo", "--line-search-shrink 1.5", "at most 1"),
+    ("trpo", "--fisher-fraction 2", "at most 1"),
+    ("trpo", "--num-minibatches 7", "would"),
+    ("reinforce", "--num-envs 1", "--num-envs 2 or more"),
+    ("reinforce", "--value-batch-size 100000", "--value-batch-size"),
+    ("reinforce", "--gamma 1.1", "at most 1"),
+]
+
+
+@pytest.mark.parametrize("name, flags, would_work", REFUSED)
+def test_bad_argument_is_refused_in_one_sentence(name, flags, would_work, here, capsys):
+    assert script(name).main(flags.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"error: [^\n]+\n", err) and would_work in err
+    assert not list(here.iterdir())
+
+
+QUIET = {
+    "a2c": {"CartPole-v1": "--total-timesteps 240", "HalfCheetah-v4": "--total-timesteps 240"},
+    "trpo": {"CartPole-v1": "--total-timesteps 512", "HalfCheetah-v4": "--total-timesteps 512"},
+    "reinforce": {"CartPole-v1": "--total-timesteps 400", "HalfCheetah-v4": "--total-timesteps 240"},
+}
+for name, more in (("a2c", "--num-steps 2"), ("trpo", "--num-steps 4"), ("reinforce", "--num-steps 4")):
+    QUIET[name]["BreakoutNoFrameskip-v4"] = f"--total-timesteps 16 --value-batch-size 8 {more}"
+    if name != "reinforce":
+        QUIET[name]["BreakoutNoFrameskip-v4"] = f"--total-timesteps 16 {more}"
+
+
+@pytest.mark.parametrize("name, env_id", [(name, env_id) for name in QUIET for env_id in QUIET[name]])
+def test_normal_run_prints_plain_lines_and_no_warning(name, env_id, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path / "mine.py")  # and alone in an empty folder
+    flags = ["--env-id", env_id, *small(name), *QUIET[name][env_id].split(), "--run-name", "run"]
+    done = process("-W", "default", "mine.py", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *progress, last = done.stdout.splitlines()
+    assert first.startswith("runs/run (cpu, ") and re.match(r"completed after [\d,]+ steps: runs/run", last)
+    assert progress and all(re.match(r" *[\d,]+ steps +\d+% +[\d,]+/s  return .* left$", line) for line in progress)
+    assert json.loads((tmp_path / "runs/run/config.json").read_text())["args"]["exp_name"] == "mine"
+
+
+@every_script
+def test_help_shows_the_defaults_of_the_family(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script(name).main(["--help", "--env-id", "HalfCheetah-v4"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "(default: True)" in text.split("--norm-obs")[1][:200]
+    assert "(default: 1000000)" in text.split("--total-timesteps")[1][:200]
+
+
+@every_script
+def test_same_seed_is_the_same_run_and_another_seed_is_not(name, here):
+    weights = []
+    for run, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        flags = ["--total-timesteps", "600", "--run-name", run, "--seed", seed]
+        assert script(name).main([*small(name), *flags]) == 0
+        weights.append(newest(Path("runs") / run)["agent"])
+        torch.rand(3)  # what happened before in the process must not matter
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
