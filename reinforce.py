@@ -137,14 +137,14 @@ class Args:
     baseline: Literal["none", "mean", "value"] = "value"
     """what is subtracted from the return: nothing, its mean over the batch, or a learned V(s)"""
     norm_adv: bool = True
-    """divide psi by its root mean square over the batch"""
+    """divide psi by its root mean square over the batch, which changes the length of the gradient only"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
     max_grad_norm: float = 0.5
     """bound on the global norm of the policy's gradient"""
     value_learning_rate: float = 3e-3
     """step size of Adam for V"""
-    value_steps: int = 20
+    value_steps: int = 16
     """minibatches of each batch that fit V"""
     value_batch_size: int = 256
     """rows of such a minibatch"""
@@ -157,7 +157,8 @@ class Args:
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(num_envs=32, num_steps=100),
     "box2d": dict(total_timesteps=1_000_000, num_steps=500, gamma=0.999),
-    "mujoco": dict(total_timesteps=1_000_000, num_steps=1000, log_std_init=-0.5, norm_obs=True, norm_reward=True),
+    "mujoco": dict(total_timesteps=1_000_000, num_steps=1000, value_steps=80, log_std_init=-0.5, norm_obs=True,
+                   norm_reward=True),
     "atari": dict(total_timesteps=10_000_000, num_steps=256, learning_rate=1e-3, ent_coef=0.01, clip_reward=True),
 }
 # fmt: on
@@ -585,6 +586,9 @@ def scale_rewards(
     return (rewards * norm.scale.item()).clip(-10.0, 10.0)
 
 
+LONGEST = 200_000  # steps, after which an episode is taken for one that never ends
+
+
 class Steps(NamedTuple):
     """What `play` saw, (steps, num_envs, ...) and on the agent's device; flags belong to step t, after it."""
 
@@ -604,7 +608,8 @@ def play(
     """Plays, from a reset on, all episodes that begin in the first num_steps steps; returns them in both forms.
 
     On Atari whole games, of which each life is an episode to learn from. An environment that has finished its last one
-    plays on, because a vector environment cannot leave it out, but nothing of that is learned or recorded.
+    plays on, because a vector environment cannot leave it out. Nothing of that is learned or recorded, but it counts in
+    global_step, for it was played.
     """
     observations, actions, outcomes, final_obs, fast_act = [], [], [], {}, agent.numpy_act()
     playing, dtype = np.ones(args.num_envs, dtype=bool), str(agent.obs_dtype).removeprefix("torch.")
@@ -725,7 +730,6 @@ def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) 
 
 
 # --------------------------------------------------------------------------------------------------- the method
-LONGEST = 200_000  # steps, after which an episode is taken for one that never ends
 ROWS = 1024  # that go through a network at once, so that long episodes of images fit into the memory
 
 
@@ -789,8 +793,8 @@ def policy_gradients(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tens
             total, total_entropy = total + objective.detach(), total_entropy + entropy.detach()
             if args.ent_coef:
                 objective = objective + args.ent_coef * entropy
-            grad += torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)]) / args.num_steps
-    return grads, total / (args.num_envs * args.num_steps), total_entropy / len(batch.psi)
+            grad += torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)])
+    return grads / args.num_steps, total / (args.num_envs * args.num_steps), total_entropy / len(batch.psi)
 
 
 def estimate(grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -864,7 +868,7 @@ def update(
 
     The variance is that of the estimate from psi itself, so that runs with other returns and baselines compare.
     """
-    # Returns grow by orders of magnitude in a run, faster than Adam forgets; a common factor turns no gradient.
+    # Returns grow by orders of magnitude in a run, faster than Adam forgets. One factor for all of psi turns nothing.
     scale = batch.psi.square().mean().sqrt() + 1e-8 if args.norm_adv else torch.ones((), device=agent.device)
     grads, objective, entropy = policy_gradients(agent, batch._replace(psi=batch.psi / scale), args)
     grad, variance, snr = estimate(grads)

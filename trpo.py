@@ -157,9 +157,10 @@ class Args:
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
     "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98),
-    "mujoco": dict(total_timesteps=1_000_000, num_steps=256, norm_obs=True, norm_reward=True),
-    "atari": dict(total_timesteps=10_000_000, fisher_fraction=0.125, update_epochs=4, num_minibatches=4,
-                  learning_rate=2.5e-4, clip_reward=True),
+    "mujoco": dict(total_timesteps=1_000_000, num_steps=256, gae_lambda=0.9, max_kl=0.03, num_minibatches=16,
+                   log_std_init=-0.5, norm_obs=True, norm_reward=True),
+    "atari": dict(total_timesteps=10_000_000, max_kl=0.02, fisher_fraction=0.1, learning_rate=2.5e-4, update_epochs=2,
+                  num_minibatches=4, clip_reward=True),
 }
 # fmt: on
 POSITIVE = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes learning_rate gamma max_kl"
@@ -479,9 +480,8 @@ class Agent(nn.Module):
         shape = observation_space.shape
         if self.image:
             self.channels_last = shape[2] < shape[0]
-            inputs = (shape[2], *shape[:2]) if self.channels_last else shape
-            self.actor = ImageNet(inputs, outputs, 0.01, bf16=False)  # the KL of a step is below bfloat16's resolution
-            self.critic = ImageNet(inputs, 1, 1.0, args.bf16 == "on")
+            inputs, bf16 = (shape[2], *shape[:2]) if self.channels_last else shape, args.bf16 == "on"
+            self.actor, self.critic = ImageNet(inputs, outputs, 0.01, bf16), ImageNet(inputs, 1, 1.0, bf16)
         else:
             inputs = int(observation_space.n) if self.discrete else math.prod(shape)
             self.actor, self.critic = MLP(inputs, outputs, 0.01), MLP(inputs, 1, 1.0)

@@ -355,10 +355,10 @@ def rows_of(run_dir, name: str) -> list[dict[str, str]]:
 
 
 def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_path):
-    """30 iterations; each boundary, every 10, ends a row too."""
+    """31 iterations; each boundary, every 10, and the last one end a row too."""
     runs, weights = {}, {}
     for interval in (1, 4):
-        tiny = ["--num-envs", "2", "--num-steps", "5", "--total-timesteps", "300", "--compile", "off"]
+        tiny = ["--num-envs", "2", "--num-steps", "5", "--total-timesteps", "310", "--compile", "off"]
         names = ["--log-interval", str(interval), "--runs-dir", str(tmp_path), "--run-name", str(interval)]
         runs[interval] = a2c.train(a2c.parse_args([*tiny, *names]))
         checkpoint = a2c.load_checkpoint(runs[interval])
@@ -366,15 +366,15 @@ def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_pat
     assert torch.equal(weights[1], weights[4])
 
     every, some = (rows_of(runs[interval], "progress") for interval in (1, 4))
-    assert [int(row["global_step"]) for row in every] == list(range(10, 301, 10))
-    ends = [4, 8, 10, 12, 16, 20, 24, 28, 30]
+    assert [int(row["global_step"]) for row in every] == list(range(10, 311, 10))
+    ends = [4, 8, 10, 12, 16, 20, 24, 28, 30, 31]
     assert [int(row["global_step"]) for row in some] == [10 * end for end in ends]
     for row, begin, end in zip(some, [0, *ends], ends):
         for name in a2c.STATS:
             mean = np.mean([float(one[f"losses/{name}"]) for one in every[begin:end]])
             assert float(row[f"losses/{name}"]) == pytest.approx(mean, rel=1e-4, abs=1e-6)
         assert row["charts/learning_rate"] == every[end - 1]["charts/learning_rate"]
-        assert float(row["charts/learning_rate"]) == pytest.approx(7e-4 * (1 - (end - 1) / 30))
+        assert float(row["charts/learning_rate"]) == pytest.approx(7e-4 * (1 - (end - 1) / 31))
 
     episodes = [[{**row, "wall_time": ""} for row in rows_of(runs[interval], "episodes")] for interval in (1, 4)]
     assert episodes[0] == episodes[1] and len(episodes[0]) > 5
@@ -383,6 +383,14 @@ def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_pat
         assert (
             row["charts/episodic_return"] == "" if not means else float(row["charts/episodic_return"]) == np.mean(means)
         )
+
+
+@pytest.mark.parametrize("optimizer, names", [("rmsprop", {"v"}), ("adam", {"m", "v", "t"})])
+def test_a_run_normalises_by_all_it_saw_and_keeps_the_state_of_its_optimizer(tmp_path, optimizer, names):
+    tiny = f"--env-id Pendulum-v1 --norm-obs --num-envs 2 --total-timesteps 100 --compile off --optimizer {optimizer}"
+    state = a2c.load_checkpoint(a2c.train(a2c.parse_args([*tiny.split(), "--runs-dir", str(tmp_path)])))
+    assert state["agent"]["obs_norm.count"] == 100 and state["optimizer"].keys() == names
+    assert not (state["optimizer"]["v"] == 1).all()
 
 
 def test_the_steps_of_episodes_count_through_the_updates_of_a_row(tmp_path):

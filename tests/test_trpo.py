@@ -501,12 +501,19 @@ def test_the_critic_leaves_the_policy_alone_and_the_policy_the_critic(kind, sigh
         assert (agent.log_std != 0).all()
 
 
-def test_the_actor_never_runs_in_bfloat16():
-    args = trpo.parse_args(["--device", "cpu", "--bf16", "on"])
-    agent = trpo.Agent(IMAGES, Discrete(2), args)
-    images = torch.randint(0, 256, (4, *IMAGES.shape), dtype=torch.uint8)
-    close(agent.actor(images), agent.actor.last(agent.actor.body(images / 255)))
-    assert not torch.equal(agent.critic(images), agent.critic.last(agent.critic.body(images / 255)))
+@pytest.mark.parametrize("kind", ["discrete", "box"])
+def test_an_update_in_bfloat16_keeps_its_promises_in_float32(kind):
+    flags = ("--env-id", "Pictures-v0", "--num-steps", "40", "--num-minibatches", "2", "--bf16", "on")
+    player = clock_player(ACTION_SPACES[kind], *flags)
+    batch, old = player.rollout(), copy.deepcopy(player.agent)
+    stats, new = player.update_policy(batch), copy.deepcopy(player.agent)
+    with torch.no_grad():
+        for agent in (old, new):
+            agent.actor.bf16 = False
+        old, new = (torch_policy(agent, batch.features) for agent in (old, new))
+        ratio = (torch_log_prob(new, batch.actions) - torch_log_prob(old, batch.actions)).exp()
+    assert stats["kl"] == pytest.approx(torch_kl(old, new).mean().item(), rel=0.05) and stats["kl"] > 1e-3
+    assert stats["surrogate_improvement"] == pytest.approx(((ratio - 1) * batch.advantages).mean().item(), rel=0.05)
 
 
 def test_update_critic_equals_torch_adam_on_half_the_squared_error_and_logs_its_mean():
@@ -542,6 +549,14 @@ def test_the_compiled_gradient_of_the_critic_is_the_eager_one():
         for found, expected in zip(compiled(*arguments), player.gradient(*arguments)):
             close(found, expected, rtol=1e-4, atol=1e-5)
         player.optimizer.parameters += 0.1 * torch.randn_like(player.optimizer.parameters)
+
+
+def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones():
+    player = clock_player(Discrete(4))
+    batch = player.rollout()
+    for values, expected in ((batch.returns, 1.0), (torch.zeros(60), 0.0), (-batch.returns, -3.0)):
+        logged = player.update(batch._replace(values=values))
+        assert logged["losses/explained_variance"] == pytest.approx(expected, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- the batch
@@ -591,6 +606,16 @@ def learn(folder, steps: int, *flags: str, **probe) -> trpo.Agent:
     agent = trpo.Agent(envs.single_observation_space, envs.single_action_space, args)
     agent.load_state_dict(checkpoint["agent"])
     return agent
+
+
+def test_a_run_normalises_by_all_it_saw_and_anneals_the_steps_of_the_critic(tmp_path):
+    tiny = "--env-id Pendulum-v1 --norm-obs --num-envs 2 --num-steps 32 --total-timesteps 256 --compile off"
+    run_dir = trpo.train(trpo.parse_args([*tiny.split(), "--anneal-lr", "--runs-dir", str(tmp_path)]))
+    state = trpo.load_checkpoint(run_dir)
+    assert state["agent"]["obs_norm.count"] == 256 and state["optimizer"]["t"] == 4 * 10 * 8
+    with open(run_dir / "progress.csv") as file:
+        rates = [float(row["charts/learning_rate"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
 @torch.no_grad()
