@@ -117,7 +117,7 @@ class Args:
     # Algorithm
     total_timesteps: int = 200_000
     """environment steps of the whole run, rounded down to whole batches"""
-    learning_rate: float = 7e-4
+    learning_rate: float = 2e-3
     """step size of the optimizer"""
     anneal_lr: bool = True
     """let the step size fall linearly to zero"""
@@ -125,7 +125,7 @@ class Args:
     """steps per environment and update (the paper's t_max)"""
     gamma: float = 0.99
     """discount factor"""
-    gae_lambda: float = 1.0
+    gae_lambda: float = 0.95
     """lambda of the generalized advantage estimate; 1 is the paper's n-step return"""
     norm_adv: bool = False
     """normalise the advantages of each batch"""
@@ -148,8 +148,10 @@ class Args:
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
     "box2d": dict(total_timesteps=1_000_000, num_envs=16),
-    "mujoco": dict(total_timesteps=1_000_000, num_envs=8, num_steps=8, norm_obs=True, norm_reward=True),
-    "atari": dict(total_timesteps=10_000_000, num_envs=16, ent_coef=0.01, clip_reward=True),
+    "mujoco": dict(total_timesteps=1_000_000, num_steps=64, optimizer="adam", learning_rate=3e-3, norm_adv=True,
+                   log_interval=10, norm_obs=True, norm_reward=True),
+    "atari": dict(total_timesteps=10_000_000, num_envs=16, optimizer="adam", learning_rate=5e-4, ent_coef=0.01,
+                  clip_reward=True),
 }
 # fmt: on
 POSITIVE = "num_envs num_steps total_timesteps eval_episodes learning_rate gamma max_grad_norm log_interval"
@@ -769,7 +771,7 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
         actions = agent.act(agent.features(obs), zeros[0, 0])[: zeros.numel()].unflatten(0, shape)
     steps = Steps(obs.unflatten(0, (-1, args.num_envs)), [], actions, zeros, zeros > 0, zeros > 0, {})
     # Compiling takes 10 s and saves most of an MLP's update, but nothing of a CNN's.
-    worth_it = args.total_timesteps // zeros.numel() > 20_000 and not agent.image
+    worth_it = args.total_timesteps // zeros.numel() > 12_000 and not agent.image
     return compile_for((steps, zeros), gradient, args, worth_it)
 
 
