@@ -4,8 +4,8 @@ Play whole episodes with the policy pi, then take one step up the policy gradien
 
     g = 1 / (num_envs num_steps) sum over episodes, sum over t of grad log pi(a_t|s_t) psi_t,    psi_t = G_t - b(s_t)
 
-Every choice of psi below has the same expectation, so what tells them apart is the variance (Greensmith et al. 2004,
-JMLR 5), which every iteration measures: losses/grad_variance and losses/grad_snr. Six runs in one TensorBoard show it.
+At gamma = 1 every choice of psi below has the same expectation, so what tells them apart is the variance (Greensmith et
+al. 2004, JMLR 5), which every iteration measures: losses/grad_variance and losses/grad_snr, one plot for six runs.
 
     --returns full   G_t is the return of the whole episode        --baseline none    b = 0
     --returns to-go  only of t and later: an action cannot         --baseline mean    b = mean of G over the batch
