@@ -236,6 +236,12 @@ def check_args(args: Args) -> None:
         )
 
 
+def check_batch(args: Args) -> None:
+    """Raises UsageError where there is nothing to normalise an advantage by."""
+    if args.norm_adv and args.num_envs * args.num_steps < 2:
+        raise UsageError("--norm-adv needs a batch of 2 steps or more; use --num-steps 2, or --no-norm-adv.")
+
+
 # ------------------------------------------------------------------------------------------------- environments
 class Bare(gym.Wrapper):
     """An environment without its info, which is slow to merge, that says which one it is when it raises."""
@@ -728,6 +734,12 @@ def compute_gae(
     return advantages, advantages + values
 
 
+def standardise(x: torch.Tensor) -> torch.Tensor:
+    """x less its mean, over its deviation; in double, or else rounding would make advantages of equal numbers."""
+    x = x.double()
+    return ((x - x.mean()) / (x.std() + 1e-8)).float()
+
+
 def a2c_loss(
     agent: Agent, steps: Steps, final_values: torch.Tensor, args: Args
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -743,7 +755,7 @@ def a2c_loss(
     with torch.no_grad():
         advantages, returns = compute_gae(steps.rewards, values[:-1], next_values, *flags, args.gamma, args.gae_lambda)
         if args.norm_adv:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            advantages = standardise(advantages)
     policy = type(policy)(*(x[: advantages.numel()] for x in policy.parameters))
     values, log_prob = values[:-1], policy.log_prob(steps.actions.flatten(0, 1))
     assert values.shape == returns.shape and log_prob.shape == advantages.flatten().shape
@@ -772,7 +784,7 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
     steps = Steps(obs.unflatten(0, (-1, args.num_envs)), [], actions, zeros, zeros > 0, zeros > 0, {})
     # Compiling takes 10 s and saves most of an MLP's update, but nothing of a CNN's.
     worth_it = args.total_timesteps // zeros.numel() > 12_000 and not agent.image
-    return compile_for((steps, zeros), gradient, args, worth_it)
+    return compile_for((steps, zeros.clone()), gradient, args, worth_it)  # a clone: one tensor twice is one input
 
 
 def update(
@@ -1169,6 +1181,7 @@ def train(args: Args) -> Path:
     """
     started = time.perf_counter()
     check_args(args)
+    check_batch(args)
     envs = make_envs(args, args.num_envs)
     resolve(args, envs)
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)

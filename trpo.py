@@ -17,10 +17,10 @@ A is the generalized advantage estimate (arXiv 1506.02438), from a critic that s
     python trpo.py --resume runs/<run>                       python trpo.py --evaluate runs/<run>
 
 Departures from the paper: A comes from a critic, not from rollouts alone, and is standardised over the batch; on MuJoCo
-observations and rewards are normalised by running statistics; weights start orthogonal; the damping c counts for the
-length too, as in all implementations, so the first trial is a little inside the region. And an episode that a time
-limit cuts is bootstrapped with the value of its last state, because it did not end there (Pardo et al. 2018, arXiv
-1712.00378).
+observations and rewards are normalised by running statistics; on Atari L has an entropy bonus; weights start
+orthogonal; the damping c counts for the length too, as in all implementations, so the first trial is a little inside
+the region. And an episode that a time limit cuts is bootstrapped with the value of its last state, because it did not
+end there (Pardo et al. 2018, arXiv 1712.00378).
 
 In a hurry, read "the method" and `train`: all else is the same in every script of this family.
 """
@@ -140,6 +140,8 @@ class Args:
     """step lengths that the line search tries; 0 takes the first unseen, which is the natural policy gradient"""
     line_search_shrink: float = 0.8
     """factor from one length to the next"""
+    ent_coef: float = 0.0
+    """weight of an entropy bonus in the surrogate (the paper has none)"""
     learning_rate: float = 1e-3
     """step size of the critic's Adam"""
     anneal_lr: bool = False
@@ -159,8 +161,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98),
     "mujoco": dict(total_timesteps=1_000_000, num_steps=256, gae_lambda=0.9, max_kl=0.03, num_minibatches=16,
                    log_std_init=-0.5, norm_obs=True, norm_reward=True),
-    "atari": dict(total_timesteps=10_000_000, max_kl=0.02, fisher_fraction=0.1, learning_rate=2.5e-4, update_epochs=2,
-                  num_minibatches=4, clip_reward=True),
+    "atari": dict(total_timesteps=10_000_000, max_kl=0.005, ent_coef=0.01, fisher_fraction=0.1, learning_rate=2.5e-4,
+                  update_epochs=2, num_minibatches=4, clip_reward=True),
 }
 # fmt: on
 POSITIVE = "num_envs num_steps num_minibatches update_epochs total_timesteps eval_episodes learning_rate gamma max_kl"
@@ -759,16 +761,22 @@ def compute_gae(
     return advantages, advantages + values
 
 
+def standardise(x: torch.Tensor) -> torch.Tensor:
+    """x less its mean, over its deviation; in double, or else rounding would make advantages of equal numbers."""
+    x = x.double()
+    return ((x - x.mean()) / (x.std() + 1e-8)).float()
+
+
 def flat_grad(output: torch.Tensor, parameters: list[nn.Parameter], **options: bool) -> torch.Tensor:
     """The gradient of a number as one vector."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(output, parameters, **options)])
 
 
-def surrogate_objective(policy: Categorical | Gaussian, batch: Batch) -> torch.Tensor:
-    """L(theta), eq. 14: what the policy climbs."""
+def surrogate_objective(policy: Categorical | Gaussian, batch: Batch, ent_coef: float = 0.0) -> torch.Tensor:
+    """L(theta), eq. 14, which the policy climbs, with an entropy bonus."""
     ratio = (policy.log_prob(batch.actions) - batch.logprobs).exp()
     assert ratio.shape == batch.advantages.shape
-    return (ratio * batch.advantages).mean()
+    return (ratio * batch.advantages).mean() + ent_coef * policy.entropy().mean()
 
 
 def fisher_vector_product(
@@ -830,12 +838,12 @@ def line_search(agent: Agent, theta: torch.Tensor, step: torch.Tensor, batch: Ba
     Those are a risen surrogate and a mean KL(pi_old || pi) within max_kl. Where no length does, theta is as before, to
     the bit. Returns kl, surrogate_improvement, step_fraction and line_search_steps.
     """
-    theta_old, before = theta.clone(), surrogate_objective(batch.old_policy, batch)
+    theta_old, before = theta.clone(), surrogate_objective(batch.old_policy, batch, args.ent_coef)
     for k in range(max(args.line_search_steps, 1)):
         fraction = args.line_search_shrink**k
         torch.add(theta_old, step, alpha=fraction, out=theta)
         policy = agent.policy(batch.features)
-        improvement = (surrogate_objective(policy, batch) - before).item()
+        improvement = (surrogate_objective(policy, batch, args.ent_coef) - before).item()
         kl = batch.old_policy.kl(policy).mean().item()
         if args.line_search_steps == 0 or (improvement > 0 and kl <= args.max_kl):
             return dict(kl=kl, surrogate_improvement=improvement, step_fraction=fraction, line_search_steps=k + 1)
@@ -846,7 +854,7 @@ def line_search(agent: Agent, theta: torch.Tensor, step: torch.Tensor, batch: Ba
 def update_policy(agent: Agent, theta: torch.Tensor, batch: Batch, args: Args) -> dict[str, float]:
     """One natural gradient step within the trust region; returns STATS but for value_loss."""
     policy, parameters = agent.policy(batch.features), agent.policy_parameters()
-    surrogate, entropy = surrogate_objective(policy, batch), policy.entropy().mean().item()
+    surrogate, entropy = surrogate_objective(policy, batch, args.ent_coef), policy.entropy().mean().item()
     gradient = flat_grad(surrogate, parameters)
     stats = dict(policy_loss=-surrogate.item(), entropy=entropy, grad_norm=gradient.norm().item())
     if not math.isfinite(stats["grad_norm"]):
@@ -906,7 +914,7 @@ def rollout(
     values, features, flags = values[:-1], features[: -args.num_envs], (steps.terminations, steps.truncations)
     advantages, returns = compute_gae(steps.rewards, values, next_values, *flags, args.gamma, args.gae_lambda)
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        advantages = standardise(advantages)
     old_policy, actions = agent.policy(features), steps.actions.flatten(0, 1)
     flat = (x.flatten() for x in (advantages, returns, values))
     batch = Batch(

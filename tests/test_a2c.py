@@ -22,11 +22,16 @@ import a2c
 every_action_space = pytest.mark.parametrize("action_space", ACTION_SPACES.values(), ids=ACTION_SPACES)
 
 
+SETTING = "--learning-rate 7e-4 --gamma 0.99 --gae-lambda 1 --optimizer rmsprop --no-norm-adv --ent-coef 0"
+SETTING += " --vf-coef 0.5 --max-grad-norm 0.5 --log-std-init 0 --device cpu --compile off"
+SETTING = SETTING.split()  # for the defaults are free to change
+
+
 class Player:
     """What train sets up before its loop, without a run directory."""
 
     def __init__(self, *flags: str, **env_options):
-        self.args = a2c.parse_args(["--device", "cpu", "--compile", "off", *flags])
+        self.args = a2c.parse_args([*SETTING, *flags])
         self.envs = a2c.make_envs(self.args, self.args.num_envs, **env_options)
         self.agent = a2c.Agent(self.envs.single_observation_space, self.envs.single_action_space, self.args)
         optimizer = a2c.RMSprop if self.args.optimizer == "rmsprop" else a2c.Adam
@@ -76,7 +81,7 @@ def clock_player(action_space: gym.Space, *flags: str) -> Player:
 # ------------------------------------------------------------------------------------------- A2C is PPO in one step
 def side_by_side(action_space: gym.Space, flags: tuple[str, ...], ppo_flags: tuple[str, ...]) -> list[float]:
     """The largest difference between the weights of a2c.py and of ppo.py after each of 20 iterations."""
-    same = (*CLOCK, "--ent-coef", "0.01", "--vf-coef", "0.7", *flags)
+    same = (*CLOCK, "--gae-lambda", "1", "--max-grad-norm", "0.5", "--ent-coef", "0.01", "--vf-coef", "0.7", *flags)
     mine = Player(*same, "--optimizer", "adam", action_space=action_space)
     one_step = ("--num-minibatches", "1", "--update-epochs", "1", "--no-norm-adv")
     other = test_method.Player(*same, *one_step, *ppo_flags, action_space=action_space)
@@ -328,7 +333,7 @@ def test_a_gradient_that_is_not_finite_is_named_before_anything_moves():
 
 
 def test_a_cnn_learns_from_bytes_through_one_body():
-    args = a2c.parse_args(["--device", "cpu", "--compile", "off", "--num-envs", "2", "--num-steps", "3"])
+    args = a2c.parse_args([*SETTING, "--num-envs", "2", "--num-steps", "3"])
     agent = a2c.Agent(Box(0, 255, (1, 36, 36), np.uint8), Discrete(3), args)
     optimizer = a2c.RMSprop(a2c.flatten_parameters(agent.parameters()))
     images, zeros = torch.randint(0, 256, (4, 2, 1, 36, 36), dtype=torch.uint8), torch.zeros(3, 2)
@@ -358,9 +363,9 @@ def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_pat
     """31 iterations; each boundary, every 10, and the last one end a row too."""
     runs, weights = {}, {}
     for interval in (1, 4):
-        tiny = ["--num-envs", "2", "--num-steps", "5", "--total-timesteps", "310", "--compile", "off"]
+        tiny = ["--num-envs", "2", "--num-steps", "5", "--total-timesteps", "310"]
         names = ["--log-interval", str(interval), "--runs-dir", str(tmp_path), "--run-name", str(interval)]
-        runs[interval] = a2c.train(a2c.parse_args([*tiny, *names]))
+        runs[interval] = a2c.train(a2c.parse_args([*SETTING, "--anneal-lr", *tiny, *names]))
         checkpoint = a2c.load_checkpoint(runs[interval])
         weights[interval] = torch.cat([x.flatten().float() for x in checkpoint["agent"].values()])
     assert torch.equal(weights[1], weights[4])
@@ -387,8 +392,8 @@ def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_pat
 
 @pytest.mark.parametrize("optimizer, names", [("rmsprop", {"v"}), ("adam", {"m", "v", "t"})])
 def test_a_run_normalises_by_all_it_saw_and_keeps_the_state_of_its_optimizer(tmp_path, optimizer, names):
-    tiny = f"--env-id Pendulum-v1 --norm-obs --num-envs 2 --total-timesteps 100 --compile off --optimizer {optimizer}"
-    state = a2c.load_checkpoint(a2c.train(a2c.parse_args([*tiny.split(), "--runs-dir", str(tmp_path)])))
+    tiny = f"--env-id Pendulum-v1 --norm-obs --num-envs 2 --num-steps 5 --total-timesteps 100 --optimizer {optimizer}"
+    state = a2c.load_checkpoint(a2c.train(a2c.parse_args([*SETTING, *tiny.split(), "--runs-dir", str(tmp_path)])))
     assert state["agent"]["obs_norm.count"] == 100 and state["optimizer"].keys() == names
     assert not (state["optimizer"]["v"] == 1).all()
 
@@ -403,9 +408,9 @@ def learn(folder, steps: int, *flags: str, **probe) -> a2c.Agent:
     """Trains on Probe(**probe) and returns the agent as the newest checkpoint has it."""
     gym.register("Probe-v0", entry_point=lambda: Probe(**probe))
     try:
-        small = f"--env-id Probe-v0 --num-envs 4 --total-timesteps {steps}"
-        fast = f"--learning-rate 1e-2 --compile off --device cpu --runs-dir {folder} --run-name probe"
-        args = a2c.parse_args([*small.split(), *fast.split(), *flags])
+        small = f"--env-id Probe-v0 --num-envs 4 --num-steps 5 --total-timesteps {steps}"
+        fast = f"--learning-rate 1e-2 --anneal-lr --runs-dir {folder} --run-name probe"
+        args = a2c.parse_args([*SETTING, *small.split(), *fast.split(), *flags])
         checkpoint = a2c.load_checkpoint(a2c.train(args))
         envs = a2c.make_envs(args, 1)
     finally:

@@ -113,6 +113,7 @@ def test_evaluation_plays_and_records(name, here, capsys):
 REFUSED = [
     ("a2c", "--log-interval 0", "greater than 0"),
     ("a2c", "--num-steps 0", "greater than 0"),
+    ("a2c", "--num-steps 1 --num-envs 1 --norm-adv", "--num-steps 2"),
     ("a2c", "--total-timesteps 39", "ask for 40 or more"),
     ("a2c", "--gae-lambda 1.5", "at most 1"),
     ("trpo", "--max-kl 0", "greater than 0"),

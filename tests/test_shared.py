@@ -55,7 +55,7 @@ BLOCKS = {script: blocks(script) for script in SCRIPTS}
 EVERYWHERE = [name for name in BLOCKS["ppo"] if name not in METHOD and all(name in BLOCKS[s] for s in SCRIPTS)]
 
 
-@pytest.mark.parametrize("one, other", itertools.combinations(SCRIPTS, 2))
+@pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
 def test_blocks_that_are_not_the_method_are_the_same_text(one, other):
     free = METHOD | (WHOLE_EPISODES if "reinforce" in (one, other) else set())
     common = (BLOCKS[one].keys() & BLOCKS[other].keys()) - free

@@ -44,11 +44,17 @@ class Pictures(gym.Env):
 gym.register("Pictures-v0", entry_point=Pictures)
 
 
+SETTING = "--gamma 0.99 --gae-lambda 0.95 --max-kl 0.01 --cg-iters 10 --cg-damping 0.1 --fisher-fraction 1"
+SETTING += " --line-search-steps 10 --line-search-shrink 0.8 --learning-rate 1e-3 --update-epochs 10"
+SETTING += " --num-minibatches 4 --norm-adv --log-std-init 0 --device cpu --compile off"
+SETTING = SETTING.split()  # for the defaults are free to change
+
+
 class Player:
     """What train sets up before its loop, without a run directory."""
 
     def __init__(self, *flags: str, **env_options):
-        self.args = trpo.parse_args(["--device", "cpu", "--compile", "off", *flags])
+        self.args = trpo.parse_args([*SETTING, *flags])
         self.envs = trpo.make_envs(self.args, self.args.num_envs, **env_options)
         self.agent = trpo.Agent(self.envs.single_observation_space, self.envs.single_action_space, self.args)
         self.theta = trpo.flatten_parameters(self.agent.policy_parameters())
@@ -69,7 +75,7 @@ class Player:
         return trpo.update(self.agent, self.theta, self.optimizer, self.gradient, batch, 1e-3, self.args)
 
     def search(self, batch: trpo.Batch, step: torch.Tensor, *flags: str) -> dict[str, float]:
-        args = trpo.parse_args(["--device", "cpu", *flags])
+        args = trpo.parse_args([*SETTING, *flags])
         return trpo.line_search(self.agent, self.theta, step, batch, args)
 
     def log(self, field: str) -> np.ndarray:
@@ -92,7 +98,7 @@ class Small:
     """Six numbers, 40 states, float64, and so few parameters that a dense Hessian is no trouble."""
 
     def __init__(self, action_space: gym.Space, *flags: str):
-        self.args = trpo.parse_args(["--device", "cpu", *flags])
+        self.args = trpo.parse_args([*SETTING, *flags])
         self.agent = trpo.Agent(SIX_NUMBERS, action_space, self.args)
         outputs = self.agent.actor.last.out_features
         self.agent.actor = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, outputs))
@@ -237,7 +243,7 @@ def test_conjugate_gradients_of_nothing_and_of_a_singular_matrix_are_finite():
 @pytest.mark.parametrize("cg_iters", [3, 60])
 def test_the_step_is_along_the_solution_and_ends_on_the_border(cg_iters):
     matrix, g = positive_definite(30), torch.randn(30).double()
-    args = trpo.parse_args(["--max-kl", "0.03", "--cg-iters", str(cg_iters)])
+    args = trpo.parse_args([*SETTING, "--max-kl", "0.03", "--cg-iters", str(cg_iters)])
     step, residual = trpo.trust_region_step(lambda v: matrix @ v, g, args)
     close(0.5 * step @ matrix @ step, 0.03)
     assert g @ step > 0
@@ -251,7 +257,7 @@ def test_the_step_is_along_the_solution_and_ends_on_the_border(cg_iters):
 
 
 def test_no_curvature_and_no_gradient_give_no_step():
-    args = trpo.parse_args([])
+    args = trpo.parse_args(SETTING)
     for product, gradient in ((torch.zeros_like, torch.ones(5)), (lambda v: 2 * v, torch.zeros(5))):
         assert torch.equal(trpo.trust_region_step(product, gradient, args)[0], torch.zeros(5))
 
@@ -382,7 +388,7 @@ def test_the_line_search_takes_the_longest_step_that_keeps_both_promises(action_
         for max_kl in (0.003, 0.03, 0.3):
             small.theta.copy_(before)
             step, shrink = length * small.policy_gradient(), 0.6
-            args = trpo.parse_args(["--max-kl", str(max_kl), "--line-search-shrink", "0.6"])
+            args = trpo.parse_args([*SETTING, "--max-kl", str(max_kl), "--line-search-shrink", "0.6"])
             stats = trpo.line_search(small.agent, small.theta, step, small.batch, args)
             for k in range(10):
                 there = before + shrink**k * step
@@ -597,8 +603,8 @@ def learn(folder, steps: int, *flags: str, **probe) -> trpo.Agent:
     gym.register("Probe-v0", entry_point=lambda: Probe(**probe))
     try:
         small = f"--env-id Probe-v0 --num-envs 4 --num-steps 32 --num-minibatches 2 --total-timesteps {steps}"
-        fast = "--learning-rate 1e-2 --update-epochs 4 --max-kl 0.05 --compile off --device cpu --run-name probe"
-        args = trpo.parse_args([*small.split(), *fast.split(), "--runs-dir", str(folder), *flags])
+        fast = "--learning-rate 1e-2 --update-epochs 4 --max-kl 0.05 --run-name probe"
+        args = trpo.parse_args([*SETTING, *small.split(), *fast.split(), "--runs-dir", str(folder), *flags])
         checkpoint = trpo.load_checkpoint(trpo.train(args))
         envs = trpo.make_envs(args, 1)
     finally:
@@ -609,10 +615,10 @@ def learn(folder, steps: int, *flags: str, **probe) -> trpo.Agent:
 
 
 def test_a_run_normalises_by_all_it_saw_and_anneals_the_steps_of_the_critic(tmp_path):
-    tiny = "--env-id Pendulum-v1 --norm-obs --num-envs 2 --num-steps 32 --total-timesteps 256 --compile off"
-    run_dir = trpo.train(trpo.parse_args([*tiny.split(), "--anneal-lr", "--runs-dir", str(tmp_path)]))
+    tiny = "--env-id Pendulum-v1 --norm-obs --num-envs 2 --num-steps 32 --total-timesteps 256"
+    run_dir = trpo.train(trpo.parse_args([*SETTING, *tiny.split(), "--anneal-lr", "--runs-dir", str(tmp_path)]))
     state = trpo.load_checkpoint(run_dir)
-    assert state["agent"]["obs_norm.count"] == 256 and state["optimizer"]["t"] == 4 * 10 * 8
+    assert state["agent"]["obs_norm.count"] == 256 and state["optimizer"]["t"] == 4 * 10 * 4
     with open(run_dir / "progress.csv") as file:
         rates = [float(row["charts/learning_rate"]) for row in csv.DictReader(file)]
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
