@@ -157,8 +157,8 @@ class Args:
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(num_envs=32, num_steps=100),
     "box2d": dict(total_timesteps=1_000_000, num_steps=500, gamma=0.999),
-    "mujoco": dict(total_timesteps=1_000_000, num_envs=4, num_steps=1000, value_steps=40, log_std_init=-0.5,
-                   norm_obs=True, norm_reward=True),
+    "mujoco": dict(total_timesteps=1_000_000, num_envs=4, num_steps=1000, learning_rate=5e-3, value_steps=40,
+                   log_std_init=-0.5, norm_obs=True, norm_reward=True),
     "atari": dict(total_timesteps=10_000_000, num_steps=256, learning_rate=1e-3, ent_coef=0.01, clip_reward=True),
 }
 # fmt: on
