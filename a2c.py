@@ -13,13 +13,14 @@ the gradients agree (Huang et al. 2022, arXiv 2205.09123).
     python a2c.py --env-id HalfCheetah-v5 --seed 2          python a2c.py --help --env-id HalfCheetah-v5
     python a2c.py --resume runs/<run>                       python a2c.py --evaluate runs/<run>
 
-Departures from the paper: the environments wait for each other, so no gradient is stale (A3C's workers run free); no
-LSTM; c1 is 0.5, on half the squared error; the gradient's global norm is clipped; weights start orthogonal; on MuJoCo
-the networks are not the paper's, and observations and rewards are normalised by running statistics. And an episode
-that a time limit cuts is bootstrapped with the value of its last state, because it did not end there (Pardo et al.
-2018, arXiv 1712.00378).
+Departures from the paper: the environments wait for each other, so no gradient is stale (A3C's workers run free);
+lambda is 0.95, and on MuJoCo and Atari Adam takes the place of RMSprop, because they learn faster; no LSTM; c1 is 0.5,
+on half the squared error; the gradient's global norm is clipped; weights start orthogonal; on MuJoCo the networks are
+not the paper's, rollouts are longer, and observations, rewards and advantages are normalised. And an episode that a
+time limit cuts is bootstrapped with the value of its last state, because it did not end there (Pardo et al. 2018,
+arXiv 1712.00378).
 
-In a hurry, read "the method" and `train`: all else is the same in every script of this family.
+In a hurry, read "the method" and `train`: the rest serves every script of this family.
 """
 
 import argparse
@@ -86,7 +87,7 @@ class Args:
     capture_video: bool = False
     """film the first environment of --evaluate, or of an evaluation after the training, into the run directory"""
     checkpoint_interval: int = 0
-    """iterations from a checkpoint, where all environments restart, to the next (0: a twentieth, at least 10)"""
+    """iterations from a checkpoint, where all environments restart, to the next (0: about a twentieth of the run)"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
     wandb_project_name: str = "lineage"
@@ -98,7 +99,7 @@ class Args:
     num_threads: int = 0
     """CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """compile a minibatch's gradient (auto: for the MLP, in runs long enough to win back the time it takes)"""
+    """compile the gradient (auto: for the MLP, in runs long enough to win back the time it takes)"""
     bf16: Literal["auto", "on", "off"] = "auto"
     """run the CNN's layers in bfloat16 (auto: where the processor multiplies it natively)"""
 
@@ -451,7 +452,9 @@ class Agent(nn.Module):
             self.body = nature_cnn(*((shape[2], *shape[:2]) if self.channels_last else shape))
             self.actor, self.critic = layer_init(nn.Linear(512, outputs), 0.01), layer_init(nn.Linear(512, 1), 1.0)
         else:
-            inputs = int(observation_space.n) if self.discrete else math.prod(shape)
+            if self.discrete:
+                self.start, self.n = int(observation_space.start), int(observation_space.n)
+            inputs = self.n if self.discrete else math.prod(shape)
             self.actor, self.critic = MLP(inputs, outputs, 0.01), MLP(inputs, 1, 1.0)
         self.obs_norm, self.return_norm = RunningNorm(shape) if args.norm_obs else None, RunningNorm(())
 
@@ -461,8 +464,8 @@ class Agent(nn.Module):
 
     def empty_obs(self, batch: int) -> torch.Tensor:
         """Observations (batch, *space.shape) that are valid, to try something on."""
-        start = int(getattr(self.observation_space, "start", 0))
-        return torch.full((batch, *self.observation_space.shape), start, dtype=self.obs_dtype, device=self.device)
+        shape = (batch, *self.observation_space.shape)
+        return torch.full(shape, self.start if self.discrete else 0, dtype=self.obs_dtype, device=self.device)
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """What actor and critic see."""
@@ -471,7 +474,7 @@ class Agent(nn.Module):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 return self.body(obs.to(torch.bfloat16 if self.bf16 else torch.float32) / 255).float()
         if self.discrete:
-            return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
+            return F.one_hot(obs - self.start, self.n).float()
         return (self.obs_norm(obs) if self.obs_norm else obs).reshape(len(obs), -1)
 
     def actor_head(self, features: torch.Tensor) -> torch.Tensor:
@@ -560,7 +563,7 @@ class Steps(NamedTuple):
     """What `play` saw, (num_steps, num_envs, ...) and on the agent's device; flags belong to step t, after it."""
 
     observations: torch.Tensor  # one more than steps: also what came after the last one
-    features: list[torch.Tensor]  # of the CNN, for each step but that; empty for an MLP
+    features: list[torch.Tensor]  # of all steps but that one, where acting has computed them in torch; or none
     actions: torch.Tensor
     rewards: torch.Tensor  # as the method learns from them
     terminations: torch.Tensor
@@ -698,7 +701,8 @@ def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) 
         compiled(*example)
     except Exception as error:  # no compiler, no headers, ...
         if asked == "on":
-            raise UsageError(f"--compile on fails here ({str(error).splitlines()[0]}); use --compile off.") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"--compile on fails here ({reason}); use --compile off.") from None
         print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
         args.compile = "off"
     return compiled if args.compile == "on" else function
@@ -803,7 +807,7 @@ def summarise(results: list[tuple[torch.Tensor, ...]]) -> dict[str, float]:
     """The means of STATS over what several updates returned, and the explained variance, by their tags."""
     stats, returns, values = (torch.stack(column) for column in zip(*results))
     means = dict(zip(STATS, stats.mean(0).tolist()))
-    means["explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
+    means["explained_variance"] = (1 - (returns - values).var(correction=0) / returns.var(correction=0)).item()
     return {f"losses/{name}": value for name, value in means.items()}
 
 
@@ -1191,7 +1195,8 @@ def train(args: Args) -> Path:
         gradient = make_gradient(agent, args)
     batch_size = args.num_envs * args.num_steps
     num_iterations, done = args.total_timesteps // batch_size, 0
-    interval = args.checkpoint_interval or max(10, math.ceil(num_iterations / 20))
+    # Of 2,000 steps or more, or else long episodes would never end.
+    interval = args.checkpoint_interval or max(math.ceil(2_000 / args.num_steps), math.ceil(num_iterations / 20))
     state = load_checkpoint(Path(args.resume)) if args.resume else None
     if state and state["iteration"] == num_iterations:
         print(f"{args.resume} is complete; there is nothing left to train.")

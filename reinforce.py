@@ -4,8 +4,8 @@ Play whole episodes with the policy pi, then take one step up the policy gradien
 
     g = 1 / (num_envs num_steps) sum over episodes, sum over t of grad log pi(a_t|s_t) psi_t,    psi_t = G_t - b(s_t)
 
-At gamma = 1 every choice of psi below has the same expectation, so what tells them apart is the variance (Greensmith et
-al. 2004, JMLR 5), which every iteration measures: losses/grad_variance and losses/grad_snr, one plot for six runs.
+Where episodes end by themselves and gamma is 1, every choice of psi below has the same expectation. What tells them
+apart is the variance (Greensmith et al. 2004, JMLR 5), which every iteration logs: losses/grad_variance and grad_snr.
 
     --returns full   G_t is the return of the whole episode        --baseline none    b = 0
     --returns to-go  only of t and later: an action cannot         --baseline mean    b = mean of G over the batch
@@ -22,11 +22,12 @@ points exactly along the gradient. To drop the episodes unfinished after num_ste
 
 Departures from the paper: Adam and a clipped norm in the place of a plain step; psi divided by its root mean square;
 no gamma^t before the term of step t, which the gradient of the discounted return would have, as in all practice (so
-full and to-go have one expectation at gamma = 1 only); observations and rewards normalised on MuJoCo. The mean of the
-batch has the episode itself in it, which shrinks the estimate by about one part in M. An episode that a time limit
-cuts is bootstrapped with the value of its last state where a V is learned; where none is, the return is what was seen.
+full and to-go have one expectation at gamma = 1 only); observations and rewards normalised on MuJoCo, an entropy bonus
+on Atari. The mean of the batch has the episode itself in it, which shrinks the estimate by about one part in M. An
+episode that a time limit cuts is bootstrapped with the value of its last state where a V is learned; where none is, the
+return is what was seen.
 
-In a hurry, read "the method" and `train`: all else is the same in every script of this family.
+In a hurry, read "the method" and `train`: the rest serves every script of this family.
 """
 
 import argparse
@@ -93,7 +94,7 @@ class Args:
     capture_video: bool = False
     """film the first environment of --evaluate, or of an evaluation after the training, into the run directory"""
     checkpoint_interval: int = 0
-    """iterations from a checkpoint, where all environments restart, to the next (0: a twentieth, at least 10)"""
+    """iterations from a checkpoint, where all environments restart, to the next (0: about a twentieth of the run)"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
     wandb_project_name: str = "lineage"
@@ -105,7 +106,7 @@ class Args:
     num_threads: int = 0
     """CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """compile a minibatch's gradient (auto: for the MLP, in runs long enough to win back the time it takes)"""
+    """compile the gradient (auto: for the MLP, in runs long enough to win back the time it takes)"""
     bf16: Literal["auto", "on", "off"] = "auto"
     """run the CNN's layers in bfloat16 (auto: where the processor multiplies it natively)"""
 
@@ -137,7 +138,7 @@ class Args:
     baseline: Literal["none", "mean", "value"] = "value"
     """what is subtracted from the return: nothing, its mean over the batch, or a learned V(s)"""
     norm_adv: bool = True
-    """divide psi by its root mean square over the batch, which changes the length of the gradient only"""
+    """divide psi by its root mean square over the batch"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
     max_grad_norm: float = 0.5
@@ -159,7 +160,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "box2d": dict(total_timesteps=1_000_000, num_steps=500, gamma=0.999),
     "mujoco": dict(total_timesteps=1_000_000, num_envs=4, num_steps=1000, learning_rate=5e-3, value_steps=40,
                    log_std_init=-0.5, norm_obs=True, norm_reward=True),
-    "atari": dict(total_timesteps=10_000_000, num_steps=256, learning_rate=1e-3, ent_coef=0.01, clip_reward=True),
+    "atari": dict(total_timesteps=10_000_000, num_envs=4, num_steps=256, learning_rate=1e-3, value_learning_rate=2.5e-4,
+                  ent_coef=0.01, clip_reward=True),
 }
 # fmt: on
 POSITIVE = "num_envs num_steps total_timesteps eval_episodes learning_rate gamma max_grad_norm value_learning_rate"
@@ -245,16 +247,10 @@ def check_args(args: Args) -> None:
         )
 
 
-def check_batches(args: Args) -> None:
-    """Raises UsageError where a batch has no variance to measure, or cannot fill a minibatch of V."""
-    batch = args.num_envs * args.num_steps
+def check_batch(args: Args) -> None:
+    """Raises UsageError where a batch has no variance to measure."""
     if args.num_envs < 2:
         raise UsageError("--num-envs 1 leaves no variance of the gradient to measure; use --num-envs 2 or more.")
-    if args.value_batch_size > batch:
-        size = f"{args.num_envs} x {args.num_steps} = {batch}"
-        raise UsageError(
-            f"--value-batch-size {args.value_batch_size} is more than a batch is sure to hold, {size}; use {batch}."
-        )
 
 
 # ------------------------------------------------------------------------------------------------- environments
@@ -482,7 +478,9 @@ class Agent(nn.Module):
             inputs, bf16 = (shape[2], *shape[:2]) if self.channels_last else shape, args.bf16 == "on"
             self.actor, self.critic = ImageNet(inputs, outputs, 0.01, bf16), ImageNet(inputs, 1, 1.0, bf16)
         else:
-            inputs = int(observation_space.n) if self.discrete else math.prod(shape)
+            if self.discrete:
+                self.start, self.n = int(observation_space.start), int(observation_space.n)
+            inputs = self.n if self.discrete else math.prod(shape)
             self.actor, self.critic = MLP(inputs, outputs, 0.01), MLP(inputs, 1, 1.0)
         self.obs_norm, self.return_norm = RunningNorm(shape) if args.norm_obs else None, RunningNorm(())
 
@@ -496,15 +494,15 @@ class Agent(nn.Module):
 
     def empty_obs(self, batch: int) -> torch.Tensor:
         """Observations (batch, *space.shape) that are valid, to try something on."""
-        start = int(getattr(self.observation_space, "start", 0))
-        return torch.full((batch, *self.observation_space.shape), start, dtype=self.obs_dtype, device=self.device)
+        shape = (batch, *self.observation_space.shape)
+        return torch.full(shape, self.start if self.discrete else 0, dtype=self.obs_dtype, device=self.device)
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """What actor and critic see."""
         if self.image:
             return obs.permute(0, 3, 1, 2) if self.channels_last else obs
         if self.discrete:
-            return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
+            return F.one_hot(obs - self.start, self.n).float()
         return (self.obs_norm(obs) if self.obs_norm else obs).reshape(len(obs), -1)
 
     def actor_head(self, features: torch.Tensor) -> torch.Tensor:
@@ -723,7 +721,8 @@ def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) 
         compiled(*example)
     except Exception as error:  # no compiler, no headers, ...
         if asked == "on":
-            raise UsageError(f"--compile on fails here ({str(error).splitlines()[0]}); use --compile off.") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"--compile on fails here ({reason}); use --compile off.") from None
         print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
         args.compile = "off"
     return compiled if args.compile == "on" else function
@@ -1261,7 +1260,7 @@ def train(args: Args) -> Path:
     """
     started = time.perf_counter()
     check_args(args)
-    check_batches(args)
+    check_batch(args)
     envs = make_envs(args, args.num_envs)
     resolve(args, envs)
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
@@ -1272,7 +1271,6 @@ def train(args: Args) -> Path:
         gradient = make_gradient(agent, args)
     batch_size = args.num_envs * args.num_steps  # at least: the last episodes are longer
     num_iterations = args.total_timesteps // batch_size  # at most
-    interval = args.checkpoint_interval or max(10, math.ceil(num_iterations / 20))
     state = load_checkpoint(Path(args.resume)) if args.resume else None
     if state and state["global_step"] >= num_iterations * batch_size:
         print(f"{args.resume} is complete; there is nothing left to train.")
@@ -1297,9 +1295,13 @@ def train(args: Args) -> Path:
             values |= {"charts/learning_rate": learning_rate, "charts/episodes": len(finished)}
             if agent.obs_norm:
                 agent.obs_norm.update(batch.obs)
+            twentieths = 20 * run.global_step // run.total
             run.log(steps, finished, values)
+            due = 20 * run.global_step // run.total > twentieths
+            if args.checkpoint_interval:
+                due = run.iteration % args.checkpoint_interval == 0
             last, stop = run.global_step >= run.total, bool(run.signals)
-            if run.iteration % interval == 0 or last or stop:
+            if due or last or stop:
                 save_checkpoint(run, agent, True, **learner())
             if stop and not last:
                 raise Stopped(run.signals[0])

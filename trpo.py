@@ -22,7 +22,7 @@ orthogonal; the damping c counts for the length too, as in all implementations, 
 the region. And an episode that a time limit cuts is bootstrapped with the value of its last state, because it did not
 end there (Pardo et al. 2018, arXiv 1712.00378).
 
-In a hurry, read "the method" and `train`: all else is the same in every script of this family.
+In a hurry, read "the method" and `train`: the rest serves every script of this family.
 """
 
 import argparse
@@ -89,7 +89,7 @@ class Args:
     capture_video: bool = False
     """film the first environment of --evaluate, or of an evaluation after the training, into the run directory"""
     checkpoint_interval: int = 0
-    """iterations from a checkpoint, where all environments restart, to the next (0: a twentieth, at least 10)"""
+    """iterations from a checkpoint, where all environments restart, to the next (0: about a twentieth of the run)"""
     track: bool = False
     """log to Weights & Biases as well (WANDB_MODE=offline works)"""
     wandb_project_name: str = "lineage"
@@ -101,7 +101,7 @@ class Args:
     num_threads: int = 0
     """CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """compile a minibatch's gradient (auto: for the MLP, in runs long enough to win back the time it takes)"""
+    """compile the gradient (auto: for the MLP, in runs long enough to win back the time it takes)"""
     bf16: Literal["auto", "on", "off"] = "auto"
     """run the CNN's layers in bfloat16 (auto: where the processor multiplies it natively)"""
 
@@ -485,7 +485,9 @@ class Agent(nn.Module):
             inputs, bf16 = (shape[2], *shape[:2]) if self.channels_last else shape, args.bf16 == "on"
             self.actor, self.critic = ImageNet(inputs, outputs, 0.01, bf16), ImageNet(inputs, 1, 1.0, bf16)
         else:
-            inputs = int(observation_space.n) if self.discrete else math.prod(shape)
+            if self.discrete:
+                self.start, self.n = int(observation_space.start), int(observation_space.n)
+            inputs = self.n if self.discrete else math.prod(shape)
             self.actor, self.critic = MLP(inputs, outputs, 0.01), MLP(inputs, 1, 1.0)
         self.obs_norm, self.return_norm = RunningNorm(shape) if args.norm_obs else None, RunningNorm(())
 
@@ -499,15 +501,15 @@ class Agent(nn.Module):
 
     def empty_obs(self, batch: int) -> torch.Tensor:
         """Observations (batch, *space.shape) that are valid, to try something on."""
-        start = int(getattr(self.observation_space, "start", 0))
-        return torch.full((batch, *self.observation_space.shape), start, dtype=self.obs_dtype, device=self.device)
+        shape = (batch, *self.observation_space.shape)
+        return torch.full(shape, self.start if self.discrete else 0, dtype=self.obs_dtype, device=self.device)
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """What actor and critic see."""
         if self.image:
             return obs.permute(0, 3, 1, 2) if self.channels_last else obs
         if self.discrete:
-            return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
+            return F.one_hot(obs - self.start, self.n).float()
         return (self.obs_norm(obs) if self.obs_norm else obs).reshape(len(obs), -1)
 
     def actor_head(self, features: torch.Tensor) -> torch.Tensor:
@@ -525,9 +527,6 @@ class Agent(nn.Module):
     def value(self, features: torch.Tensor) -> torch.Tensor:
         """V(s) (batch,)."""
         return self.critic(features).squeeze(-1)
-
-    def forward(self, features: torch.Tensor) -> tuple[Categorical | Gaussian, torch.Tensor]:
-        return self.policy(features), self.value(features)
 
     def noise(self, *batch: int) -> torch.Tensor:
         """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
@@ -596,7 +595,7 @@ class Steps(NamedTuple):
     """What `play` saw, (num_steps, num_envs, ...) and on the agent's device; flags belong to step t, after it."""
 
     observations: torch.Tensor  # one more than steps: also what came after the last one
-    features: list[torch.Tensor]  # of the CNN, for each step but that; empty for an MLP
+    features: list[torch.Tensor]  # of all steps but that one, where acting has computed them in torch; or none
     actions: torch.Tensor
     rewards: torch.Tensor  # as the method learns from them
     terminations: torch.Tensor
@@ -711,17 +710,14 @@ def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) 
         compiled(*example)
     except Exception as error:  # no compiler, no headers, ...
         if asked == "on":
-            raise UsageError(f"--compile on fails here ({str(error).splitlines()[0]}); use --compile off.") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"--compile on fails here ({reason}); use --compile off.") from None
         print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
         args.compile = "off"
     return compiled if args.compile == "on" else function
 
 
 # --------------------------------------------------------------------------------------------------- the method
-STATS = ("policy_loss", "value_loss", "entropy", "kl", "surrogate_expected", "surrogate_improvement", "step_fraction")
-STATS += ("line_search_steps", "cg_residual", "grad_norm")
-
-
 class Batch(NamedTuple):
     """A rollout, flattened to (num_steps * num_envs, ...); features are what actor and critic see of the states."""
 
@@ -825,10 +821,11 @@ def trust_region_step(
     The step is zero where the gradient is, or where rounding has left no curvature along the direction.
     """
     direction, residual = conjugate_gradients(product, gradient, args.cg_iters)
+    residual = residual / gradient.norm().clamp(min=1e-30)
     curvature = direction @ product(direction)  # s'(F + c I)s
     if not curvature > 0:
         return torch.zeros_like(gradient), residual
-    return (2 * args.max_kl / curvature).sqrt() * direction, residual / gradient.norm()
+    return (2 * args.max_kl / curvature).sqrt() * direction, residual
 
 
 @torch.no_grad()
@@ -852,7 +849,7 @@ def line_search(agent: Agent, theta: torch.Tensor, step: torch.Tensor, batch: Ba
 
 
 def update_policy(agent: Agent, theta: torch.Tensor, batch: Batch, args: Args) -> dict[str, float]:
-    """One natural gradient step within the trust region; returns STATS but for value_loss."""
+    """One natural gradient step within the trust region; returns what to log, policy_loss as it was before the step."""
     policy, parameters = agent.policy(batch.features), agent.policy_parameters()
     surrogate, entropy = surrogate_objective(policy, batch, args.ent_coef), policy.entropy().mean().item()
     gradient = flat_grad(surrogate, parameters)
@@ -869,7 +866,7 @@ def update_policy(agent: Agent, theta: torch.Tensor, batch: Batch, args: Args) -
     return stats | line_search(agent, theta, step, batch, args)
 
 
-def make_value_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """gradient(features, returns, rows) -> (gradient (parameters of V,) of half the mean squared error, that error)."""
     parameters = list(agent.critic.parameters())
 
@@ -891,7 +888,7 @@ def make_value_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.T
     return compile_for(example, gradient, args, steps > 40_000 and not agent.image)
 
 
-def update_critic(optimizer: Adam, gradient: Callable, batch: Batch, learning_rate: float, args: Args) -> float:
+def fit_value(optimizer: Adam, gradient: Callable, batch: Batch, learning_rate: float, args: Args) -> float:
     """Epochs of minibatch steps towards the returns; returns the mean of the error over them."""
     losses, device = [], batch.returns.device
     epochs = (torch.randperm(len(batch.returns), device=device) for _ in range(args.update_epochs))
@@ -932,14 +929,14 @@ def update(
     learning_rate: float,
     args: Args,
 ) -> dict[str, float]:
-    """The policy's step, then the critic's; returns STATS and the explained variance by their tags."""
+    """The policy's step, then the critic's; returns what to log, by tags."""
     stats = update_policy(agent, theta, batch, args)
-    stats |= dict(value_loss=update_critic(optimizer, gradient, batch, learning_rate, args))
+    stats |= dict(value_loss=fit_value(optimizer, gradient, batch, learning_rate, args))
     for name, value in stats.items():
         if not math.isfinite(value):
             raise Failed(f"{name} is {value}")
     stats["explained_variance"] = (1 - (batch.returns - batch.values).var() / batch.returns.var()).item()
-    return {f"losses/{name}": stats[name] for name in (*STATS, "explained_variance")}
+    return {f"losses/{name}": value for name, value in stats.items()}
 
 
 # ------------------------------------------------------------------------------------------- the run directory
@@ -1321,12 +1318,10 @@ def train(args: Args) -> Path:
     resolve(args, envs)
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
-    theta, optimizer = (
-        flatten_parameters(agent.policy_parameters()),
-        Adam(flatten_parameters(agent.critic.parameters())),
-    )
+    theta = flatten_parameters(agent.policy_parameters())
+    optimizer = Adam(flatten_parameters(agent.critic.parameters()))
     with torch.random.fork_rng(devices=[]):  # compiling, or not, must not change the run
-        gradient = make_value_gradient(agent, args)
+        gradient = make_gradient(agent, args)
     num_iterations, done = args.total_timesteps // (args.num_envs * args.num_steps), 0
     interval = args.checkpoint_interval or max(10, math.ceil(num_iterations / 20))
     state = load_checkpoint(Path(args.resume)) if args.resume else None

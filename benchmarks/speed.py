@@ -70,7 +70,7 @@ ROWS = {
         os.cpu_count() or 1,
     ),
     "a2c-cartpole": Row(
-        "A2C, CartPole-v1, 8 envs x 5",
+        "A2C, CartPole-v1, 8 envs x 5, compiled",
         "a2c.py --env-id CartPole-v1 --num-envs 8 --num-steps 5 --gae-lambda 1 --learning-rate 7e-4 --compile on",
         120_000,
         "stable_baselines3 A2C n_steps=5",
@@ -79,7 +79,8 @@ ROWS = {
     ),
     "a2c-breakout": Row(
         "A2C, BreakoutNoFrameskip-v4, 16 x 5, all cores",
-        "a2c.py --env-id BreakoutNoFrameskip-v4 --num-envs 16 --num-steps 5 --gae-lambda 1 --learning-rate 7e-4",
+        "a2c.py --env-id BreakoutNoFrameskip-v4 --num-envs 16 --num-steps 5 --gae-lambda 1 --learning-rate 7e-4"
+        " --optimizer rmsprop",
         12_000,
         "stable_baselines3 A2C n_steps=5, ent_coef=0.01",
         BREAKOUT.format(16),

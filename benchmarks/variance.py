@@ -2,7 +2,8 @@
 
 Trains reinforce.py on CartPole-v1 with each pair of --returns and --baseline and draws, from the progress.csv of the
 runs, the variance of the gradient estimate and its signal-to-noise ratio against how good the policy was, and the
-return against steps. Compare variances at equal return: they grow with it. Writes OUT.png, and OUT.csv with the means.
+return against steps. Compare variances at equal return: they grow with it. Writes OUT.png, and OUT.csv with the points
+of the first two panels, geometric means over the batches of an interval of returns.
 """
 
 import argparse

@@ -59,7 +59,7 @@ class Player:
         self.agent = trpo.Agent(self.envs.single_observation_space, self.envs.single_action_space, self.args)
         self.theta = trpo.flatten_parameters(self.agent.policy_parameters())
         self.optimizer = trpo.Adam(trpo.flatten_parameters(self.agent.critic.parameters()))
-        self.gradient = trpo.make_value_gradient(self.agent, self.args)
+        self.gradient = trpo.make_gradient(self.agent, self.args)
         self.episodes = trpo.Episodes(self.args.num_envs)
         self.obs, self.info = trpo.reset_envs(self.envs, self.args.seed, 1)
 
@@ -496,7 +496,7 @@ def test_the_critic_leaves_the_policy_alone_and_the_policy_the_critic(kind, sigh
         return nn.utils.parameters_to_vector(ours).clone(), nn.utils.parameters_to_vector(theirs).clone()
 
     policy, critic = weights()
-    trpo.update_critic(player.optimizer, player.gradient, batch, 1e-3, player.args)
+    trpo.fit_value(player.optimizer, player.gradient, batch, 1e-3, player.args)
     moved_policy, moved_critic = weights()
     assert torch.equal(policy, moved_policy) and not torch.equal(critic, moved_critic)
     stats = player.update_policy(batch)
@@ -522,7 +522,7 @@ def test_an_update_in_bfloat16_keeps_its_promises_in_float32(kind):
     assert stats["surrogate_improvement"] == pytest.approx(((ratio - 1) * batch.advantages).mean().item(), rel=0.05)
 
 
-def test_update_critic_equals_torch_adam_on_half_the_squared_error_and_logs_its_mean():
+def test_fit_value_equals_torch_adam_on_half_the_squared_error_and_logs_its_mean():
     player = clock_player(Discrete(4), "--update-epochs", "5", "--num-minibatches", "3")
     batch, twin, losses, calls = player.rollout(), copy.deepcopy(player.agent.critic), [], []
     reference = torch.optim.Adam(twin.parameters(), lr=0.01, eps=1e-5)
@@ -531,7 +531,7 @@ def test_update_critic_equals_torch_adam_on_half_the_squared_error_and_logs_its_
         calls.append(rows)
         return player.gradient(features, returns, rows)
 
-    logged = trpo.update_critic(player.optimizer, watched, batch, 0.01, player.args)
+    logged = trpo.fit_value(player.optimizer, watched, batch, 0.01, player.args)
     rows = torch.stack(calls).view(5, 60)
     close(rows.sort().values, torch.arange(60).expand(5, 60))
     assert len(rows.unique(dim=0)) == 5
@@ -549,7 +549,7 @@ def test_the_compiled_gradient_of_the_critic_is_the_eager_one():
     player = clock_player(Discrete(4), "--num-minibatches", "3")
     batch, rows = player.rollout(), torch.randperm(60)[:20]
     player.args.compile = "on"
-    compiled = trpo.make_value_gradient(player.agent, player.args)
+    compiled = trpo.make_gradient(player.agent, player.args)
     for _ in range(2):
         arguments = (batch.features, batch.returns, rows)
         for found, expected in zip(compiled(*arguments), player.gradient(*arguments)):
