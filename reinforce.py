@@ -865,7 +865,8 @@ def update(
 ) -> dict[str, float]:
     """One step of the policy, then V, that the next batch will need; returns what to log, by tags.
 
-    The variance is that of the estimate from psi itself, so that runs with other returns and baselines compare.
+    The variance is that of the estimate from psi itself, so that runs with other returns and baselines compare; an
+    entropy bonus adds its own.
     """
     # Returns grow by orders of magnitude in a run, faster than Adam forgets. One factor for all of psi turns nothing.
     scale = batch.psi.square().mean().sqrt() + 1e-8 if args.norm_adv else torch.ones((), device=agent.device)

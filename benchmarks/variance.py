@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 COLORS = {"none": "#D55E00", "mean": "#009E73", "value": "#0072B2"}
-EDGES = np.array([15, 20, 30, 45, 70, 100, 150, 220, 330, 501])  # of mean returns, a point for each interval
+EDGES = np.array([15, 20, 30, 45, 70, 100, 150, 220, 300, 400, 475])  # of mean returns; at 500 all are equal
 
 
 def read(path: Path) -> np.ndarray:
@@ -67,8 +67,10 @@ def main() -> None:
         axis.set_xlabel("mean return of the batch" if axis is not axes[2] else "thousand environment steps")
         axis.grid(alpha=0.25)
     for axis in axes[:2]:
-        axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_xscale("log")
+        axis.set_xticks([25, 50, 100, 200, 400], labels=["25", "50", "100", "200", "400"])
+        axis.minorticks_off()
     axes[0].legend(fontsize=8, title="returns, baseline", title_fontsize=8)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(asked.out.with_suffix(".png"), dpi=110)
