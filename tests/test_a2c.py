@@ -363,7 +363,7 @@ def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_pat
     """31 iterations; each boundary, every 10, and the last one end a row too."""
     runs, weights = {}, {}
     for interval in (1, 4):
-        tiny = ["--num-envs", "2", "--num-steps", "5", "--total-timesteps", "310"]
+        tiny = ["--num-envs", "2", "--num-steps", "5", "--total-timesteps", "310", "--checkpoint-interval", "10"]
         names = ["--log-interval", str(interval), "--runs-dir", str(tmp_path), "--run-name", str(interval)]
         runs[interval] = a2c.train(a2c.parse_args([*SETTING, "--anneal-lr", *tiny, *names]))
         checkpoint = a2c.load_checkpoint(runs[interval])

@@ -85,7 +85,7 @@ def test_signal_from_outside_stops_a_real_process_that_can_go_on(name, here, cap
     assert stopped["global_step"] == newest(run)["global_step"] == int(rows(run, "progress")[-1]["global_step"])
     wait_for_the_next_second()
     assert script(name).main(["--resume", str(run)]) == 0
-    assert summary(run)["status"] == "completed" and summary(run)["global_step"] >= 5_900
+    assert summary(run)["status"] == "completed" and summary(run)["global_step"] > 6000 - 128
     assert "goes on from step" in capsys.readouterr().out
     steps = [int(row["global_step"]) for row in rows(run, "progress")]
     assert steps == sorted(set(steps)) and [step for step, _ in scalars(run)["losses/policy_loss"]] == steps
