@@ -609,7 +609,7 @@ def check_targets(player: Player) -> None:
     def value(obs: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             flat = torch.from_numpy(obs.reshape(60, *obs.shape[2:]))
-            return player.agent(player.agent.features(flat))[1].view(20, 3).numpy()
+            return player.agent.value(player.agent.features(flat)).view(20, 3).numpy()
 
     for part in range(2):
         batch, steps = player.rollout(), slice(20 * part, 20 * part + 20)
