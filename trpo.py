@@ -16,8 +16,8 @@ A is the generalized advantage estimate (arXiv 1506.02438), from a critic that s
     python trpo.py --env-id HalfCheetah-v5 --seed 2          python trpo.py --help --env-id HalfCheetah-v5
     python trpo.py --resume runs/<run>                       python trpo.py --evaluate runs/<run>
 
-Departures from the paper: A comes from a critic, not from rollouts alone, and is standardised over the batch; on MuJoCo
-observations and rewards are normalised by running statistics; on Atari L has an entropy bonus; weights start
+Departures from the paper: A comes from a critic, not from rollouts alone, and is standardised over the batch, save on
+Atari, where L has an entropy bonus instead; on MuJoCo observations and rewards are normalised; weights start
 orthogonal; the damping c counts for the length too, as in all implementations, so the first trial is a little inside
 the region. And an episode that a time limit cuts is bootstrapped with the value of its last state, because it did not
 end there (Pardo et al. 2018, arXiv 1712.00378).
@@ -161,7 +161,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98),
     "mujoco": dict(total_timesteps=1_000_000, num_steps=256, gae_lambda=0.9, max_kl=0.03, num_minibatches=16,
                    log_std_init=-0.5, norm_obs=True, norm_reward=True),
-    "atari": dict(total_timesteps=10_000_000, max_kl=0.005, ent_coef=0.01, fisher_fraction=0.1, learning_rate=2.5e-4,
+    "atari": dict(total_timesteps=10_000_000, norm_adv=False, ent_coef=0.01, fisher_fraction=0.1, learning_rate=2.5e-4,
                   update_epochs=2, num_minibatches=4, clip_reward=True),
 }
 # fmt: on
