@@ -681,8 +681,8 @@ class RMSprop:
         self.v.copy_(state["v"])
 
 
-def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) -> Callable:
-    """function as one graph for arguments of the example's shapes; function itself where args.compile is "off".
+def compile_for(example: Callable[[], tuple], function: Callable, args: Args, worth_it: bool) -> Callable:
+    """function as one graph for arguments of the shapes of example(); function itself where args.compile is "off".
 
     Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
     """
@@ -698,7 +698,7 @@ def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) 
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     try:  # now rather than in the first iteration
-        compiled(*example)
+        compiled(*example())
     except Exception as error:  # no compiler, no headers, ...
         if asked == "on":
             reason = " ".join(str(error).split())[:200]
@@ -782,13 +782,17 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
         return grad, torch.stack([*stats, norm]).detach(), returns, values.detach()
 
     shape = (args.num_steps, args.num_envs)
-    obs, zeros = agent.empty_obs((args.num_steps + 1) * args.num_envs), torch.zeros(shape, device=args.device)
-    with torch.no_grad():
-        actions = agent.act(agent.features(obs), zeros[0, 0])[: zeros.numel()].unflatten(0, shape)
-    steps = Steps(obs.unflatten(0, (-1, args.num_envs)), [], actions, zeros, zeros > 0, zeros > 0, {})
+
+    def example() -> tuple[Steps, torch.Tensor]:
+        obs, zeros = agent.empty_obs((args.num_steps + 1) * args.num_envs), torch.zeros(shape, device=args.device)
+        with torch.no_grad():
+            actions = agent.act(agent.features(obs), zeros[0, 0])[: zeros.numel()].unflatten(0, shape)
+        steps = Steps(obs.unflatten(0, (-1, args.num_envs)), [], actions, zeros, zeros > 0, zeros > 0, {})
+        return steps, zeros.clone()  # a clone: one tensor twice would be one input
+
     # Compiling takes 10 s and saves most of an MLP's update, but nothing of a CNN's.
-    worth_it = args.total_timesteps // zeros.numel() > 12_000 and not agent.image
-    return compile_for((steps, zeros.clone()), gradient, args, worth_it)  # a clone: one tensor twice is one input
+    worth_it = args.total_timesteps // math.prod(shape) > 12_000 and not agent.image
+    return compile_for(example, gradient, args, worth_it)
 
 
 def update(

@@ -675,8 +675,8 @@ class Adam:
         self.t = state["t"]
 
 
-def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) -> Callable:
-    """function as one graph for arguments of the example's shapes; function itself where args.compile is "off".
+def compile_for(example: Callable[[], tuple], function: Callable, args: Args, worth_it: bool) -> Callable:
+    """function as one graph for arguments of the shapes of example(); function itself where args.compile is "off".
 
     Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
     """
@@ -692,7 +692,7 @@ def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) 
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     try:  # now rather than in the first iteration
-        compiled(*example)
+        compiled(*example())
     except Exception as error:  # no compiler, no headers, ...
         if asked == "on":
             reason = " ".join(str(error).split())[:200]
@@ -800,13 +800,15 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
         return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.stack([*stats, norm]).detach()
 
     batch_size = args.num_envs * args.num_steps
-    obs = agent.empty_obs(batch_size)
-    zeros = torch.zeros(4, batch_size, device=args.device)
-    with torch.no_grad():
-        features = agent.features(obs)
-        actions, old_policy = agent.act(features, zeros[0, 0]), agent.policy(features).parameters
-    rows = torch.arange(batch_size // args.num_minibatches, device=args.device)
-    example = (Batch(obs, actions, *zeros, old_policy), rows, zeros[0, 0])
+
+    def example() -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        obs, zeros = agent.empty_obs(batch_size), torch.zeros(4, batch_size, device=args.device)
+        with torch.no_grad():
+            features = agent.features(obs)
+            actions, old_policy = agent.act(features, zeros[0, 0]), agent.policy(features).parameters
+        rows = torch.arange(batch_size // args.num_minibatches, device=args.device)
+        return Batch(obs, actions, *zeros, old_policy), rows, zeros[0, 0]
+
     # Compiling takes 10 s and saves two thirds of each step of an MLP, but nothing of a CNN's.
     steps = args.total_timesteps // batch_size * args.update_epochs * args.num_minibatches
     return compile_for(example, gradient, args, steps > 40_000 and not agent.image)

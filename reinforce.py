@@ -701,8 +701,8 @@ class Adam:
         self.t = state["t"]
 
 
-def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) -> Callable:
-    """function as one graph for arguments of the example's shapes; function itself where args.compile is "off".
+def compile_for(example: Callable[[], tuple], function: Callable, args: Args, worth_it: bool) -> Callable:
+    """function as one graph for arguments of the shapes of example(); function itself where args.compile is "off".
 
     Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
     """
@@ -718,7 +718,7 @@ def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) 
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     try:  # now rather than in the first iteration
-        compiled(*example)
+        compiled(*example())
     except Exception as error:  # no compiler, no headers, ...
         if asked == "on":
             reason = " ".join(str(error).split())[:200]
@@ -815,7 +815,9 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
         loss = 0.5 * ((values - returns) ** 2).mean()
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]), loss.detach()
 
-    example = agent.empty_obs(args.value_batch_size), torch.zeros(args.value_batch_size, device=args.device)
+    def example() -> tuple[torch.Tensor, torch.Tensor]:
+        return agent.empty_obs(args.value_batch_size), torch.zeros(args.value_batch_size, device=args.device)
+
     # Compiling takes 10 s and saves half of each step of an MLP, but nothing of a CNN's.
     steps = args.total_timesteps // (args.num_envs * args.num_steps) * args.value_steps
     return compile_for(example, gradient, args, steps > 40_000 and args.baseline == "value" and not agent.image)

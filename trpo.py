@@ -690,8 +690,8 @@ class Adam:
         self.t = state["t"]
 
 
-def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) -> Callable:
-    """function as one graph for arguments of the example's shapes; function itself where args.compile is "off".
+def compile_for(example: Callable[[], tuple], function: Callable, args: Args, worth_it: bool) -> Callable:
+    """function as one graph for arguments of the shapes of example(); function itself where args.compile is "off".
 
     Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
     """
@@ -707,7 +707,7 @@ def compile_for(example: tuple, function: Callable, args: Args, worth_it: bool) 
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
     try:  # now rather than in the first iteration
-        compiled(*example)
+        compiled(*example())
     except Exception as error:  # no compiler, no headers, ...
         if asked == "on":
             reason = " ".join(str(error).split())[:200]
@@ -879,10 +879,13 @@ def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor,
         return flat_grad(loss, parameters), loss.detach()
 
     batch_size = args.num_envs * args.num_steps
-    with torch.no_grad():
-        features = agent.features(agent.empty_obs(batch_size))
-    rows = torch.arange(batch_size // args.num_minibatches, device=args.device)
-    example = (features, torch.zeros(batch_size, device=args.device), rows)
+
+    def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            features = agent.features(agent.empty_obs(batch_size))
+        rows = torch.arange(batch_size // args.num_minibatches, device=args.device)
+        return features, torch.zeros(batch_size, device=args.device), rows
+
     # Compiling takes 10 s and saves most of each step of an MLP, but nothing of a CNN's.
     steps = args.total_timesteps // batch_size * args.update_epochs * args.num_minibatches
     return compile_for(example, gradient, args, steps > 40_000 and not agent.image)
