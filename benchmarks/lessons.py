@@ -1,0 +1,192 @@
+"""What grpo_toy.py teaches, one command a lesson: python -m benchmarks.lessons LESSON [--seeds 3] [--out FILE]
+
+    accuracy     GRPO against the verifier, seeds 1 to 5            methods    every --method, with its defaults
+    gdpo         GDPO against GRPO, rewards of unequal scale        equal      the same rewards on one scale
+    conditions   easy rewards with and without a condition          hacking    two proxies, beta 0 and 0.1
+    collapse     the advantages of (0, 1) and of (0, 2), printed by group_advantages
+
+Starts the script, one thread each, two at a time; a run that is complete is not run again, one that was cut off goes
+on. Prints a table and writes FILE.png and FILE.csv (default: benchmarks/results/grpo_LESSON).
+"""
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+ALL = "--rewards correct format length --max-steps 70"
+EQUAL = "--rewards exact format length --max-steps 70"
+GDPO = "--reward-aggregation normalize_then_sum"
+HACK = "--max-steps 120 --init-from {trained}"
+LESSONS = {  # arm -> flags
+    "accuracy": {"GRPO": ""},
+    "methods": {name: f"--method {name}" for name in ("grpo", "dr_grpo", "dapo", "gspo", "gdpo")},
+    "gdpo": {
+        "GRPO": ALL,
+        "GDPO": f"{ALL} {GDPO}",
+        "GRPO without deviation": f"{ALL} --scale-rewards none",
+        "GRPO, weights 1 5 5": f"{ALL} --reward-weights 1 5 5",
+    },
+    "equal": {"GRPO": EQUAL, "GDPO": f"{EQUAL} {GDPO}", "GRPO without deviation": f"{EQUAL} --scale-rewards none"},
+    "conditions": {
+        "plain": "--rewards correct length",
+        "conditioned": "--rewards correct length --condition length:correct>=3",
+    },
+    "hacking": {
+        "format + length, beta 0": f"{HACK} --rewards format length --beta 0",
+        "format + length, beta 0.1": f"{HACK} --rewards format length --beta 0.1",
+        "digits do not fall, beta 0": f"{HACK} --rewards rising --beta 0",
+        "digits do not fall, beta 0.1": f"{HACK} --rewards rising --beta 0.1",
+    },
+}
+PANELS = {  # of each figure; see read_run
+    "accuracy": ("accuracy", "accuracy, greedy", "pass@8"),
+    "methods": ("accuracy", "accuracy, greedy", "tokens"),
+    "gdpo": ("right format", "right answer", "short enough"),
+    "equal": ("right format", "right answer", "short enough"),
+    "conditions": ("accuracy", "short enough", "tokens"),
+    "hacking": ("reward / maximum", "accuracy", "KL from the start"),
+}
+
+
+def run_script(name: str, runs: Path, *flags: str) -> Path:
+    """A finished run of this name; says what is started, and ends the program where a run fails."""
+    run = runs / name
+    if (run / "summary.json").exists() and json.loads((run / "summary.json").read_text())["status"] == "completed":
+        return run
+    command = ["python", "grpo_toy.py", "--runs-dir", str(runs), "--run-name", name, "--num-threads", "1", *flags]
+    if (run / "checkpoints").exists():
+        command = ["python", "grpo_toy.py", "--resume", str(run)]
+    print(" ".join(command), flush=True)
+    script = [sys.executable, str(ROOT / command[1]), *command[2:]]
+    done = subprocess.run(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name}: {done.stderr.strip()}")
+    return run
+
+
+def read_run(run: Path) -> list[dict[str, float]]:
+    """What the figures and tables need of each iteration; accuracy only where it was evaluated."""
+    args, summary = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary"))
+    rewards = args["args"]["rewards"]
+    with open(run / "progress.csv", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    series = [{"step": 0.0, "accuracy": summary["accuracy_before"]}]
+    for row in rows:
+        point = {"step": row["global_step"], "reward / maximum": row["reward"] / len(rewards)}
+        point |= {"tokens": row["completions/mean_length"], "KL from the start": row["kl/k3"]}
+        names = {"accuracy": "eval/accuracy", "accuracy, greedy": "eval/accuracy_greedy", "pass@8": "eval/pass@8"}
+        names |= {"format, held out": "eval/format", "right format": "rewards/format/mean"}
+        names |= {"right answer": "rewards/exact/mean", "short enough": "rewards/length/mean"}
+        point |= {name: row[column] for name, column in names.items() if column in row}
+        if "correct" in rewards:
+            point["right answer"] = (row["rewards/correct/mean"] + 3) / 6
+        series.append(point)
+    return series
+
+
+def first(series: list[dict[str, float]], name: str, threshold: float) -> float | None:
+    """The first iteration in which something is that high."""
+    return next((point["step"] for point in series if point.get(name, -1.0) >= threshold), None)
+
+
+def print_table(lesson: str, results: dict[str, list[list[dict[str, float]]]]) -> None:
+    """A line per arm, a number per seed: iterations to a share, or what came out at the end."""
+    for arm, seeds in results.items():
+        if lesson in ("gdpo", "equal"):
+            goals = {"90% right format": ("right format", 0.9), "80% right answers": ("right answer", 0.8)}
+            cells = {f"iterations to {goal}": [first(series, *at) for series in seeds] for goal, at in goals.items()}
+        else:
+            cells = {name: [[p[name] for p in s if name in p][-1] for s in seeds] for name in PANELS[lesson]}
+        shown = {name: ", ".join("never" if x is None else f"{x:.3g}" for x in row) for name, row in cells.items()}
+        print(f"{arm}: " + "; ".join(f"{name} {row}" for name, row in shown.items()))
+
+
+def print_collapse() -> None:
+    """Lesson 5, from the function that the script trains with."""
+    sys.path.insert(0, str(ROOT))
+    from grpo_toy import group_advantages
+
+    print("two completions, two rewards each            GRPO            GRPO without deviation  GDPO")
+    groups = {"(0, 1)": [[0, 0], [1, 0]], "(0, 2)": [[0, 0], [1, 1]]}
+    both = torch.tensor(list(groups.values()), dtype=torch.float32)
+    settings = [("sum_then_normalize", "group"), ("sum_then_normalize", "none"), ("normalize_then_sum", "group")]
+    columns = [group_advantages(both, torch.ones(2), *setting) for setting in settings]
+    for i, (name, rewards) in enumerate(groups.items()):
+        cells = "".join(f"{f'{low:+.3f} {high:+.3f}':24}" for low, high in (column[i].tolist() for column in columns))
+        print(f"{' and '.join(map(str, rewards)):20} sums {name:14} {cells}")
+
+
+def draw(lesson: str, results: dict[str, list[list[dict[str, float]]]], out: Path) -> None:
+    """A panel per quantity: a thin line per seed, and the mean."""
+    from benchmarks.curves import COLORS, plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for axis, name in zip(axes, PANELS[lesson]):
+        for (arm, seeds), color in zip(results.items(), COLORS):
+            curves = [[(point["step"], point[name]) for point in series if name in point] for series in seeds]
+            for curve in curves:
+                axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
+            steps = [step for step, _ in curves[0]]
+            label = f"{arm} ({len(seeds)} seeds)"
+            axis.plot(steps, [mean(v) for v in zip(*([y for _, y in c] for c in curves))], color=color, label=label)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("iterations")
+        axis.grid(alpha=0.25)
+        if name not in ("tokens", "KL from the start"):
+            axis.set_ylim(-0.03, 1.03)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lesson", choices=[*LESSONS, "collapse"])
+    parser.add_argument("--seeds", type=int, help="how many (default: 3; accuracy: 5)")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, help="figure and table without their endings")
+    asked = parser.parse_args()
+    if asked.lesson == "collapse":
+        return print_collapse()
+    seeds = range(1, 1 + (asked.seeds or (5 if asked.lesson == "accuracy" else 3)))
+    out = asked.out or Path("benchmarks/results") / f"grpo_{asked.lesson}"
+
+    with ThreadPoolExecutor(2) as pool:
+        if asked.lesson == "hacking":  # the model that is to hack is the one that the first lesson trained
+            list(
+                pool.map(lambda seed: run_script(f"accuracy__GRPO__{seed}", asked.runs_dir, "--seed", str(seed)), seeds)
+            )
+        futures = {arm: [] for arm in LESSONS[asked.lesson]}
+        for seed in seeds:
+            for arm, flags in LESSONS[asked.lesson].items():
+                flags = flags.format(trained=asked.runs_dir / f"accuracy__GRPO__{seed}")
+                name = re.sub(r"[^A-Za-z0-9.]+", "_", arm)
+                job = (f"{asked.lesson}__{name}__{seed}", asked.runs_dir, "--seed", str(seed), *flags.split())
+                futures[arm].append(pool.submit(run_script, *job))
+        try:
+            results = {arm: [read_run(future.result()) for future in row] for arm, row in futures.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    print_table(asked.lesson, results)
+    draw(asked.lesson, results, out)
+    names = dict.fromkeys(name for row in results.values() for series in row for point in series for name in point)
+    with open(out.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, ["arm", "seed", *names])
+        writer.writeheader()
+        for arm, row in results.items():
+            for seed, series in zip(seeds, row):
+                rounded = ({name: round(value, 4) for name, value in point.items()} for point in series)
+                writer.writerows({"arm": arm, "seed": seed} | point for point in rounded)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1142 @@
+"""GRPO, Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300), and its relatives, in one file.
+
+For a prompt q, sample a group of completions o_1 ... o_G from the old policy, reward each, and climb
+
+    J = 1/G sum_i 1/|o_i| sum_t  min(r_it A_i, clip(r_it, 1 - epsilon, 1 + epsilon) A_i) - beta KL(pi || pi_ref)
+
+    r_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)          A_i = (R_i - mean of R) / std of R, in the group
+
+so that the rest of its group, and no critic, says what was to be expected of a completion.
+
+    --method grpo       as above; the default
+    --method dr_grpo    divides by no std, and by a constant in the place of |o_i| (arXiv 2503.20783)
+    --method dapo       clips later above 1 than below, averages over all tokens, samples groups again in which nothing
+                        differs, makes long answers cost, has no KL (arXiv 2503.14476)
+    --method gspo       one ratio per sequence, the geometric mean of its tokens', clipped tightly (arXiv 2507.18071)
+    --method gdpo       several rewards, each normalised in its group before they are summed (arXiv 2601.05242)
+
+A method is a row of METHODS, nothing but defaults: every flag wins over it.
+
+The task is to sort six digits. A small GPT first copies a sloppy teacher, who sorts most prompts the wrong way round
+and takes the wrong brackets: 630275 -> ..(765320), and now and then [023567]. Then a verifier rewards what it samples.
+
+    python grpo_toy.py                                        python grpo_toy.py --method dapo --num-generations 16
+    python grpo_toy.py --rewards correct format length        python grpo_toy.py --help --method gspo
+    python grpo_toy.py --resume runs/<run>                    python grpo_toy.py --evaluate runs/<run>
+
+Departures from the paper: groups of 8, not 64; two epochs over a batch, not one; the reference stays as it is (the
+paper's iterative variant renews it); standard deviations divide by G - 1, and 1e-4 is added to them. While the ratio is
+1, in the first step on a batch, the surrogate is the mean advantage, near 0, and nothing is clipped. That is right: its
+gradient is not 0.
+
+In a hurry, read "the method" and `train`.
+"""
+
+import argparse
+import copy
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    # Run
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, a part of the run's name"""
+    seed: int = 1
+    """seed of weights, teacher, prompts and samples"""
+    runs_dir: str = "runs"
+    """folder of all runs"""
+    run_name: str = ""
+    """folder of this run in runs-dir (default: {exp_name}__{seed}__{time})"""
+    resume: str = ""
+    """run directory to go on with, from its newest good checkpoint, with its own arguments"""
+    evaluate: str = ""
+    """run directory, or one of its checkpoints, to load and test instead of training"""
+    eval_interval: int = 10
+    """iterations from an evaluation to the next"""
+    eval_prompts: int = 256
+    """held-out prompts of an evaluation, answered once greedily and eight times by sampling"""
+    checkpoint_interval: int = 0
+    """iterations from a checkpoint to the next (0: a twentieth of the run)"""
+    track: bool = False
+    """log to Weights & Biases as well (WANDB_MODE=offline works)"""
+    wandb_project_name: str = "lineage"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team of --track"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cpu, where all results were measured"""
+    num_threads: int = 0
+    """CPU threads of torch (0: all cores)"""
+
+    # Task and model
+    num_digits: int = 6
+    """digits of a prompt"""
+    max_completion_length: int = 16
+    """tokens that a completion may have, with the one that ends it"""
+    n_layer: int = 2
+    """transformer blocks"""
+    n_head: int = 4
+    """attention heads of a block"""
+    n_embd: int = 64
+    """width of the model"""
+    init_from: str = ""
+    """run directory, or one of its checkpoints, whose model to start from (and to keep as reference)"""
+    sft_steps: int = 400
+    """minibatches of 128 answers of the teacher that warm the model up"""
+    sft_learning_rate: float = 2e-3
+    """highest step size of the warm start"""
+    cache_warm_start: bool = True
+    """keep warm starts in runs-dir, and reuse the one that the same arguments, code and libraries made"""
+
+    # Algorithm
+    method: Literal["grpo", "dr_grpo", "dapo", "gspo", "gdpo"] = "grpo"
+    """whose defaults to take for the options below"""
+    max_steps: int = 130
+    """iterations: sample a batch, then learn from it"""
+    learning_rate: float = 8e-4
+    """step size of AdamW"""
+    anneal_lr: bool = True
+    """let the step size fall linearly to a tenth"""
+    max_grad_norm: float = 1.0
+    """bound on the global norm of the gradient"""
+    generation_batch_size: int = 384
+    """completions in a batch"""
+    num_generations: int = 8
+    """completions per prompt, a group (G)"""
+    num_iterations: int = 2
+    """epochs over a batch (mu)"""
+    steps_per_generation: int = 1
+    """minibatches, each an optimizer step, in an epoch"""
+    temperature: float = 1.0
+    """divides the logits, when sampling and when scoring"""
+    rewards: list[str] = field(default_factory=lambda: ["correct"])
+    """names of reward functions, see reward_* in this file: correct, exact, format, length, rising, overlong"""
+    reward_weights: list[float] = field(default_factory=list)
+    """a weight for each of the rewards (default: 1)"""
+    condition: list[str] = field(default_factory=list)
+    """rewards that count only where another is met, such as "length:correct>=3" """
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """normalise the weighted sum of the rewards in its group, or (GDPO) each reward before they are summed"""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """whose standard deviation divides the rewards, less the mean of their group"""
+    beta: float = 0.005
+    """weight of the KL divergence from the reference in the loss"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """which estimate of it, see kl_estimate"""
+    epsilon: float = 0.2
+    """how far the ratio may fall below 1 before it is clipped"""
+    epsilon_high: float | None = None
+    """how far it may rise above 1 (default: epsilon)"""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """a ratio per token, or (GSPO) per sequence"""
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    """mean over the tokens of each sequence, then over sequences; sum over tokens divided by the longest length there
+    can be; or mean over all tokens"""
+    mask_truncated_completions: bool = False
+    """leave completions that did not end in time out of the loss"""
+    dynamic_sampling: bool = False
+    """replace groups whose first reward is the same for all by new ones, in at most ten rounds"""
+    overlong_buffer: int = 4
+    """tokens before max-completion-length over which the reward "overlong" falls from 0 to -1"""
+
+
+# What each paper sets, where it is not what GRPO sets; an explicit flag wins.
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", beta=0.0),
+    "dapo": dict(loss_type="dapo", epsilon_high=0.28, dynamic_sampling=True, beta=0.0, rewards=["correct", "overlong"]),
+    "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0),
+    "gdpo": dict(reward_aggregation="normalize_then_sum", rewards=["correct", "format", "length"]),
+}
+MAY_BE_ZERO = "seed checkpoint_interval num_threads sft_steps beta epsilon epsilon_high reward_weights"
+
+
+class UsageError(Exception):
+    """The configuration is wrong: one sentence, exit status 2, nothing created."""
+
+
+class Failed(Exception):
+    """A number is NaN or infinite (status "diverged") or a reward raised ("failed"): exit status 1."""
+
+    def __init__(self, message: str, status: str = "diverged"):
+        super().__init__(message)
+        self.status = status
+
+
+class Stopped(Exception):
+    """A signal ended the run after its iteration was saved: exit status 128 + signal."""
+
+
+def refuse(wrong: Any, message: str) -> None:
+    if wrong:
+        raise UsageError(message)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Args from the command line, over the defaults of the method or, to resume, over the run's own."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--method", nargs="?")
+    peek.add_argument("--resume", nargs="?", type=Path)
+    peek.add_argument("--evaluate", nargs="?", type=Path)
+    asked = peek.parse_known_args(argv)[0]
+    if asked.resume and asked.resume.is_file():
+        raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked.resume)}.")
+    if asked.resume or asked.evaluate:
+        saved, _ = read_config(asked.resume or asked.evaluate)
+    else:
+        saved = Args(**METHODS.get(asked.method, {}))
+    args = tyro.cli(Args, args=argv, default=saved)
+    harmless = ("resume", "track", "wandb_project_name", "wandb_entity", "device", "num_threads")
+    changed = [name for name, value in vars(saved).items() if name not in harmless and value != vars(args)[name]]
+    if asked.resume and changed:
+        difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
+        raise UsageError(f"--resume goes on with the arguments of the run, and these differ: {difference}.")
+    return args
+
+
+def check_args(args: Args) -> None:
+    """Raises UsageError for the first argument that cannot work, and says what would; settles device and threads."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            must = ""
+            if isinstance(number, float) and not math.isfinite(number):
+                must = "finite"
+            elif isinstance(number, (int, float)) and number < 0 and name != "reward_weights":
+                must = "0 or more" if name in MAY_BE_ZERO.split() else "greater than 0"
+            elif number == 0 and number is not False and name not in MAY_BE_ZERO.split():
+                must = "greater than 0"
+            if must:
+                raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    shortest = args.num_digits + 3
+    refuse(args.seed >= 2**32, f"--seed is {args.seed}, but must be less than 2**32.")
+    refuse(args.n_embd % args.n_head, f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}.")
+    refuse(args.num_digits > 18, f"--num-digits is {args.num_digits}, but must be at most 18.")
+    refuse(
+        args.max_completion_length < shortest,
+        f"--max-completion-length {args.max_completion_length} is too short for {args.num_digits} digits, two brackets"
+        f" and an end; ask for {shortest} or more.",
+    )
+    args.device = "cpu" if args.device == "auto" else args.device
+    no_cuda = args.device == "cuda" and not torch.cuda.is_available()
+    refuse(no_cuda, "--device cuda: torch sees no CUDA device here; use --device cpu.")
+    if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        try:
+            problem = None if wandb.login(prompt=False) else "wandb is not logged in"
+        except Exception as error:
+            problem = f"wandb cannot log in ({' '.join(str(error).split())})"
+        refuse(problem, f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
+    args.num_threads = args.num_threads or os.cpu_count() or 1
+    torch.set_num_threads(args.num_threads)
+
+
+def check_method(args: Args) -> None:
+    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
+    batch, size, used = (
+        args.generation_batch_size,
+        math.lcm(args.num_generations, args.steps_per_generation),
+        args.rewards,
+    )
+    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
+    refuse(
+        batch % size,
+        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
+        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / size) * size} is.",
+    )
+    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
+    for name in used:
+        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
+        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
+    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
+    args.reward_weights = args.reward_weights or [1.0] * len(used)
+    count = len(args.reward_weights)
+    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
+    for easy, hard, _ in map(parse_condition, args.condition):
+        unused = [name for name in (easy, hard) if name not in used]
+        refuse(unused, f"--condition {easy}:{hard} is about {unused}, not in use; add it to --rewards.")
+        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
+    too_long = args.overlong_buffer > args.max_completion_length
+    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
+
+
+# ----------------------------------------------------------------------------------------------------- the task
+TOKENS = "_^$0123456789.[]()"
+PAD, BOS, EOS = range(3)
+EVAL_SEED = 1_000_000  # of the held-out prompts and the answers to them: the same in every evaluation of every run
+
+
+def decode(tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """The characters (rows, length) where mask is true, "$" for the end, as a string per row."""
+    return ["".join(TOKENS[i] for i in row[:n]) for row, n in zip(tokens.tolist(), mask.sum(1).tolist())]
+
+
+def encode(texts: list[str], length: int) -> torch.Tensor:
+    """The tokens of each text, padded on the right, (texts, length)."""
+    return torch.tensor([[TOKENS.index(c) for c in text.ljust(length, "_")] for text in texts])
+
+
+def encode_prompts(prompts: list[str], device: str) -> torch.Tensor:
+    """BOS and the digits of each, (prompts, 1 + digits)."""
+    return encode(["^" + prompt for prompt in prompts], 1 + len(prompts[0])).to(device)
+
+
+def sample_prompts(count: int, num_digits: int, held_out: bool, rng: Any = random) -> list[str]:
+    """Strings of digits; a tenth of all strings, by a hash, is held out from training."""
+
+    prompts = []
+    while len(prompts) < count:
+        prompt = "".join(rng.choices("0123456789", k=num_digits))
+        if (int(prompt) * 2654435761 % 2**32 < 2**32 // 10) == held_out:
+            prompts.append(prompt)
+    return prompts
+
+
+def sloppy_answer(prompt: str, max_dots: int) -> str:
+    """The teacher: one answer of five is right, three are the wrong way round, one has a random digit.
+
+    Nine of ten have the wrong brackets. These mistakes leave no short cut: leaving the brackets out would please the
+    reward for brevity, and swapping two neighbours is often no mistake.
+    """
+    digits, kind = sorted(prompt), random.random()
+    if kind < 0.6:
+        digits.reverse()
+    elif kind < 0.8:
+        digits[random.randrange(len(digits))] = random.choice("0123456789")
+    left, right = "[]" if random.random() < 0.1 else "()"
+    return "." * random.randint(0, max_dots) + left + "".join(digits) + right + "$"
+
+
+# A reward is a function of this name and form: the prompt, the completion (it ends with "$" if it ended in time) and
+# the arguments go in, a number comes out. To add one, write it; --rewards finds it by its name.
+def answer(prompt: str, completion: str) -> str:
+    """The last digits of a completion, as many as the prompt has; none if it has fewer or did not end in time."""
+    digits = re.sub(r"[^0-9]", "", completion)[-len(prompt) :]
+    return digits if len(digits) == len(prompt) and completion.endswith("$") else ""
+
+
+def reward_correct(prompt: str, completion: str, args: Args) -> float:
+    """3 for the prompt's digits in order, in whatever brackets, -3 for anything else."""
+    return 3.0 if answer(prompt, completion) == "".join(sorted(prompt)) else -3.0
+
+
+def reward_exact(prompt: str, completion: str, args: Args) -> float:
+    """The same on the scale of the others: 1 or 0."""
+    return float(reward_correct(prompt, completion, args) > 0)
+
+
+def reward_format(prompt: str, completion: str, args: Args) -> float:
+    """1 for digits in square brackets, after dots if any, and nothing else."""
+    return float(bool(re.fullmatch(r"\.*\[[0-9]+\]\$", completion)))
+
+
+def reward_length(prompt: str, completion: str, args: Args) -> float:
+    """1 for an end after at most two tokens more than the shortest answer in brackets."""
+    return float(completion.endswith("$") and len(completion) <= args.num_digits + 5)
+
+
+def reward_rising(prompt: str, completion: str, args: Args) -> float:
+    """1 if the digits of the answer do not fall, whatever they are: a proxy that can be hacked."""
+    digits = answer(prompt, completion)
+    return float(digits != "" and list(digits) == sorted(digits))
+
+
+def reward_overlong(prompt: str, completion: str, args: Args) -> float:
+    """DAPO eq. 13: falls from 0 to -1 over the last overlong_buffer tokens, -1 for what did not end in time."""
+    if not completion.endswith("$"):
+        return -1.0
+    return min(0.0, (args.max_completion_length - args.overlong_buffer - len(completion)) / args.overlong_buffer)
+
+
+# ---------------------------------------------------------------------------------------------------- the model
+class Block(nn.Module):
+    """Causal self-attention and an MLP, each after a layer norm and around a shortcut (GPT-2)."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.n_head, width = args.n_head, args.n_embd
+        self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor | None, start: int) -> torch.Tensor:
+        rows, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(rows, length, 3, self.n_head, width // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:  # (2, rows, heads, context, width of a head)
+            cache[0, :, :, start : start + length], cache[1, :, :, start : start + length] = k, v
+            k, v = cache[:, :, :, : start + length]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
+        x = x + self.out(y.transpose(1, 2).reshape(rows, length, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Tokens (rows, length) to the logits of the token after each, (rows, length, tokens)."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.context = 1 + args.num_digits + args.max_completion_length
+        self.token, self.position = nn.Embedding(len(TOKENS), args.n_embd), nn.Embedding(self.context, args.n_embd)
+        self.blocks = nn.ModuleList(Block(args) for _ in range(args.n_layer))
+        self.norm, self.head = nn.LayerNorm(args.n_embd), nn.Linear(args.n_embd, len(TOKENS), bias=False)
+        for name, weight in self.named_parameters():
+            if weight.ndim > 1:  # what adds to the shortcut starts smaller, the more there are of it (GPT-2)
+                shortcut = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layer) if shortcut else 0.02)
+
+    def new_cache(self, rows: int) -> torch.Tensor:
+        """Room for the keys and values of every block, (blocks, 2, rows, heads, context, width of a head)."""
+        heads, width = self.blocks[0].n_head, self.token.embedding_dim
+        return self.token.weight.new_zeros(len(self.blocks), 2, rows, heads, self.context, width // heads)
+
+    def forward(
+        self, tokens: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0, only_from: int = 0
+    ) -> torch.Tensor:
+        """tokens stand at start and later, after what the cache has seen; the logits are those from only_from on."""
+        x = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], start)
+        return self.head(self.norm(x[:, only_from:]))
+
+
+@torch.no_grad()
+def generate(model: GPT, prompts: torch.Tensor, num_generations: int, args: Args, greedy: bool = False) -> torch.Tensor:
+    """num_generations completions of each prompt (prompts, length), those of a group one after the other.
+
+    Returns (prompts * num_generations, max_completion_length or less), with PAD after the first EOS. The prompt goes
+    through the model once and its keys and values are repeated for the group.
+    """
+    cache = model.new_cache(len(prompts))
+    logits = model(prompts, cache)[:, -1].repeat_interleave(num_generations, 0)
+    cache, tokens, ended = cache.repeat_interleave(num_generations, 2), [], logits.new_zeros(len(logits)).bool()
+    for position in range(prompts.shape[1], model.context):
+        if tokens:
+            logits = model(tokens[-1][:, None], cache, position - 1)[:, -1]
+        # The largest p / e, with e exponentially distributed, is a sample of p (the Gumbel trick).
+        noise = torch.ones_like(logits) if greedy else torch.empty_like(logits).exponential_()
+        token = ((logits / args.temperature).softmax(-1) / noise).argmax(-1)
+        tokens.append(torch.where(ended, PAD, token))
+        ended |= token == EOS
+        if ended.all():
+            break
+    return torch.stack(tokens, 1)
+
+
+def completion_mask(completions: torch.Tensor) -> torch.Tensor:
+    """True up to the first EOS, which counts, and false after it; EOS and PAD are separate tokens."""
+    ends = completions == EOS
+    return ends.cumsum(1) - ends.long() == 0
+
+
+def completion_logprobs(
+    model: GPT, prompts: torch.Tensor, completions: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi(o_t | q, o_<t), at the temperature that samples have, and the entropy there, each (rows, length)."""
+    tokens = torch.cat([prompts, completions[:, :-1]], 1)
+    logprobs = (model(tokens, only_from=prompts.shape[1] - 1) / args.temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropies
+
+
+# --------------------------------------------------------------------------------------------------- the method
+def parse_condition(text: str) -> tuple[str, str, float]:
+    """("length", "correct", 3.0) from "length:correct>=3"; raises UsageError for any other form."""
+    match = re.fullmatch(r"(\w+):(\w+)>=(-?\d+\.?\d*)", text)
+    if not match:
+        raise UsageError(f'--condition {text} is not of the form "length:correct>=3" (mind the quotes around it).')
+    return match[1], match[2], float(match[3])
+
+
+def condition_rewards(rewards: torch.Tensor, names: list[str], conditions: list[str]) -> torch.Tensor:
+    """Rewards (..., rewards) in which an easy one is 0 where the hard one that it depends on falls short (GDPO).
+
+    names are those of the last dimension. All conditions look at the rewards as they came.
+    """
+    conditioned = rewards.clone()
+    for easy, hard, threshold in map(parse_condition, conditions):
+        conditioned[..., names.index(easy)] *= rewards[..., names.index(hard)] >= threshold
+    return conditioned
+
+
+def call_reward(name: str, prompt: str, completion: str, args: Args) -> float:
+    """What the reward function of this name says; Failed if it raises, or says nothing finite."""
+    try:
+        value = float(globals()[f"reward_{name}"](prompt, completion, args))
+    except Exception as error:
+        raise Failed(f"reward_{name} raised {error!r} for {prompt} {completion}", "failed") from error
+    if not math.isfinite(value):
+        raise Failed(f"reward_{name} is {value} for {prompt} {completion}")
+    return value
+
+
+def no_variance(x: torch.Tensor) -> torch.Tensor:
+    """Whether a group is all the same, (prompts, group, ...) -> (prompts, ...)."""
+    return x.amax(1) == x.amin(1)
+
+
+def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, aggregation: str, scale: str) -> torch.Tensor:
+    """How much better than its group each completion is, (prompts, group).
+
+    rewards (prompts, group, rewards), weights (rewards,). GRPO (sec. 4.1.2) sums, then normalises in the group; GDPO
+    normalises each reward in the group, sums, and divides by the standard deviation of the sums over the batch (their
+    mean over the batch is that of every group, 0). scale: rewards are divided by the standard deviation of their
+    "group", of the "batch", or (Dr.GRPO) by "none". A group without variance has advantages of exactly 0.
+    """
+
+    def normalize(x: torch.Tensor) -> torch.Tensor:
+        if scale == "none":
+            deviation = 1.0
+        else:
+            deviation = (x.std(1, keepdim=True) if scale == "group" else x.flatten(0, 1).std(0)) + 1e-4
+        # Rounding may set the mean of equal numbers apart from them, and 1e-4 would make much of that.
+        return torch.where(no_variance(x)[:, None], 0.0, (x - x.mean(1, keepdim=True)) / deviation)
+
+    if aggregation == "sum_then_normalize":
+        return normalize((rewards * weights).sum(-1))
+    sums = (normalize(rewards) * weights).sum(-1)
+    return sums / (sums.std() + 1e-4)
+
+
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
+    """An estimate of KL(pi || pi_ref) from tokens that pi sampled, in the shape given (Schulman, kl-approx, 2020).
+
+    kind   formula, r = pi_ref / pi   its mean is            the mean of its gradient, where it is a loss, is
+    "k1"   -log r                     KL(pi || pi_ref)       0: as a loss it does nothing but add noise
+    "k2"   (log r)^2 / 2              close to it, biased    that of KL(pi || pi_ref)
+    "k3"   r - 1 - log r              KL(pi || pi_ref), >= 0 that of KL(pi_ref || pi), the other direction; in GRPO
+
+    This holds while pi is what sampled; in later epochs over a batch it drifts, and (as in the paper) no importance
+    ratio corrects it. Gradients are of a token given those before it.
+    """
+    log_r = ref_logprobs - logprobs
+    return {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.expm1() - log_r}[kind]
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    args: Args,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped surrogate with its KL penalty, negated (GRPO eq. 3), and statistics of it.
+
+    Log-probabilities of the sampled tokens and mask (batch, length), advantages (batch,). What the mask leaves out
+    has no part in the loss, nor in its gradient, even if it is infinite.
+    """
+    mask = mask.bool()
+    logprobs, old_logprobs, ref_logprobs = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, ref_logprobs))
+    lengths, advantages = mask.sum(1, keepdim=True).clamp(min=1), advantages[:, None]
+    log_ratio = logprobs - old_logprobs
+    if args.importance_sampling_level == "sequence":  # GSPO eq. 7: the geometric mean over the sequence
+        log_ratio = log_ratio.sum(1, keepdim=True) / lengths
+    ratio = log_ratio.exp().expand(mask.shape)
+    low, high = 1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)
+    surrogate = torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
+    kl = {kind: kl_estimate(logprobs, ref_logprobs, kind) for kind in ("k1", "k2", "k3")}
+    token_losses = torch.where(mask, args.beta * kl[args.kl_estimator] - surrogate, 0.0)
+    if args.loss_type == "grpo":
+        loss = (token_losses.sum(1, keepdim=True) / lengths).mean()
+    elif args.loss_type == "dr_grpo":
+        loss = token_losses.sum() / (len(mask) * args.max_completion_length)
+    else:
+        loss = token_losses.sum() / mask.sum().clamp(min=1)
+    with torch.no_grad():
+        stats = {"loss": loss, "kl": masked_mean(kl[args.kl_estimator], mask)}
+        stats |= {f"kl/{kind}": masked_mean(value, mask) for kind, value in kl.items()}
+        stats |= {"clip_ratio/low_mean": masked_mean((ratio < low) & (advantages < 0), mask)}
+        stats |= {"clip_ratio/high_mean": masked_mean((ratio > high) & (advantages > 0), mask)}
+        stats |= {"ratio/max": torch.where(mask, ratio, 0.0).max()}
+    return loss, stats
+
+
+class Group(NamedTuple):
+    """Completions of one prompt."""
+
+    prompt: str
+    completions: torch.Tensor  # (group, max_completion_length)
+    texts: list[str]
+    rewards: torch.Tensor  # (group, rewards), as the functions gave them
+
+
+class Batch(NamedTuple):
+    """Completions to learn from, those of a group one after the other."""
+
+    prompts: torch.Tensor  # (batch, prompt length)
+    completions: torch.Tensor  # (batch, length of the longest)
+    mask: torch.Tensor  # (batch, length of the longest)
+    advantages: torch.Tensor  # (batch,)
+
+
+def sample_groups(
+    model: GPT, prompts: list[str], size: int, rewards: list[str], args: Args, greedy: bool = False
+) -> list[Group]:
+    """A group of completions of each prompt, with the rewards of these names."""
+    completions = generate(model, encode_prompts(prompts, args.device), size, args, greedy)
+    completions = F.pad(completions, (0, args.max_completion_length - completions.shape[1]), value=PAD)
+    groups = []
+    for prompt, tokens in zip(prompts, completions.split(size)):
+        texts = decode(tokens, completion_mask(tokens))
+        scores = [[call_reward(name, prompt, text, args) for name in rewards] for text in texts]
+        groups.append(Group(prompt, tokens, texts, torch.tensor(scores)))
+    return groups
+
+
+def rollout(model: GPT, args: Args) -> tuple[list[Group], Batch]:
+    """Samples groups of completions and compares each with its group; returns all groups, the batch's first."""
+    num_prompts, groups = args.generation_batch_size // args.num_generations, []
+    for _ in range(10 if args.dynamic_sampling else 1):
+        prompts = sample_prompts(num_prompts, args.num_digits, held_out=False)
+        groups += sample_groups(model, prompts, args.num_generations, args.rewards, args)
+        if args.dynamic_sampling:  # groups that tell nothing go to the end (DAPO eq. 11)
+            groups.sort(key=lambda group: no_variance(group.rewards[None, :, 0]).item())
+        if not no_variance(groups[num_prompts - 1].rewards[None, :, 0]):
+            break
+    chosen, weights = groups[:num_prompts], torch.tensor(args.reward_weights)
+    rewards = condition_rewards(torch.stack([group.rewards for group in chosen]), args.rewards, args.condition)
+    advantages = group_advantages(rewards, weights, args.reward_aggregation, args.scale_rewards).flatten()
+    completions = torch.cat([group.completions for group in chosen])
+    mask = completion_mask(completions)
+    longest = int(mask.sum(1).max())
+    if args.mask_truncated_completions:
+        mask &= (completions == EOS).any(1, keepdim=True)
+    questions = encode_prompts([group.prompt for group in chosen], args.device).repeat_interleave(
+        args.num_generations, 0
+    )
+    return groups, Batch(questions, completions[:, :longest], mask[:, :longest], advantages.to(mask.device))
+
+
+def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]], dict[str, float]]:
+    """Reward and length of every completion, and what there is to say of them, by TRL's tags.
+
+    rewards/<name> are as the functions gave them, all else is after the conditions.
+    """
+    given = torch.stack([group.rewards for group in groups])
+    rewards = condition_rewards(given, args.rewards, args.condition)
+    returns, texts = (
+        (rewards * torch.tensor(args.reward_weights)).sum(-1),
+        [text for group in groups for text in group.texts],
+    )
+    lengths = [len(text) for text in texts]
+    values = {"reward": returns.mean(), "reward_std": returns.std(1).mean()}
+    values |= {"frac_reward_zero_std": no_variance(returns).float().mean()}
+    for i, name in enumerate(args.rewards):
+        values |= {f"rewards/{name}/mean": given[..., i].mean(), f"rewards/{name}/std": given[..., i].std()}
+        values |= {f"frac_reward_zero_std/{name}": no_variance(rewards[..., i]).float().mean()}
+    values |= {"completions/mean_length": sum(lengths) / len(texts), "num_tokens": sum(lengths)}
+    values |= {"completions/clipped_ratio": sum(text[-1] != "$" for text in texts) / len(texts)}
+    return list(zip(returns.flatten().tolist(), lengths)), {tag: float(value) for tag, value in values.items()}
+
+
+def table_of(groups: list[Group], batch: Batch, args: Args) -> list[list[str]]:
+    """The first group of the batch in which something differs, if any, to look at."""
+    advantages = batch.advantages.view(-1, args.num_generations)
+    i = int((~no_variance(advantages)).int().argmax())
+    scores = [[f"{reward:g}" for reward in rewards] for rewards in groups[i].rewards.tolist()]
+    rows = zip(groups[i].texts, scores, advantages[i].tolist())
+    header = ["prompt", "completion", *args.rewards, "advantage"]
+    return [header, *([groups[i].prompt, text, *given, f"{advantage:.2f}"] for text, given, advantage in rows)]
+
+
+def update(
+    model: GPT, reference: GPT, optimizer: torch.optim.Optimizer, batch: Batch, learning_rate: float, args: Args
+) -> dict[str, float]:
+    """num_iterations epochs over a batch; returns the means of their statistics.
+
+    The old policy is the one that sampled, so the first step has ratios of exactly 1 ("ratio/max_first_step"): its
+    gradient is the policy gradient. Raises Failed where the loss or its gradient is not finite.
+    """
+    steps, old_logprobs = [], {}
+    optimizer.param_groups[0]["lr"] = learning_rate
+    parts = torch.randperm(len(batch.mask), device=batch.mask.device).chunk(args.steps_per_generation)
+    parts = [Batch(*(x[rows] for x in batch)) for rows in parts]
+    with torch.no_grad():
+        ref_logprobs = [completion_logprobs(reference, part.prompts, part.completions, args)[0] for part in parts]
+        for i, part in enumerate(parts[1:], 1):  # the first needs none: what it sees first is the old policy
+            old_logprobs[i] = completion_logprobs(model, part.prompts, part.completions, args)[0]
+    for _ in range(args.num_iterations):
+        for i, part in enumerate(parts):
+            logprobs, entropies = completion_logprobs(model, part.prompts, part.completions, args)
+            old = old_logprobs.setdefault(i, logprobs.detach())
+            loss, stats = policy_loss(logprobs, old, ref_logprobs[i], part.advantages, part.mask, args)
+            optimizer.zero_grad()
+            loss.backward()
+            stats["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            steps.append(stats | {"entropy": masked_mean(entropies, part.mask)})
+    values = {tag: torch.stack([step[tag] for step in steps]).mean().item() for tag in steps[0]}
+    values["ratio/max_first_step"] = steps[0]["ratio/max"].item()
+    for tag in ("loss", "grad_norm"):
+        if not math.isfinite(values[tag]):
+            raise Failed(f"{tag} is {values[tag]}")
+    return values
+
+
+# ------------------------------------------------------------------------------------------ the run directory
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Writes a temporary neighbour, then puts it in the place of path: there is always the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def run_dir_of(path: Path) -> Path:
+    """The run directory that path is, or that the checkpoint path belongs to."""
+    return path.parent.parent if path.is_file() else path
+
+
+def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
+    """The arguments, and all else in the config.json, of a run; raises UsageError where there is no such file."""
+    try:
+        config = json.loads((run_dir_of(path) / "config.json").read_text())
+        return Args(**config["args"]), config
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path} is no run directory of this script: it has no config.json with its arguments."
+        ) from None
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def create_run_dir(args: Args) -> Path:
+    """Makes the folder of a new run, never one that exists, and its config.json."""
+
+    def git(*command: str) -> str | None:
+        here = Path(__file__).parent
+        done = shutil.which("git") and subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() if done and done.returncode == 0 else None
+
+    name = args.run_name or f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    path = first = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+    while True:
+        try:
+            path.mkdir(parents=True)
+            break
+        except OSError as error:
+            if not path.exists():
+                raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
+            if args.run_name:
+                raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
+            path = first.with_name(f"{first.name}-{uuid.uuid4().hex[:4]}")
+    (path / "checkpoints").mkdir()
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    config = dict(args=asdict(args), command=[sys.executable, *sys.argv], seed=args.seed, versions=versions())
+    changes = git("status", "--porcelain")
+    config |= dict(git_commit=git("rev-parse", "HEAD"), git_dirty=None if changes is None else bool(changes))
+    config |= dict(hardware=torch.cuda.get_device_name() if args.device == "cuda" else cpu, threads=args.num_threads)
+    write_json(path / "config.json", config | dict(wandb_id=uuid.uuid4().hex[:8]))
+    return path
+
+
+KEPT = "iteration earlier_time last_returns best evaluations csv_bytes"  # of a Run, in a checkpoint
+
+
+class Run:
+    """The files of a run, their views in TensorBoard, wandb and the terminal, and how the run ends.
+
+    A step is an iteration, an episode a completion.
+    """
+
+    def __init__(self, args: Args, state: dict[str, Any] | None, started: float):
+        self.args, self.signals, self.printed, self.started, self.tokens = args, [], 0.0, started, 0
+        self.path = Path(args.resume) if state else create_run_dir(args)
+        self.iteration, self.earlier_time, self.last_returns, self.best = 0, 0.0, [], -math.inf
+        self.evaluations, self.csv_bytes, self.files, self.unwritten, self.written = [], {}, {}, [], 0.0
+        for name in KEPT.split() if state else ():
+            setattr(self, name, state[name])
+        self.first_step = self.iteration
+        for name in ("episodes", "progress"):
+            file = self.files[name] = open(self.path / f"{name}.csv", "a+", newline="")
+            file.truncate(self.csv_bytes.get(name, 0))  # what came after the checkpoint will come again
+        if not state:
+            csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
+            self.files["episodes"].flush()
+        self.files["progress"].seek(0)
+        self.columns = next(csv.reader(self.files["progress"]), None)
+        self.writer = SummaryWriter(self.path, purge_step=self.iteration + bool(self.iteration) if state else None)
+        if not state:
+            self.writer.add_text("hyperparameters", markdown([["name", "value"], *vars(args).items()]))
+            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
+            for summary in hparams(plain, {"eval/accuracy": 0.0}):
+                self.writer.file_writer.add_summary(summary)
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, dir=self.path)
+            identity = read_config(self.path)[1]["wandb_id"]
+            self.wandb = wandb.init(id=identity, resume="allow", config=vars(args), **names)
+        print(f"{self.path} ({args.device}, threads: {args.num_threads})")
+        if state:
+            was, cpu = read_config(self.path)[0], args.device == "cpu"
+            exact = cpu and (was.device, was.num_threads) == ("cpu", args.num_threads)
+            exact = exact and state["versions"] == versions()
+            how = "exactly as if it had never stopped" if exact else "validly, but not bit for bit as without the stop"
+            print(f"goes on from step {self.iteration:,}, {how}")
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Training begins here; what was before is start-up."""
+        self.begun = time.perf_counter()
+        self.startup_time = self.begun - self.started
+
+    def __enter__(self) -> "Run":
+        def remember(signum: int, frame: Any) -> None:
+            if self.signals:
+                os._exit(128 + signum)  # a second signal does not wait for the iteration
+            self.signals.append(signum)
+
+        self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        """Writes summary.json, and says of an error when it happened and where the run can go on."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        status = "interrupted" if kind is Stopped else getattr(error, "status", "failed") if error else "completed"
+        summary = dict(status=status, global_step=self.iteration, wall_time=self.wall_time(), sps=self.sps())
+        summary |= dict(startup_time=self.startup_time, train_last100=self.score())
+        summary |= dict(tokens_per_second=self.tokens / (time.perf_counter() - self.begun))
+        for name, values in zip(("accuracy_before", "accuracy"), self.evaluations):
+            summary |= {tag.removeprefix("eval/"): value for tag, value in values.items()}
+            summary[name] = values["eval/accuracy"]
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        summary |= dict(peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        message = ""
+        if status in ("diverged", "failed"):
+            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
+            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
+            summary |= dict(error=message)
+        try:
+            write_json(self.path / "summary.json", summary)
+            self.write_scalars()
+            for file in (*self.files.values(), self.writer):
+                file.close()
+        except OSError:  # a full disk again
+            if not error:
+                raise
+        if self.wandb:
+            self.wandb.finish(exit_code=int(status != "completed"))
+        if isinstance(error, (Failed, OSError)):
+            raise Failed(message, status) from error
+        print(f"{status} after {self.iteration:,} steps: {self.path}")
+
+    def score(self) -> float | None:
+        """Mean return of the last 100 training episodes."""
+        return sum(self.last_returns) / len(self.last_returns) if self.last_returns else None
+
+    def wall_time(self) -> float:
+        """Seconds of training, with earlier sessions, without start-up and compilation."""
+        return self.earlier_time + time.perf_counter() - self.begun
+
+    def sps(self) -> float:
+        """Steps per second of this session."""
+        return (self.iteration - self.first_step) / (time.perf_counter() - self.begun)
+
+    def log(self, episodes: list[tuple[float, int]], values: dict[str, float]) -> None:
+        """Records an iteration: the return and length of its episodes, and values by their tags."""
+        step, now = self.iteration, f"{self.wall_time():.3f}"
+        csv.writer(self.files["episodes"]).writerows([step, now, *episode] for episode in episodes)
+        self.last_returns = (self.last_returns + [episode[0] for episode in episodes])[-100:]
+        self.tokens += sum(length for _, length in episodes)
+        if "eval/accuracy" in values:
+            self.evaluations = [*self.evaluations[:1], {tag: values[tag] for tag in values if tag[:5] == "eval/"}]
+        row = {"global_step": step, "wall_time": now, "sps": self.sps()} | values
+        if not self.columns and episodes:
+            self.columns = list(row | self.evaluations[0])
+            csv.writer(self.files["progress"]).writerow(self.columns)
+        if episodes:
+            csv.writer(self.files["progress"]).writerow([row.get(column, "") for column in self.columns])
+        for file in self.files.values():
+            file.flush()
+        self.unwritten += [(tag, value, step) for tag, value in values.items()]
+        if time.perf_counter() - self.written > 2.0:
+            self.write_scalars()
+        if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
+            self.wandb.log(values, step=step)
+        self.print_progress(step, self.args.max_steps)
+
+    def write_scalars(self) -> None:
+        """Hands TensorBoard what has gathered, at most every other second: its thread gets in the way of this one."""
+        for scalar in self.unwritten:
+            self.writer.add_scalar(*scalar)
+        self.writer.flush()
+        self.unwritten, self.written = [], time.perf_counter()
+
+    def print_progress(self, step: int, total: int, what: str = "") -> None:
+        """One line that renews itself on a terminal; a line every five seconds elsewhere."""
+        terminal = sys.stdout.isatty()
+        if time.perf_counter() - self.printed < (0.1 if terminal else 5.0) and step < total:
+            return
+        self.printed = time.perf_counter()
+        line = f"{what or 'step':>10} {step:>6,}/{total:<6,} {step / total:4.0%}"
+        if step and not what:
+            seconds, accuracy = int((total - step) / self.sps()), self.evaluations[-1]["eval/accuracy"]
+            line += f"  reward {self.score():6.2f}  accuracy {accuracy:.3f}  {seconds // 60}:{seconds % 60:02} left"
+        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and step < total else "\n", flush=True)
+
+    def show(self, table: list[list[str]]) -> None:
+        """A table as text in TensorBoard, and its first rows on the terminal."""
+        self.writer.add_text("completions", markdown(table), self.iteration)
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table[:9]]
+        print("\r\x1b[K" * sys.stdout.isatty() + "\n".join(lines), flush=True)
+
+
+def markdown(table: list) -> str:
+    head, *rows = ["|".join(str(cell) for cell in row) for row in table]
+    return "".join(f"|{line}|\n" for line in [head, "|".join("-" for _ in table[0]), *rows])
+
+
+def save_checkpoint(run: Run, **learner: Any) -> None:
+    """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best so far.
+
+    learner is all that has a state_dict: model, optimizer, ... A resumed run goes on from any of them exactly.
+    """
+    better = run.score() is not None and run.score() > run.best
+    run.best = run.score() if better else run.best
+    run.write_scalars()
+    for file in run.files.values():
+        os.fsync(file.fileno())  # what csv_bytes counts must outlive a power cut, too
+    state = {name: getattr(run, name) for name in KEPT.split()} | dict(earlier_time=run.wall_time())
+    state |= dict(csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files})
+    state |= {name: part.state_dict() for name, part in learner.items()}
+    state |= dict(versions=versions(), max_steps=run.args.max_steps)
+    state |= dict(torch_rng=torch.get_rng_state(), python_rng=random.getstate())
+    state |= dict(cuda_rng=torch.cuda.get_rng_state_all() if run.args.device == "cuda" else [])
+    buffer, folder = io.BytesIO(), run.path / "checkpoints"
+    torch.save(state, buffer)
+    if better:  # first, for the other one says that it is done
+        write_atomically(folder / "best.pt", buffer.getbuffer())
+    write_atomically(folder / f"step_{run.iteration:012}.pt", buffer.getbuffer())
+    for old in sorted(folder.glob("step_*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The newest good checkpoint of a run directory, or the file given; a corrupt one is named, none starts afresh."""
+    for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():  # torch does not look at the checksums
+                    raise ValueError(f"{damaged} has a wrong checksum")
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damage can surface as almost anything
+            print(f"{file} is corrupt and left out ({type(error).__name__}).", file=sys.stderr)
+    raise UsageError(f"{path} has no readable checkpoint.")
+
+
+def restore(state: dict[str, Any], **learner: Any) -> None:
+    """Puts back what save_checkpoint was given, and all random states."""
+    for name, part in learner.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    version, keys, gauss = state["python_rng"]
+    random.setstate((version, tuple(keys), gauss))
+
+
+# ----------------------------------------------------------------------------- warm start, evaluate, train, main
+def warm_start(model: GPT, run: Run) -> None:
+    """Fine-tunes the model on answers of the teacher (SFT), or takes the result from runs-dir if it is there."""
+    args, length = run.args, run.args.max_completion_length
+    made_of = "seed device num_threads num_digits max_completion_length n_layer n_head n_embd sft_steps"
+    recipe = {name: vars(args)[name] for name in [*made_of.split(), "sft_learning_rate"]}
+    key = hashlib.sha256(json.dumps(recipe | versions()).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+    cached = Path(args.runs_dir) / "warm_starts" / f"{key}.pt"
+    if args.cache_warm_start and cached.exists():
+        model.load_state_dict(load_checkpoint(cached)["model"])
+        print(f"warm start: {cached}")
+        return
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    max_dots = min(6, length - args.num_digits - 3)
+    for step in range(args.sft_steps):
+        optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1 + math.cos(math.pi * step / args.sft_steps)) / 2
+        prompts = sample_prompts(128, args.num_digits, held_out=False)
+        answers = encode([sloppy_answer(prompt, max_dots) for prompt in prompts], length).to(args.device)
+        logprobs, _ = completion_logprobs(model, encode_prompts(prompts, args.device), answers, args)
+        loss = -masked_mean(logprobs, completion_mask(answers))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        run.print_progress(step + 1, args.sft_steps, "warm start")
+        if run.signals:
+            raise Stopped(run.signals[0])
+    if args.sft_steps and not loss.isfinite():
+        raise Failed(f"the loss of the warm start is {loss:.3g}")
+    if args.cache_warm_start:
+        buffer = io.BytesIO()
+        torch.save(dict(model=model.state_dict()), buffer)
+        write_atomically(run.path / cached.name, buffer.getbuffer())  # then moved, for runs side by side make the same
+        cached.parent.mkdir(exist_ok=True)
+        os.replace(run.path / cached.name, cached)
+
+
+def load_model(model: GPT, path: Path) -> dict[str, Any]:
+    """Gives model the weights of a run or one of its checkpoints, which is returned; UsageError if they do not fit."""
+    read_config(path)
+    state = load_checkpoint(path)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise UsageError(
+            f"{path} has a model of another size; set n-layer, n-head, n-embd and the lengths to its."
+        ) from None
+    return state
+
+
+@torch.no_grad()
+def evaluation(model: GPT, args: Args) -> dict[str, float]:
+    """Means over the held-out prompts, always the same: accuracy sampled and greedy, pass@8, format."""
+    prompts = sample_prompts(args.eval_prompts, args.num_digits, True, random.Random(EVAL_SEED))
+    with torch.random.fork_rng():
+        torch.manual_seed(EVAL_SEED)
+        sampled = sample_groups(model, prompts, 8, ["exact", "format"], args)
+        greedy = sample_groups(model, prompts, 1, ["exact"], args, greedy=True)
+    exact, in_format = torch.stack([group.rewards for group in sampled]).unbind(-1)
+    values = {"accuracy": exact.mean(), "pass@8": exact.amax(1).mean(), "format": in_format.mean()}
+    values |= {"accuracy_greedy": torch.stack([group.rewards for group in greedy]).mean()}
+    return {f"eval/{name}": value.item() for name, value in values.items()}
+
+
+def evaluate(args: Args) -> dict[str, float]:
+    """Tests the run args.evaluate on held-out prompts, prints the result and adds it to the summary of an ended run."""
+    check_args(args)
+    model, path = GPT(args).to(args.device), Path(args.evaluate)
+    state = load_model(model, path)
+    values = {tag.removeprefix("eval/"): value for tag, value in evaluation(model, args).items()}
+    result = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+    print(f"{args.eval_prompts} held-out prompts: {result}")
+    if (file := run_dir_of(path) / "summary.json").exists():
+        result = values | dict(prompts=args.eval_prompts, seed=EVAL_SEED, iteration=state["iteration"])
+        write_json(file, json.loads(file.read_text()) | dict(eval=result))
+    return values
+
+
+def train(args: Args) -> Path:
+    """Trains for max_steps iterations, or goes on with the run args.resume; returns the run directory.
+
+    Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
+    """
+    started = time.perf_counter()
+    check_args(args)
+    check_method(args)
+    random.seed(args.seed), torch.manual_seed(args.seed)
+    model = GPT(args).to(args.device)
+    if args.init_from and not args.resume:
+        load_model(model, Path(args.init_from))
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+    state = load_checkpoint(Path(args.resume)) if args.resume else None
+    if state and state["iteration"] == args.max_steps:
+        print(f"{args.resume} is complete; there is nothing left to train.")
+        return Path(args.resume)
+    if state:
+        restore(state, model=model, reference=reference, optimizer=optimizer)
+
+    with Run(args, state, started) as run:
+        if not state:
+            save_checkpoint(run, model=model, reference=reference, optimizer=optimizer)
+        if not run.iteration:
+            if not args.init_from:
+                warm_start(model, run)
+            reference.load_state_dict(model.state_dict())
+            random.seed(args.seed), torch.manual_seed(args.seed)  # a cached warm start must not change the run
+            run.log([], evaluation(model, args))
+            run.start_clock()
+        while run.iteration < args.max_steps:
+            run.iteration += 1
+            learning_rate = args.learning_rate * (1 - 0.9 * run.iteration / args.max_steps if args.anneal_lr else 1)
+            clock = [time.perf_counter()]
+            groups, batch = rollout(model, args)
+            clock.append(time.perf_counter())
+            episodes, values = statistics(groups, args)
+            values |= update(model, reference, optimizer, batch, learning_rate, args)
+            values["tokens_per_second/sampled"] = values["num_tokens"] / (clock[1] - clock[0])
+            trained = args.num_iterations * batch.mask.sum().item()
+            values["tokens_per_second/trained"] = trained / (time.perf_counter() - clock[1])
+            values["learning_rate"] = learning_rate
+            last, stop = run.iteration == args.max_steps, bool(run.signals)
+            if last or run.iteration % args.eval_interval == 0:
+                values |= evaluation(model, args)
+            run.log(episodes, values)
+            if run.iteration == 1 or last or run.iteration % math.ceil(args.max_steps / 4) == 0:
+                run.show(table_of(groups, batch, args))
+            if last or stop or run.iteration % (args.checkpoint_interval or math.ceil(args.max_steps / 20)) == 0:
+                save_checkpoint(run, model=model, reference=reference, optimizer=optimizer)
+            if stop and not last:
+                raise Stopped(run.signals[0])
+    return run.path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; the exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
+    try:
+        args = parse_args(argv)
+        evaluate(args) if args.evaluate else train(args)
+        return 0
+    except Stopped as stopped:
+        return 128 + stopped.args[0]
+    except KeyboardInterrupt:
+        return 130
+    except (UsageError, Failed, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
