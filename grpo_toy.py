@@ -110,9 +110,9 @@ class Args:
     """width of the model"""
     init_from: str = ""
     """run directory, or one of its checkpoints, whose model to start from (and to keep as reference)"""
-    sft_steps: int = 400
+    sft_steps: int = 300
     """minibatches of 128 answers of the teacher that warm the model up"""
-    sft_learning_rate: float = 2e-3
+    sft_learning_rate: float = 4e-3
     """highest step size of the warm start"""
     cache_warm_start: bool = True
     """keep warm starts in runs-dir, and reuse the one that the same arguments, code and libraries made"""
@@ -408,10 +408,8 @@ class GPT(nn.Module):
         self.token, self.position = nn.Embedding(len(TOKENS), args.n_embd), nn.Embedding(self.context, args.n_embd)
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.n_layer))
         self.norm, self.head = nn.LayerNorm(args.n_embd), nn.Linear(args.n_embd, len(TOKENS), bias=False)
-        for name, weight in self.named_parameters():
-            if weight.ndim > 1:  # what adds to the shortcut starts smaller, the more there are of it (GPT-2)
-                shortcut = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * args.n_layer) if shortcut else 0.02)
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.1)
 
     def new_cache(self, rows: int) -> torch.Tensor:
         """Room for the keys and values of every block, (blocks, 2, rows, heads, context, width of a head)."""
@@ -577,7 +575,7 @@ def policy_loss(
     else:
         loss = token_losses.sum() / mask.sum().clamp(min=1)
     with torch.no_grad():
-        stats = {"loss": loss, "kl": masked_mean(kl[args.kl_estimator], mask)}
+        stats = {"loss": loss.detach(), "kl": masked_mean(kl[args.kl_estimator], mask)}
         stats |= {f"kl/{kind}": masked_mean(value, mask) for kind, value in kl.items()}
         stats |= {"clip_ratio/low_mean": masked_mean((ratio < low) & (advantages < 0), mask)}
         stats |= {"clip_ratio/high_mean": masked_mean((ratio > high) & (advantages > 0), mask)}
@@ -805,7 +803,7 @@ class Run:
             self.files["episodes"].flush()
         self.files["progress"].seek(0)
         self.columns = next(csv.reader(self.files["progress"]), None)
-        self.writer = SummaryWriter(self.path, purge_step=self.iteration + bool(self.iteration) if state else None)
+        self.writer = SummaryWriter(self.path, purge_step=self.iteration + 1 if state else None)
         if not state:
             self.writer.add_text("hyperparameters", markdown([["name", "value"], *vars(args).items()]))
             plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
@@ -871,7 +869,8 @@ class Run:
             self.wandb.finish(exit_code=int(status != "completed"))
         if isinstance(error, (Failed, OSError)):
             raise Failed(message, status) from error
-        print(f"{status} after {self.iteration:,} steps: {self.path}")
+        accuracies = " -> ".join(f"{values['eval/accuracy']:.3f}" for values in self.evaluations) or "unknown"
+        print(f"{status} after {self.iteration:,} steps, accuracy {accuracies}: {self.path}")
 
     def score(self) -> float | None:
         """Mean return of the last 100 training episodes."""
@@ -998,9 +997,11 @@ def warm_start(model: GPT, run: Run) -> None:
     key = hashlib.sha256(json.dumps(recipe | versions()).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
     cached = Path(args.runs_dir) / "warm_starts" / f"{key}.pt"
     if args.cache_warm_start and cached.exists():
-        model.load_state_dict(load_checkpoint(cached)["model"])
-        print(f"warm start: {cached}")
-        return
+        try:
+            load_model(model, cached)
+            return print(f"warm start: {cached}")
+        except UsageError:  # it is corrupt, as load_checkpoint has said, and is made again
+            pass
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     max_dots = min(6, length - args.num_digits - 3)
     for step in range(args.sft_steps):
@@ -1028,14 +1029,11 @@ def warm_start(model: GPT, run: Run) -> None:
 
 def load_model(model: GPT, path: Path) -> dict[str, Any]:
     """Gives model the weights of a run or one of its checkpoints, which is returned; UsageError if they do not fit."""
-    read_config(path)
     state = load_checkpoint(path)
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError:
-        raise UsageError(
-            f"{path} has a model of another size; set n-layer, n-head, n-embd and the lengths to its."
-        ) from None
+    except (KeyError, RuntimeError):
+        raise UsageError(f"{path} has no model of this size; n-layer, n-head, n-embd and lengths must agree.") from None
     return state
 
 
@@ -1110,12 +1108,13 @@ def train(args: Args) -> Path:
             trained = args.num_iterations * batch.mask.sum().item()
             values["tokens_per_second/trained"] = trained / (time.perf_counter() - clock[1])
             values["learning_rate"] = learning_rate
-            last, stop = run.iteration == args.max_steps, bool(run.signals)
+            last = run.iteration == args.max_steps
             if last or run.iteration % args.eval_interval == 0:
                 values |= evaluation(model, args)
             run.log(episodes, values)
             if run.iteration == 1 or last or run.iteration % math.ceil(args.max_steps / 4) == 0:
                 run.show(table_of(groups, batch, args))
+            stop = bool(run.signals)
             if last or stop or run.iteration % (args.checkpoint_interval or math.ceil(args.max_steps / 20)) == 0:
                 save_checkpoint(run, model=model, reference=reference, optimizer=optimizer)
             if stop and not last:
