@@ -52,10 +52,11 @@ import sys
 import time
 import uuid
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -148,7 +149,7 @@ class Args:
     """normalise the weighted sum of the rewards in its group, or (GDPO) each reward before they are summed"""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """whose standard deviation divides the rewards, less the mean of their group"""
-    beta: float = 0.005
+    beta: float = 0.04
     """weight of the KL divergence from the reference in the loss"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """which estimate of it, see kl_estimate"""
@@ -208,8 +209,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     peek.add_argument("--resume", nargs="?", type=Path)
     peek.add_argument("--evaluate", nargs="?", type=Path)
     asked = peek.parse_known_args(argv)[0]
-    if asked.resume and asked.resume.is_file():
-        raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked.resume)}.")
+    if asked.resume:
+        refuse(asked.resume.is_file(), f"--resume takes a run directory, here {run_dir_of(asked.resume)}.")
     if asked.resume or asked.evaluate:
         saved, _ = read_config(asked.resume or asked.evaluate)
     else:
@@ -227,15 +228,11 @@ def check_args(args: Args) -> None:
     """Raises UsageError for the first argument that cannot work, and says what would; settles device and threads."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
-            must = ""
-            if isinstance(number, float) and not math.isfinite(number):
-                must = "finite"
-            elif isinstance(number, (int, float)) and number < 0 and name != "reward_weights":
-                must = "0 or more" if name in MAY_BE_ZERO.split() else "greater than 0"
-            elif number == 0 and number is not False and name not in MAY_BE_ZERO.split():
-                must = "greater than 0"
-            if must:
-                raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                least = "0 or more" if name in MAY_BE_ZERO.split() else "greater than 0"
+                wrong = number < 0 and name != "reward_weights" or number == 0 and least == "greater than 0"
+                must = least if math.isfinite(number) else "finite"
+                refuse(wrong or must == "finite", f"--{name.replace('_', '-')} is {number}, but must be {must}.")
     shortest = args.num_digits + 3
     refuse(args.seed >= 2**32, f"--seed is {args.seed}, but must be less than 2**32.")
     refuse(args.n_embd % args.n_head, f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}.")
@@ -262,16 +259,13 @@ def check_args(args: Args) -> None:
 
 def check_method(args: Args) -> None:
     """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
-    batch, size, used = (
-        args.generation_batch_size,
-        math.lcm(args.num_generations, args.steps_per_generation),
-        args.rewards,
-    )
+    batch, used = args.generation_batch_size, args.rewards
+    unit = math.lcm(args.num_generations, args.steps_per_generation)
     refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
     refuse(
-        batch % size,
+        batch % unit,
         f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
-        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / size) * size} is.",
+        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
     )
     known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
     for name in used:
@@ -874,7 +868,7 @@ class Run:
 
     def score(self) -> float | None:
         """Mean return of the last 100 training episodes."""
-        return sum(self.last_returns) / len(self.last_returns) if self.last_returns else None
+        return float(np.mean(self.last_returns)) if self.last_returns else None
 
     def wall_time(self) -> float:
         """Seconds of training, with earlier sessions, without start-up and compilation."""
@@ -991,7 +985,7 @@ def restore(state: dict[str, Any], **learner: Any) -> None:
 # ----------------------------------------------------------------------------- warm start, evaluate, train, main
 def warm_start(model: GPT, run: Run) -> None:
     """Fine-tunes the model on answers of the teacher (SFT), or takes the result from runs-dir if it is there."""
-    args, length = run.args, run.args.max_completion_length
+    args, length, plain = run.args, run.args.max_completion_length, replace(run.args, temperature=1.0)
     made_of = "seed device num_threads num_digits max_completion_length n_layer n_head n_embd sft_steps"
     recipe = {name: vars(args)[name] for name in [*made_of.split(), "sft_learning_rate"]}
     key = hashlib.sha256(json.dumps(recipe | versions()).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
@@ -1008,7 +1002,7 @@ def warm_start(model: GPT, run: Run) -> None:
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1 + math.cos(math.pi * step / args.sft_steps)) / 2
         prompts = sample_prompts(128, args.num_digits, held_out=False)
         answers = encode([sloppy_answer(prompt, max_dots) for prompt in prompts], length).to(args.device)
-        logprobs, _ = completion_logprobs(model, encode_prompts(prompts, args.device), answers, args)
+        logprobs, _ = completion_logprobs(model, encode_prompts(prompts, args.device), answers, plain)
         loss = -masked_mean(logprobs, completion_mask(answers))
         optimizer.zero_grad()
         loss.backward()

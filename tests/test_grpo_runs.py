@@ -134,7 +134,7 @@ def test_resume_with_changed_arguments_is_refused_with_the_difference(here, caps
     capsys.readouterr()
     assert grpo_toy.main(["--resume", "runs/run", "--beta", "0.5", "--rewards", "exact"]) == 2
     err = capsys.readouterr().err
-    assert "beta 0.005 -> 0.5" in err and "rewards ['correct'] -> ['exact']" in err
+    assert "beta 0.04 -> 0.5" in err and "rewards ['correct'] -> ['exact']" in err
 
 
 def test_init_from_a_model_of_another_size_is_refused(here, capsys):

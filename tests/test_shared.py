@@ -40,11 +40,12 @@ def blocks(script: str) -> dict[str, str]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             take(node.name, node)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            take((node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id, node)
-        if isinstance(node, ast.ClassDef) and node.name == "Agent":
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            take(ast.unparse(target), node)
+        if isinstance(node, ast.ClassDef) and node.name in ("Agent", "Run"):
             for method in node.body:
                 if isinstance(method, ast.FunctionDef):
-                    take(f"Agent.{method.name}", method)
+                    take(f"{node.name}.{method.name}", method)
     found["arguments of run and environment"] = found["Args"].split("    # Algorithm\n")[0]
     return found
 
@@ -73,6 +74,12 @@ def test_no_script_lacks_a_shared_block():
         assert set(lacking) <= allowed, f"{script}.py lacks {', '.join(lacking)}"
 
 
+def test_what_the_language_scripts_share_with_the_control_scripts_is_the_same_text():
+    shared = "UsageError Stopped write_atomically write_json run_dir_of read_config load_checkpoint Run.__enter__"
+    for name in [*shared.split(), "Run.write_scalars", "Run.wall_time", "Run.score"]:
+        assert blocks("grpo_toy")[name] == BLOCKS["ppo"][name], name
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_sections_stand_in_the_same_order(script):
     lines = (ROOT / f"{script}.py").read_text().splitlines()
@@ -90,9 +97,9 @@ def test_train_fits_on_a_screen(script):
     assert len(BLOCKS[script]["train"].splitlines()) <= 66
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "grpo_toy"])
 def test_no_script_imports_another(script):
     tree = ast.parse((ROOT / f"{script}.py").read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {name.split(".")[0] for name in names} & {*SCRIPTS, "benchmarks"}
+    assert not {name.split(".")[0] for name in names} & {*SCRIPTS, "grpo_toy", "benchmarks"}
