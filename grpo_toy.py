@@ -627,10 +627,8 @@ def rollout(model: GPT, args: Args) -> tuple[list[Group], Batch]:
     longest = int(mask.sum(1).max())
     if args.mask_truncated_completions:
         mask &= (completions == EOS).any(1, keepdim=True)
-    questions = encode_prompts([group.prompt for group in chosen], args.device).repeat_interleave(
-        args.num_generations, 0
-    )
-    return groups, Batch(questions, completions[:, :longest], mask[:, :longest], advantages.to(mask.device))
+    prompts = encode_prompts([group.prompt for group in chosen], args.device).repeat_interleave(args.num_generations, 0)
+    return groups, Batch(prompts, completions[:, :longest], mask[:, :longest], advantages.to(mask.device))
 
 
 def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]], dict[str, float]]:
@@ -640,10 +638,8 @@ def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]]
     """
     given = torch.stack([group.rewards for group in groups])
     rewards = condition_rewards(given, args.rewards, args.condition)
-    returns, texts = (
-        (rewards * torch.tensor(args.reward_weights)).sum(-1),
-        [text for group in groups for text in group.texts],
-    )
+    returns = (rewards * torch.tensor(args.reward_weights)).sum(-1)
+    texts = [text for group in groups for text in group.texts]
     lengths = [len(text) for text in texts]
     values = {"reward": returns.mean(), "reward_std": returns.std(1).mean()}
     values |= {"frac_reward_zero_std": no_variance(returns).float().mean()}
@@ -692,7 +688,8 @@ def update(
             optimizer.step()
             steps.append(stats | {"entropy": masked_mean(entropies, part.mask)})
     values = {tag: torch.stack([step[tag] for step in steps]).mean().item() for tag in steps[0]}
-    values["ratio/max_first_step"] = steps[0]["ratio/max"].item()
+    values |= {"ratio/max_first_step": steps[0]["ratio/max"].item()}
+    values |= {"ratio/max": max(step["ratio/max"].item() for step in steps)}
     for tag in ("loss", "grad_norm"):
         if not math.isfinite(values[tag]):
             raise Failed(f"{tag} is {values[tag]}")
@@ -915,9 +912,11 @@ class Run:
             return
         self.printed = time.perf_counter()
         line = f"{what or 'step':>10} {step:>6,}/{total:<6,} {step / total:4.0%}"
+        if not what:
+            line += f"  accuracy {self.evaluations[-1]['eval/accuracy']:.3f}"
         if step and not what:
-            seconds, accuracy = int((total - step) / self.sps()), self.evaluations[-1]["eval/accuracy"]
-            line += f"  reward {self.score():6.2f}  accuracy {accuracy:.3f}  {seconds // 60}:{seconds % 60:02} left"
+            seconds = int((total - step) / self.sps())
+            line += f"  reward {self.score():6.2f}  {seconds // 60}:{seconds % 60:02} left"
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and step < total else "\n", flush=True)
 
     def show(self, table: list[list[str]]) -> None:

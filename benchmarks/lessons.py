@@ -22,8 +22,9 @@ from statistics import mean
 import torch
 
 ROOT = Path(__file__).parent.parent
-ALL = "--rewards correct format length --max-steps 70"
-EQUAL = "--rewards exact format length --max-steps 70"
+SLOWLY = "--learning-rate 2e-4 --max-steps 100"  # a quarter of the default, which sets the arms further apart
+ALL = f"--rewards correct format length {SLOWLY}"
+EQUAL = f"--rewards exact format length {SLOWLY}"
 GDPO = "--reward-aggregation normalize_then_sum"
 HACK = "--max-steps 120 --init-from {trained}"
 LESSONS = {  # arm -> flags
@@ -37,8 +38,8 @@ LESSONS = {  # arm -> flags
     },
     "equal": {"GRPO": EQUAL, "GDPO": f"{EQUAL} {GDPO}", "GRPO without deviation": f"{EQUAL} --scale-rewards none"},
     "conditions": {
-        "plain": "--rewards correct length",
-        "conditioned": "--rewards correct length --condition length:correct>=3",
+        "plain": f"{EQUAL} {GDPO} --reward-weights 1 2 2",
+        "conditioned": f"{EQUAL} {GDPO} --reward-weights 1 2 2 --condition format:exact>=1 length:exact>=1",
     },
     "hacking": {
         "format + length, beta 0": f"{HACK} --rewards format length --beta 0",
@@ -52,7 +53,7 @@ PANELS = {  # of each figure; see read_run
     "methods": ("accuracy", "accuracy, greedy", "tokens"),
     "gdpo": ("right format", "right answer", "short enough"),
     "equal": ("right format", "right answer", "short enough"),
-    "conditions": ("accuracy", "short enough", "tokens"),
+    "conditions": ("right answer", "right format", "short enough"),
     "hacking": ("reward / maximum", "accuracy", "KL from the start"),
 }
 
@@ -101,7 +102,7 @@ def first(series: list[dict[str, float]], name: str, threshold: float) -> float 
 def print_table(lesson: str, results: dict[str, list[list[dict[str, float]]]]) -> None:
     """A line per arm, a number per seed: iterations to a share, or what came out at the end."""
     for arm, seeds in results.items():
-        if lesson in ("gdpo", "equal"):
+        if lesson in ("gdpo", "equal", "conditions"):
             goals = {"90% right format": ("right format", 0.9), "80% right answers": ("right answer", 0.8)}
             cells = {f"iterations to {goal}": [first(series, *at) for series in seeds] for goal, at in goals.items()}
         else:
@@ -136,14 +137,13 @@ def draw(lesson: str, results: dict[str, list[list[dict[str, float]]]], out: Pat
             for curve in curves:
                 axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
             steps = [step for step, _ in curves[0]]
-            label = f"{arm} ({len(seeds)} seeds)"
-            axis.plot(steps, [mean(v) for v in zip(*([y for _, y in c] for c in curves))], color=color, label=label)
+            axis.plot(steps, [mean(v) for v in zip(*([y for _, y in c] for c in curves))], color=color, label=arm)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel("iterations")
+        axis.set_xlabel(f"iterations ({len(seeds)} seeds)")
         axis.grid(alpha=0.25)
         if name not in ("tokens", "KL from the start"):
             axis.set_ylim(-0.03, 1.03)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
     figure.savefig(out.with_suffix(".png"), dpi=110)
 
 

@@ -422,7 +422,7 @@ def test_normal_run_prints_plain_lines_and_no_warning(tmp_path):
     first, *middle, last = done.stdout.splitlines()
     assert first == "runs/run (cpu, threads: 1)"
     assert re.fullmatch(r"completed after 4 steps, accuracy [\d.]+ -> [\d.]+: runs/run", last)
-    assert any(re.fullmatch(r" +step +4/4 +100%  reward +\S+  accuracy [\d.]+  0:00 left", line) for line in middle)
+    assert any(re.fullmatch(r" +step +4/4 +100%  accuracy [\d.]+  reward +\S+  0:00 left", line) for line in middle)
     assert any(re.fullmatch(r"prompt +completion +correct +advantage", line) for line in middle)
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
     assert json.loads((tmp_path / "runs/run/config.json").read_text())["args"]["exp_name"] == "mine"
