@@ -884,11 +884,13 @@ class Run:
         if "eval/accuracy" in values:
             self.evaluations = [*self.evaluations[:1], {tag: values[tag] for tag in values if tag[:5] == "eval/"}]
         row = {"global_step": step, "wall_time": now, "sps": self.sps()} | values
-        if not self.columns and episodes:
-            self.columns = list(row | self.evaluations[0])
-            csv.writer(self.files["progress"]).writerow(self.columns)
-        if episodes:
-            csv.writer(self.files["progress"]).writerow([row.get(column, "") for column in self.columns])
+        progress = csv.DictWriter(self.files["progress"], self.columns or list(row | self.evaluations[0]))
+        if step and not self.columns:  # only now are there names for all columns
+            self.columns = progress.fieldnames
+            progress.writeheader()
+            progress.writerow({"global_step": 0, "wall_time": "0.000"} | self.evaluations[0])
+        if step:
+            progress.writerow(row)
         for file in self.files.values():
             file.flush()
         self.unwritten += [(tag, value, step) for tag, value in values.items()]

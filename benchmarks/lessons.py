@@ -75,22 +75,20 @@ def run_script(name: str, runs: Path, *flags: str) -> Path:
 
 
 def read_run(run: Path) -> list[dict[str, float]]:
-    """What the figures and tables need of each iteration; accuracy only where it was evaluated."""
-    args, summary = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "summary"))
-    rewards = args["args"]["rewards"]
+    """What the figures and tables need of each iteration; what was not measured in one is missing."""
+    rewards = json.loads((run / "config.json").read_text())["args"]["rewards"]
+    names = {"global_step": "step", "completions/mean_length": "tokens", "kl/k3": "KL from the start"}
+    names |= {"eval/accuracy": "accuracy", "eval/accuracy_greedy": "accuracy, greedy", "eval/pass@8": "pass@8"}
+    names |= {"rewards/exact/mean": "right answer", "rewards/format/mean": "right format"}
+    names |= {"rewards/length/mean": "short enough", "eval/format": "right format, held out"}
     with open(run / "progress.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    series = [{"step": 0.0, "accuracy": summary["accuracy_before"]}]
-    for row in rows:
-        point = {"step": row["global_step"], "reward / maximum": row["reward"] / len(rewards)}
-        point |= {"tokens": row["completions/mean_length"], "KL from the start": row["kl/k3"]}
-        names = {"accuracy": "eval/accuracy", "accuracy, greedy": "eval/accuracy_greedy", "pass@8": "eval/pass@8"}
-        names |= {"format, held out": "eval/format", "right format": "rewards/format/mean"}
-        names |= {"right answer": "rewards/exact/mean", "short enough": "rewards/length/mean"}
-        point |= {name: row[column] for name, column in names.items() if column in row}
-        if "correct" in rewards:
+    series = [{names[key]: value for key, value in row.items() if key in names} for row in rows]
+    for point, row in zip(series, rows):
+        if "reward" in row:
+            point["reward / maximum"] = row["reward"] / len(rewards)
+        if "rewards/correct/mean" in row:
             point["right answer"] = (row["rewards/correct/mean"] + 3) / 6
-        series.append(point)
     return series
 
 

@@ -341,14 +341,18 @@ rewards/length/std frac_reward_zero_std/correct frac_reward_zero_std/length kl k
 clip_ratio/low_mean clip_ratio/high_mean completions/mean_length completions/clipped_ratio ratio/max
 ratio/max_first_step loss grad_norm learning_rate num_tokens tokens_per_second/sampled tokens_per_second/trained
 eval/accuracy eval/accuracy_greedy eval/pass@8 eval/format"""
+EVALUATED = [tag for tag in TAGS.split() if tag.startswith("eval/")]
+CLOCK = ["global_step", "wall_time", "sps"]
 
 
 def test_csv_tensorboard_and_summary_agree(here):
     _, run = start("--rewards", "correct", "length", "--condition", "length:correct>=3")
-    table, events, final = rows(run, "progress"), scalars(run), summary(run)
-    assert set(events) == set(TAGS.split()) and set(table[0]) == {*TAGS.split(), "global_step", "wall_time", "sps"}
+    (before, *table), events, final = rows(run, "progress"), scalars(run), summary(run)
+    assert before["global_step"] == "0" and {tag for tag in before if before[tag]} == {*EVALUATED, *CLOCK} - {"sps"}
+    assert set(events) == set(TAGS.split()) and set(table[0]) == {*TAGS.split(), *CLOCK}
     assert [int(row["global_step"]) for row in table] == [1, 2, 3, 4, 5, 6]
     for tag in set(TAGS.split()):
+        assert tag not in EVALUATED or float(before[tag]) == pytest.approx(events[tag][0][1])
         points = [(int(row["global_step"]), float(row[tag])) for row in table if row[tag]]
         logged = [point for point in events[tag] if point[0]]
         assert [step for step, _ in points] == [step for step, _ in logged]
