@@ -24,10 +24,13 @@ and takes the wrong brackets: 630275 -> ..(765320), and now and then [023567]. T
     python grpo_toy.py --rewards correct format length        python grpo_toy.py --help --method gspo
     python grpo_toy.py --resume runs/<run>                    python grpo_toy.py --evaluate runs/<run>
 
-Departures from the paper: groups of 8, not 64; two epochs over a batch, not one; the reference stays as it is (the
-paper's iterative variant renews it); standard deviations divide by G - 1, and 1e-4 is added to them. While the ratio is
-1, in the first step on a batch, the surrogate is the mean advantage, near 0, and nothing is clipped. That is right: its
-gradient is not 0.
+Departures. From GRPO: groups of 8, not 64, batches of 384 completions and not 1,024, two epochs over a batch, not one,
+a step size for a small model; outcome rewards only; the reference stays as it is (the iterative variant renews it);
+standard deviations divide by G - 1, and 1e-4 is added to them. Dr.GRPO, DAPO and GDPO: two epochs over one whole batch
+here, where DAPO takes 16 steps. DAPO also: a group counts as flat where its first reward is the same for all, and after
+ten rounds such groups fill the batch; the price of length is at most 1 beside a correctness of -3 or 3. GDPO: the
+penalty of GRPO stays. In the first step on a batch the ratio is 1, so nothing is clipped and the loss has nothing to do
+with how good the policy is (0 if every sequence weighs the same): that is right, its gradient is not 0.
 
 In a hurry, read "the method" and `train`.
 """
@@ -96,7 +99,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cpu, where all results were measured"""
     num_threads: int = 0
-    """CPU threads of torch (0: all cores)"""
+    """CPU threads of torch (0: all cores, but at most 4)"""
 
     # Task and model
     num_digits: int = 6
@@ -142,26 +145,25 @@ class Args:
     rewards: list[str] = field(default_factory=lambda: ["correct"])
     """names of reward functions, see reward_* in this file: correct, exact, format, length, rising, overlong"""
     reward_weights: list[float] = field(default_factory=list)
-    """a weight for each of the rewards (default: 1)"""
+    """a weight for each of the rewards; without, each has 1"""
     condition: list[str] = field(default_factory=list)
     """rewards that count only where another is met, such as "length:correct>=3" """
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """normalise the weighted sum of the rewards in its group, or (GDPO) each reward before they are summed"""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """whose standard deviation divides the rewards, less the mean of their group"""
+    """divide rewards less their group's mean by the standard deviation of the group, of the batch, or by nothing"""
     beta: float = 0.04
     """weight of the KL divergence from the reference in the loss"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """which estimate of it, see kl_estimate"""
+    """estimate of this divergence; see the function kl_estimate"""
     epsilon: float = 0.2
     """how far the ratio may fall below 1 before it is clipped"""
     epsilon_high: float | None = None
-    """how far it may rise above 1 (default: epsilon)"""
+    """how far the ratio may rise above 1 before it is clipped; None: as far as epsilon"""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """a ratio per token, or (GSPO) per sequence"""
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """mean over the tokens of each sequence, then over sequences; sum over tokens divided by the longest length there
-    can be; or mean over all tokens"""
+    """grpo: mean over sequences of their tokens' mean; dr_grpo: sum / (sequences x longest length); dapo: token mean"""
     mask_truncated_completions: bool = False
     """leave completions that did not end in time out of the loss"""
     dynamic_sampling: bool = False
@@ -175,9 +177,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", beta=0.0),
     "dapo": dict(loss_type="dapo", epsilon_high=0.28, dynamic_sampling=True, beta=0.0, rewards=["correct", "overlong"]),
-    "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0),
+    "gspo": dict(
+        importance_sampling_level="sequence",
+        epsilon=3e-4,
+        epsilon_high=4e-4,
+        beta=0.0,
+        steps_per_generation=4,
+        num_iterations=1,
+    ),
     "gdpo": dict(reward_aggregation="normalize_then_sum", rewards=["correct", "format", "length"]),
 }
+SIZES = "num_digits max_completion_length n_layer n_head n_embd"  # what makes a model another one
 MAY_BE_ZERO = "seed checkpoint_interval num_threads sft_steps beta epsilon epsilon_high reward_weights"
 
 
@@ -217,10 +227,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = Args(**METHODS.get(asked.method, {}))
     args = tyro.cli(Args, args=argv, default=saved)
     harmless = ("resume", "track", "wandb_project_name", "wandb_entity", "device", "num_threads")
+    harmless = ("evaluate", "eval_prompts", "device", "num_threads") if asked.evaluate else harmless
     changed = [name for name, value in vars(saved).items() if name not in harmless and value != vars(args)[name]]
-    if asked.resume and changed:
+    if (asked.resume or asked.evaluate) and changed:
+        what = "--resume goes on with" if asked.resume else "--evaluate goes by"
         difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
-        raise UsageError(f"--resume goes on with the arguments of the run, and these differ: {difference}.")
+        raise UsageError(f"{what} the arguments of the run, and these differ: {difference}.")
     return args
 
 
@@ -236,7 +248,7 @@ def check_args(args: Args) -> None:
     shortest = args.num_digits + 3
     refuse(args.seed >= 2**32, f"--seed is {args.seed}, but must be less than 2**32.")
     refuse(args.n_embd % args.n_head, f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}.")
-    refuse(args.num_digits > 18, f"--num-digits is {args.num_digits}, but must be at most 18.")
+    refuse(args.run_name in (".", "..", "warm_starts"), f"--run-name {args.run_name} is taken; choose another.")
     refuse(
         args.max_completion_length < shortest,
         f"--max-completion-length {args.max_completion_length} is too short for {args.num_digits} digits, two brackets"
@@ -253,7 +265,11 @@ def check_args(args: Args) -> None:
         except Exception as error:
             problem = f"wandb cannot log in ({' '.join(str(error).split())})"
         refuse(problem, f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
-    args.num_threads = args.num_threads or os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    refuse(
+        args.num_threads > cores, f"--num-threads is {args.num_threads}, but must be at most {cores}, the cores here."
+    )
+    args.num_threads = args.num_threads or min(cores, 4)
     torch.set_num_threads(args.num_threads)
 
 
@@ -277,7 +293,7 @@ def check_method(args: Args) -> None:
     refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
     for easy, hard, _ in map(parse_condition, args.condition):
         unused = [name for name in (easy, hard) if name not in used]
-        refuse(unused, f"--condition {easy}:{hard} is about {unused}, not in use; add it to --rewards.")
+        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
         refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
     too_long = args.overlong_buffer > args.max_completion_length
     refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
@@ -463,16 +479,16 @@ def completion_logprobs(
 # --------------------------------------------------------------------------------------------------- the method
 def parse_condition(text: str) -> tuple[str, str, float]:
     """("length", "correct", 3.0) from "length:correct>=3"; raises UsageError for any other form."""
-    match = re.fullmatch(r"(\w+):(\w+)>=(-?\d+\.?\d*)", text)
-    if not match:
-        raise UsageError(f'--condition {text} is not of the form "length:correct>=3" (mind the quotes around it).')
+    match = re.fullmatch(r"(\w+):(\w+)>=(-?\d*\.?\d+)", text)
+    refuse(not match, f'--condition {text} is not of the form "length:correct>=3" (mind the quotes around it).')
     return match[1], match[2], float(match[3])
 
 
 def condition_rewards(rewards: torch.Tensor, names: list[str], conditions: list[str]) -> torch.Tensor:
     """Rewards (..., rewards) in which an easy one is 0 where the hard one that it depends on falls short (GDPO).
 
-    names are those of the last dimension. All conditions look at the rewards as they came.
+    names are those of the last dimension. All conditions look at the rewards as they came. 0 ought to be the least that
+    an easy reward gives, or falling short would raise it.
     """
     conditioned = rewards.clone()
     for easy, hard, threshold in map(parse_condition, conditions):
@@ -646,7 +662,7 @@ def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]]
     for i, name in enumerate(args.rewards):
         values |= {f"rewards/{name}/mean": given[..., i].mean(), f"rewards/{name}/std": given[..., i].std()}
         values |= {f"frac_reward_zero_std/{name}": no_variance(rewards[..., i]).float().mean()}
-    values |= {"completions/mean_length": sum(lengths) / len(texts), "num_tokens": sum(lengths)}
+    values |= {"completions/mean_length": sum(lengths) / len(texts)}
     values |= {"completions/clipped_ratio": sum(text[-1] != "$" for text in texts) / len(texts)}
     return list(zip(returns.flatten().tolist(), lengths)), {tag: float(value) for tag, value in values.items()}
 
@@ -669,19 +685,16 @@ def update(
     The old policy is the one that sampled, so the first step has ratios of exactly 1 ("ratio/max_first_step"): its
     gradient is the policy gradient. Raises Failed where the loss or its gradient is not finite.
     """
-    steps, old_logprobs = [], {}
-    optimizer.param_groups[0]["lr"] = learning_rate
-    parts = torch.randperm(len(batch.mask), device=batch.mask.device).chunk(args.steps_per_generation)
-    parts = [Batch(*(x[rows] for x in batch)) for rows in parts]
+    optimizer.param_groups[0]["lr"], steps = learning_rate, []
+    rows = torch.randperm(len(batch.mask), device=batch.mask.device).chunk(args.steps_per_generation)
+    parts = [Batch(*(x[part] for x in batch)) for part in rows]
     with torch.no_grad():
-        ref_logprobs = [completion_logprobs(reference, part.prompts, part.completions, args)[0] for part in parts]
-        for i, part in enumerate(parts[1:], 1):  # the first needs none: what it sees first is the old policy
-            old_logprobs[i] = completion_logprobs(model, part.prompts, part.completions, args)[0]
+        old = [completion_logprobs(model, part.prompts, part.completions, args)[0] for part in parts]
+        ref = [completion_logprobs(reference, part.prompts, part.completions, args)[0] for part in parts]
     for _ in range(args.num_iterations):
         for i, part in enumerate(parts):
             logprobs, entropies = completion_logprobs(model, part.prompts, part.completions, args)
-            old = old_logprobs.setdefault(i, logprobs.detach())
-            loss, stats = policy_loss(logprobs, old, ref_logprobs[i], part.advantages, part.mask, args)
+            loss, stats = policy_loss(logprobs, old[i], ref[i], part.advantages, part.mask, args)
             optimizer.zero_grad()
             loss.backward()
             stats["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -780,6 +793,7 @@ class Run:
 
     def __init__(self, args: Args, state: dict[str, Any] | None, started: float):
         self.args, self.signals, self.printed, self.started, self.tokens = args, [], 0.0, started, 0
+        self.line_open = False  # on the terminal, a progress line that renews itself
         self.path = Path(args.resume) if state else create_run_dir(args)
         self.iteration, self.earlier_time, self.last_returns, self.best = 0, 0.0, [], -math.inf
         self.evaluations, self.csv_bytes, self.files, self.unwritten, self.written = [], {}, {}, [], 0.0
@@ -838,11 +852,13 @@ class Run:
         summary = dict(status=status, global_step=self.iteration, wall_time=self.wall_time(), sps=self.sps())
         summary |= dict(startup_time=self.startup_time, train_last100=self.score())
         summary |= dict(tokens_per_second=self.tokens / (time.perf_counter() - self.begun))
-        for name, values in zip(("accuracy_before", "accuracy"), self.evaluations):
+        for values in self.evaluations[1:]:
             summary |= {tag.removeprefix("eval/"): value for tag, value in values.items()}
-            summary[name] = values["eval/accuracy"]
+        for values in self.evaluations[:1]:
+            summary |= dict(accuracy_before=values["eval/accuracy"])
         unit = 2**20 if sys.platform == "darwin" else 2**10
         summary |= dict(peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        print("\n" * self.line_open, end="")
         message = ""
         if status in ("diverged", "failed"):
             newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
@@ -882,7 +898,8 @@ class Run:
         self.last_returns = (self.last_returns + [episode[0] for episode in episodes])[-100:]
         self.tokens += sum(length for _, length in episodes)
         if "eval/accuracy" in values:
-            self.evaluations = [*self.evaluations[:1], {tag: values[tag] for tag in values if tag[:5] == "eval/"}]
+            latest = {tag: value for tag, value in values.items() if tag.startswith("eval/")}
+            self.evaluations = [*self.evaluations[:1], latest]
         row = {"global_step": step, "wall_time": now, "sps": self.sps()} | values
         progress = csv.DictWriter(self.files["progress"], self.columns or list(row | self.evaluations[0]))
         if step and not self.columns:  # only now are there names for all columns
@@ -919,14 +936,16 @@ class Run:
         if step and not what:
             seconds = int((total - step) / self.sps())
             line += f"  reward {self.score():6.2f}  {seconds // 60}:{seconds % 60:02} left"
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal and step < total else "\n", flush=True)
+        self.line_open = terminal and step < total
+        print(f"\r{line}\x1b[K" if terminal else line, end="" if self.line_open else "\n", flush=True)
 
     def show(self, table: list[list[str]]) -> None:
         """A table as text in TensorBoard, and its first rows on the terminal."""
-        self.writer.add_text("completions", markdown(table), self.iteration)
+        self.writer.add_text("completions", markdown([[f"`{cell}`" for cell in row] for row in table]), self.iteration)
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table[:9]]
-        print("\r\x1b[K" * sys.stdout.isatty() + "\n".join(lines), flush=True)
+        print("\r\x1b[K" * self.line_open + "\n".join(lines), flush=True)
+        self.line_open = False
 
 
 def markdown(table: list) -> str:
@@ -937,7 +956,7 @@ def markdown(table: list) -> str:
 def save_checkpoint(run: Run, **learner: Any) -> None:
     """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best so far.
 
-    learner is all that has a state_dict: model, optimizer, ... A resumed run goes on from any of them exactly.
+    learner is all that has a state_dict: model, optimizer, ... Every iteration is a place from where to go on exactly.
     """
     better = run.score() is not None and run.score() > run.best
     run.best = run.score() if better else run.best
@@ -987,13 +1006,12 @@ def restore(state: dict[str, Any], **learner: Any) -> None:
 def warm_start(model: GPT, run: Run) -> None:
     """Fine-tunes the model on answers of the teacher (SFT), or takes the result from runs-dir if it is there."""
     args, length, plain = run.args, run.args.max_completion_length, replace(run.args, temperature=1.0)
-    made_of = "seed device num_threads num_digits max_completion_length n_layer n_head n_embd sft_steps"
-    recipe = {name: vars(args)[name] for name in [*made_of.split(), "sft_learning_rate"]}
+    recipe = {name: vars(args)[name] for name in f"seed device num_threads sft_steps sft_learning_rate {SIZES}".split()}
     key = hashlib.sha256(json.dumps(recipe | versions()).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
-    cached = Path(args.runs_dir) / "warm_starts" / f"{key}.pt"
+    cached = run.path.parent / "warm_starts" / f"{key}.pt"
     if args.cache_warm_start and cached.exists():
         try:
-            load_model(model, cached)
+            model.load_state_dict(load_checkpoint(cached)["model"])
             return print(f"warm start: {cached}")
         except UsageError:  # it is corrupt, as load_checkpoint has said, and is made again
             pass
@@ -1017,26 +1035,30 @@ def warm_start(model: GPT, run: Run) -> None:
     if args.cache_warm_start:
         buffer = io.BytesIO()
         torch.save(dict(model=model.state_dict()), buffer)
-        write_atomically(run.path / cached.name, buffer.getbuffer())  # then moved, for runs side by side make the same
         cached.parent.mkdir(exist_ok=True)
-        os.replace(run.path / cached.name, cached)
+        mine = cached.with_name(run.path.name)  # runs side by side may be making the same
+        write_atomically(mine, buffer.getbuffer())
+        os.replace(mine, cached)
 
 
-def load_model(model: GPT, path: Path) -> dict[str, Any]:
+def load_model(model: GPT, path: Path, args: Args) -> dict[str, Any]:
     """Gives model the weights of a run or one of its checkpoints, which is returned; UsageError if they do not fit."""
-    state = load_checkpoint(path)
     try:
+        made = json.loads((run_dir_of(path) / "config.json").read_text())["args"]
+        state = load_checkpoint(path)
+        other = [f"{name} {made[name]}" for name in SIZES.split() if made[name] != vars(args)[name]]
+        refuse(other, f"{path} has a model of another size; ask for its {', '.join(other)}.")
         model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError):
-        raise UsageError(f"{path} has no model of this size; n-layer, n-head, n-embd and lengths must agree.") from None
-    return state
+        return state
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError):
+        raise UsageError(f"{path} is no run of this project with a model in it, nor one of its checkpoints.") from None
 
 
 @torch.no_grad()
 def evaluation(model: GPT, args: Args) -> dict[str, float]:
     """Means over the held-out prompts, always the same: accuracy sampled and greedy, pass@8, format."""
     prompts = sample_prompts(args.eval_prompts, args.num_digits, True, random.Random(EVAL_SEED))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
         torch.manual_seed(EVAL_SEED)
         sampled = sample_groups(model, prompts, 8, ["exact", "format"], args)
         greedy = sample_groups(model, prompts, 1, ["exact"], args, greedy=True)
@@ -1050,10 +1072,10 @@ def evaluate(args: Args) -> dict[str, float]:
     """Tests the run args.evaluate on held-out prompts, prints the result and adds it to the summary of an ended run."""
     check_args(args)
     model, path = GPT(args).to(args.device), Path(args.evaluate)
-    state = load_model(model, path)
+    state = load_model(model, path, args)
     values = {tag.removeprefix("eval/"): value for tag, value in evaluation(model, args).items()}
     result = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-    print(f"{args.eval_prompts} held-out prompts: {result}")
+    print(f"iteration {state['iteration']}, {args.eval_prompts} held-out prompts: {result}")
     if (file := run_dir_of(path) / "summary.json").exists():
         result = values | dict(prompts=args.eval_prompts, seed=EVAL_SEED, iteration=state["iteration"])
         write_json(file, json.loads(file.read_text()) | dict(eval=result))
@@ -1071,7 +1093,7 @@ def train(args: Args) -> Path:
     random.seed(args.seed), torch.manual_seed(args.seed)
     model = GPT(args).to(args.device)
     if args.init_from and not args.resume:
-        load_model(model, Path(args.init_from))
+        load_model(model, Path(args.init_from), args)
     reference = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     state = load_checkpoint(Path(args.resume)) if args.resume else None
@@ -1099,7 +1121,7 @@ def train(args: Args) -> Path:
             clock.append(time.perf_counter())
             episodes, values = statistics(groups, args)
             values |= update(model, reference, optimizer, batch, learning_rate, args)
-            values["tokens_per_second/sampled"] = values["num_tokens"] / (clock[1] - clock[0])
+            values["tokens_per_second/sampled"] = sum(length for _, length in episodes) / (clock[1] - clock[0])
             trained = args.num_iterations * batch.mask.sum().item()
             values["tokens_per_second/trained"] = trained / (time.perf_counter() - clock[1])
             values["learning_rate"] = learning_rate

@@ -5,14 +5,15 @@
     conditions   easy rewards with and without a condition          hacking    two proxies, beta 0 and 0.1
     collapse     the advantages of (0, 1) and of (0, 2), printed by group_advantages
 
-Starts the script, one thread each, two at a time; a run that is complete is not run again, one that was cut off goes
-on. Prints a table and writes FILE.png and FILE.csv (default: benchmarks/results/grpo_LESSON).
+Starts the script, one thread each, two at a time. A run is named after its flags and seed; one that is complete is
+kept, one that was cut off goes on. Prints a table and writes FILE.png and FILE.csv (default: benchmarks/results/grpo_LESSON).
 """
 
 import argparse
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +22,18 @@ from statistics import mean
 
 import torch
 
+from benchmarks.curves import COLORS, plt
+
 ROOT = Path(__file__).parent.parent
+OFTEN = "--eval-interval 2"
 SLOWLY = "--learning-rate 2e-4 --max-steps 100"  # a quarter of the default, which sets the arms further apart
 ALL = f"--rewards correct format length {SLOWLY}"
 EQUAL = f"--rewards exact format length {SLOWLY}"
 GDPO = "--reward-aggregation normalize_then_sum"
 HACK = "--max-steps 120 --init-from {trained}"
 LESSONS = {  # arm -> flags
-    "accuracy": {"GRPO": ""},
-    "methods": {name: f"--method {name}" for name in ("grpo", "dr_grpo", "dapo", "gspo", "gdpo")},
+    "accuracy": {"GRPO": f"--method grpo {OFTEN}"},
+    "methods": {name: f"--method {name} {OFTEN}" for name in ("grpo", "dr_grpo", "dapo", "gspo", "gdpo")},
     "gdpo": {
         "GRPO": ALL,
         "GDPO": f"{ALL} {GDPO}",
@@ -50,34 +54,43 @@ LESSONS = {  # arm -> flags
 }
 PANELS = {  # of each figure; see read_run
     "accuracy": ("accuracy", "accuracy, greedy", "pass@8"),
-    "methods": ("accuracy", "accuracy, greedy", "tokens"),
+    "methods": ("accuracy", "accuracy, greedy", "tokens per completion"),
     "gdpo": ("right format", "right answer", "short enough"),
     "equal": ("right format", "right answer", "short enough"),
     "conditions": ("right answer", "right format", "short enough"),
-    "hacking": ("reward / maximum", "accuracy", "KL from the start"),
+    "hacking": ("reward", "accuracy", "KL from the start"),
 }
 
 
-def run_script(name: str, runs: Path, *flags: str) -> Path:
-    """A finished run of this name; says what is started, and ends the program where a run fails."""
-    run = runs / name
+def name_of(flags: str, seed: int) -> str:
+    """The name of a run: other flags are another run."""
+    return f"{re.sub('[^A-Za-z0-9.]+', '_', flags).strip('_')}__{seed}"
+
+
+def run_script(flags: str, seed: int, runs: Path) -> Path:
+    """A finished run with these flags and seed; says what is started, and ends the program where a run fails."""
+    run = runs / name_of(flags, seed)
     if (run / "summary.json").exists() and json.loads((run / "summary.json").read_text())["status"] == "completed":
+        print(f"kept: {run}", flush=True)
         return run
-    command = ["python", "grpo_toy.py", "--runs-dir", str(runs), "--run-name", name, "--num-threads", "1", *flags]
-    if (run / "checkpoints").exists():
-        command = ["python", "grpo_toy.py", "--resume", str(run)]
-    print(" ".join(command), flush=True)
-    script = [sys.executable, str(ROOT / command[1]), *command[2:]]
+    start = f"--runs-dir {runs} --run-name {run.name} --seed {seed} --num-threads 1 {flags}"
+    flags = ["--resume", str(run)] if (run / "checkpoints").exists() else start.split()
+    print(shlex.join(["python", "grpo_toy.py", *flags]), flush=True)
+    script = [sys.executable, str(ROOT / "grpo_toy.py"), *flags]
     done = subprocess.run(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"{name}: {done.stderr.strip()}")
+        sys.exit(f"{run.name}: {done.stderr.strip()}")
     return run
 
 
 def read_run(run: Path) -> list[dict[str, float]]:
     """What the figures and tables need of each iteration; what was not measured in one is missing."""
-    rewards = json.loads((run / "config.json").read_text())["args"]["rewards"]
-    names = {"global_step": "step", "completions/mean_length": "tokens", "kl/k3": "KL from the start"}
+    names = {
+        "global_step": "step",
+        "reward": "reward",
+        "completions/mean_length": "tokens per completion",
+        "kl/k3": "KL from the start",
+    }
     names |= {"eval/accuracy": "accuracy", "eval/accuracy_greedy": "accuracy, greedy", "eval/pass@8": "pass@8"}
     names |= {"rewards/exact/mean": "right answer", "rewards/format/mean": "right format"}
     names |= {"rewards/length/mean": "short enough", "eval/format": "right format, held out"}
@@ -85,8 +98,6 @@ def read_run(run: Path) -> list[dict[str, float]]:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     series = [{names[key]: value for key, value in row.items() if key in names} for row in rows]
     for point, row in zip(series, rows):
-        if "reward" in row:
-            point["reward / maximum"] = row["reward"] / len(rewards)
         if "rewards/correct/mean" in row:
             point["right answer"] = (row["rewards/correct/mean"] + 3) / 6
     return series
@@ -102,11 +113,12 @@ def print_table(lesson: str, results: dict[str, list[list[dict[str, float]]]]) -
     for arm, seeds in results.items():
         if lesson in ("gdpo", "equal", "conditions"):
             goals = {"90% right format": ("right format", 0.9), "80% right answers": ("right answer", 0.8)}
-            cells = {f"iterations to {goal}": [first(series, *at) for series in seeds] for goal, at in goals.items()}
+            found = {f"iterations to {goal}": [first(series, *at) for series in seeds] for goal, at in goals.items()}
+            cells = {name: ["never" if step is None else f"{step:g}" for step in row] for name, row in found.items()}
         else:
-            cells = {name: [[p[name] for p in s if name in p][-1] for s in seeds] for name in PANELS[lesson]}
-        shown = {name: ", ".join("never" if x is None else f"{x:.3g}" for x in row) for name, row in cells.items()}
-        print(f"{arm}: " + "; ".join(f"{name} {row}" for name, row in shown.items()))
+            found = {name: [[p[name] for p in s if name in p] for s in seeds] for name in PANELS[lesson]}
+            cells = {name: [f"{y[0]:.3f} -> {y[-1]:.3f}" for y in row] for name, row in found.items()}
+        print(f"{arm}: " + "; ".join(f"{name} {', '.join(row)}" for name, row in cells.items()))
 
 
 def print_collapse() -> None:
@@ -126,8 +138,6 @@ def print_collapse() -> None:
 
 def draw(lesson: str, results: dict[str, list[list[dict[str, float]]]], out: Path) -> None:
     """A panel per quantity: a thin line per seed, and the mean."""
-    from benchmarks.curves import COLORS, plt
-
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for axis, name in zip(axes, PANELS[lesson]):
         for (arm, seeds), color in zip(results.items(), COLORS):
@@ -139,7 +149,7 @@ def draw(lesson: str, results: dict[str, list[list[dict[str, float]]]], out: Pat
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(f"iterations ({len(seeds)} seeds)")
         axis.grid(alpha=0.25)
-        if name not in ("tokens", "KL from the start"):
+        if name not in ("tokens per completion", "KL from the start", "reward"):
             axis.set_ylim(-0.03, 1.03)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
     figure.savefig(out.with_suffix(".png"), dpi=110)
@@ -154,21 +164,23 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.lesson == "collapse":
         return print_collapse()
-    seeds = range(1, 1 + (asked.seeds or (5 if asked.lesson == "accuracy" else 3)))
-    out = asked.out or Path("benchmarks/results") / f"grpo_{asked.lesson}"
+    seeds = range(1, 1 + ((5 if asked.lesson == "accuracy" else 3) if asked.seeds is None else asked.seeds))
+    if not seeds:
+        parser.error("--seeds must be 1 or more")
+    out = asked.out or ROOT / "benchmarks" / "results" / f"grpo_{asked.lesson}"
+    out.parent.mkdir(parents=True, exist_ok=True)
 
     with ThreadPoolExecutor(2) as pool:
+        trained = {}
         if asked.lesson == "hacking":  # the model that is to hack is the one that the first lesson trained
-            list(
-                pool.map(lambda seed: run_script(f"accuracy__GRPO__{seed}", asked.runs_dir, "--seed", str(seed)), seeds)
-            )
+            jobs = [pool.submit(run_script, LESSONS["accuracy"]["GRPO"], seed, asked.runs_dir) for seed in seeds]
+            trained = {seed: job.result() for seed, job in zip(seeds, jobs)}
         futures = {arm: [] for arm in LESSONS[asked.lesson]}
         for seed in seeds:
             for arm, flags in LESSONS[asked.lesson].items():
-                flags = flags.format(trained=asked.runs_dir / f"accuracy__GRPO__{seed}")
-                name = re.sub(r"[^A-Za-z0-9.]+", "_", arm)
-                job = (f"{asked.lesson}__{name}__{seed}", asked.runs_dir, "--seed", str(seed), *flags.split())
-                futures[arm].append(pool.submit(run_script, *job))
+                futures[arm].append(
+                    pool.submit(run_script, flags.format(trained=trained.get(seed)), seed, asked.runs_dir)
+                )
         try:
             results = {arm: [read_run(future.result()) for future in row] for arm, row in futures.items()}
         except BaseException:

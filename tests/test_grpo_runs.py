@@ -69,7 +69,7 @@ BAD_ARGUMENTS = {
     "--rewards corect": "corect is unknown; there are correct, exact, format, length, rising, overlong",
     "--rewards correct correct": "twice",
     "--rewards": "--rewards needs one or more of correct",
-    "--condition length:correct>=3": "['length'], not in use; add it to --rewards",
+    "--condition length:correct>=3": "is about length, not in use; add it to --rewards",
     "--rewards correct --condition correct:correct>=3": "name the easy one",
     "--rewards correct length --condition length:correct>3": 'not of the form "length:correct>=3"',
     "--rewards correct length --condition length": 'not of the form "length:correct>=3"',
@@ -86,13 +86,15 @@ BAD_ARGUMENTS = {
     "--max-steps 0": "greater than 0",
     "--num-iterations 0": "greater than 0",
     "--max-completion-length 8": "too short for 6 digits, two brackets and an end; ask for 9 or more",
-    "--num-digits 20 --max-completion-length 30": "at most 18",
+    "--num-threads 100000": "at most",
+    "--run-name ..": "is taken",
+    "--rewards correct length --condition length:correct>=nan": 'not of the form "length:correct>=3"',
     "--num-digits 0": "greater than 0",
     "--n-head 3": "--n-embd 64 is not divisible by --n-head 3",
     "--seed 4294967296": "less than 2**32",
     "--seed=-1": "0 or more",
     "--overlong-buffer 17": "at most",
-    "--init-from nowhere": "nowhere has no readable checkpoint",
+    "--init-from nowhere": "nowhere is no run of this project with a model in it",
     "--resume nowhere": "no run directory of this script",
     "--evaluate nowhere": "no run directory of this script",
 }
@@ -137,11 +139,29 @@ def test_resume_with_changed_arguments_is_refused_with_the_difference(here, caps
     assert "beta 0.04 -> 0.5" in err and "rewards ['correct'] -> ['exact']" in err
 
 
-def test_init_from_a_model_of_another_size_is_refused(here, capsys):
+@pytest.mark.parametrize("flag, own", [("n-embd", 16), ("n-head", 2), ("num-digits", 2)])
+def test_init_from_a_model_of_another_size_is_refused(flag, own, here, capsys):
     start(steps=1)
     capsys.readouterr()
-    assert start("--init-from", "runs/run", "--n-embd", "32", name="other")[0] == 2
-    assert "no model of this size" in capsys.readouterr().err and not Path("runs/other").exists()
+    assert start("--init-from", "runs/run", f"--{flag}", "4", name="other")[0] == 2
+    err = capsys.readouterr().err
+    assert f"ask for its {flag.replace('-', '_')} {own}." in err and not Path("runs/other").exists()
+
+
+@pytest.mark.parametrize("content", [[1], {"model": [1]}, {"model": 3}, {}])
+def test_init_from_a_file_without_a_model_is_refused(content, here, capsys):
+    start(steps=1)
+    torch.save(content, "runs/run/checkpoints/step_000000000009.pt")
+    capsys.readouterr()
+    assert start("--init-from", "runs/run", name="other")[0] == 2
+    assert re.fullmatch(r"error: runs/run is no run [^\n]+\n", capsys.readouterr().err)
+
+
+def test_evaluation_with_changed_arguments_is_refused(here, capsys):
+    start(steps=1)
+    capsys.readouterr()
+    assert grpo_toy.main(["--evaluate", "runs/run", "--n-head", "4", "--temperature", "0.1"]) == 2
+    assert "n_head 2 -> 4, temperature 1.0 -> 0.1" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------ bad days
@@ -310,6 +330,16 @@ def test_cached_warm_start_gives_the_same_run_and_is_left_alone(here, capsys):
     assert same(newest(Path("runs/first"))["model"], newest(Path("runs/third"))["model"])
 
 
+def test_run_that_was_moved_goes_on_and_caches_where_it_is(here, monkeypatch):
+    assert killed(iteration=0) == -signal.SIGKILL
+    Path("elsewhere").mkdir()
+    shutil.move("runs/killed", "elsewhere/run")
+    monkeypatch.chdir("elsewhere")
+    shutil.rmtree(here / "runs")
+    assert grpo_toy.main(["--resume", "run"]) == 0
+    assert len(list(Path("warm_starts").iterdir())) == 1 and not (here / "runs").exists()
+
+
 def test_warm_start_of_other_arguments_is_another_one(here):
     start(name="a", steps=1)
     start("--sft-steps", "4", name="b", steps=1)
@@ -339,7 +369,7 @@ def test_init_from_takes_the_trained_model_as_policy_and_as_reference(here):
 TAGS = """reward reward_std frac_reward_zero_std rewards/correct/mean rewards/correct/std rewards/length/mean
 rewards/length/std frac_reward_zero_std/correct frac_reward_zero_std/length kl kl/k1 kl/k2 kl/k3 entropy
 clip_ratio/low_mean clip_ratio/high_mean completions/mean_length completions/clipped_ratio ratio/max
-ratio/max_first_step loss grad_norm learning_rate num_tokens tokens_per_second/sampled tokens_per_second/trained
+ratio/max_first_step loss grad_norm learning_rate tokens_per_second/sampled tokens_per_second/trained
 eval/accuracy eval/accuracy_greedy eval/pass@8 eval/format"""
 EVALUATED = [tag for tag in TAGS.split() if tag.startswith("eval/")]
 CLOCK = ["global_step", "wall_time", "sps"]
@@ -378,7 +408,7 @@ def test_tensorboard_has_hyperparameters_and_sample_completions_as_text(here):
     events = tensorboard(run)
     assert {"hyperparameters/text_summary", "completions/text_summary"} <= set(events.Tags()["tensors"])
     text = events.Tensors("completions/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert text.startswith("|prompt|completion|correct|advantage|\n|-|-|-|-|\n") and text.count("\n") == 2 + 4
+    assert text.startswith("|`prompt`|`completion`|`correct`|`advantage`|\n|-|-|-|-|\n") and text.count("\n") == 2 + 4
 
 
 def test_config_says_what_ran(here):
@@ -434,7 +464,8 @@ def test_normal_run_prints_plain_lines_and_no_warning(tmp_path):
 
 def test_progress_line_renews_itself_on_a_terminal(here):
     master, slave = pty.openpty()
-    command = [sys.executable, TOY, *SMALL, "--max-steps", "4", "--run-name", "run"]
+    code = KILL.format(folder=str(TOY.parent), iteration=3, signal="SIGINT")
+    command = [sys.executable, "-c", code, *SMALL, "--max-steps", "60", "--run-name", "run"]
     child = subprocess.Popen(command, stdout=slave, stderr=slave)
     os.close(slave)
     text = b""
@@ -446,8 +477,9 @@ def test_progress_line_renews_itself_on_a_terminal(here):
         if not part:
             break
         text += part
-    assert child.wait(timeout=60) == 0
+    assert child.wait(timeout=60) == 130
     lines = re.split(r"[\r\n]+", text.decode())
+    assert any(line.startswith("interrupted after 3 steps") for line in lines)
     assert all(len(re.sub(r"\x1b\[K", "", line)) <= 80 for line in lines) and "\x1b[K" in text.decode()
 
 

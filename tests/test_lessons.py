@@ -34,21 +34,30 @@ def test_every_arm_and_seed_is_run_once_and_read(lesson, capsys):
     assert {(row["arm"], row["seed"], row["step"]) for row in table} == {
         (arm, seed, step) for arm in ("one", "other") for seed in "12" for step in ("0.0", "1.0", "2.0", "3.0")
     }
-    with open("runs/gdpo__one__1/progress.csv", newline="") as file:
+    with open(Path("runs") / lessons.name_of(TINY, 1) / "progress.csv", newline="") as file:
         written = list(csv.DictReader(file))
     mine = [row for row in table if (row["arm"], row["seed"]) == ("one", "1")]
     for row, point in zip(written[1:], mine[1:]):
         assert float(point["right answer"]) == pytest.approx((float(row["rewards/correct/mean"]) + 3) / 6, abs=1e-4)
-        assert float(point["reward / maximum"]) == pytest.approx(float(row["reward"]) / 3, abs=1e-4)
+        assert float(point["reward"]) == pytest.approx(float(row["reward"]), abs=1e-4)
     assert float(mine[0]["accuracy"]) == pytest.approx(float(written[0]["eval/accuracy"]), abs=1e-4)
     assert re.search(r"^one: iterations to 90% right format never, never; iterations to 80% right answers", out, re.M)
     assert out.count("python grpo_toy.py") == 4
     lesson(one=TINY, other=f"{TINY} --method gdpo")
-    assert "python grpo_toy.py" not in capsys.readouterr().out  # all are there
+    out = capsys.readouterr().out
+    assert "python grpo_toy.py" not in out and out.count("kept: runs/") == 4
+    lesson(one=f"{TINY} --beta 0.5")  # other flags, other runs
+    assert capsys.readouterr().out.count("python grpo_toy.py") == 2
+
+
+def test_no_seed_is_refused(lesson, capsys):
+    with pytest.raises(SystemExit):
+        lesson(seeds=0, one=TINY)
+    assert "--seeds must be 1 or more" in capsys.readouterr().err
 
 
 def test_run_that_fails_ends_the_lesson_with_its_name_and_error(lesson):
-    with pytest.raises(SystemExit, match="gdpo__one__1: error: --beta is -1.0, but must be 0 or more"):
+    with pytest.raises(SystemExit, match="beta_1__1: error: --beta is -1.0, but must be 0 or more"):
         lesson(seeds=1, one=f"{TINY} --beta=-1")
 
 
