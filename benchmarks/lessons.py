@@ -6,7 +6,8 @@
     collapse     the advantages of (0, 1) and of (0, 2), printed by group_advantages
 
 Starts the script, one thread each, two at a time. A run is named after its flags and seed; one that is complete is
-kept, one that was cut off goes on. Prints a table and writes FILE.png and FILE.csv (default: benchmarks/results/grpo_LESSON).
+kept, one that was cut off goes on. Prints a table, and writes FILE.png and FILE.csv (default:
+benchmarks/results/grpo_LESSON).
 """
 
 import argparse
