@@ -90,7 +90,7 @@ def read_run(run: Path) -> list[dict[str, float]]:
         "global_step": "step",
         "reward": "reward",
         "completions/mean_length": "tokens per completion",
-        "kl/k3": "KL from the start",
+        "kl/k1": "KL from the start",
     }
     names |= {"eval/accuracy": "accuracy", "eval/accuracy_greedy": "accuracy, greedy", "eval/pass@8": "pass@8"}
     names |= {"rewards/exact/mean": "right answer", "rewards/format/mean": "right format"}
