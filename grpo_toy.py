@@ -61,9 +61,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -177,14 +177,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", beta=0.0),
     "dapo": dict(loss_type="dapo", epsilon_high=0.28, dynamic_sampling=True, beta=0.0, rewards=["correct", "overlong"]),
-    "gspo": dict(
-        importance_sampling_level="sequence",
-        epsilon=3e-4,
-        epsilon_high=4e-4,
-        beta=0.0,
-        steps_per_generation=4,
-        num_iterations=1,
-    ),
+    "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0)
+    | dict(steps_per_generation=4, num_iterations=1),
     "gdpo": dict(reward_aggregation="normalize_then_sum", rewards=["correct", "format", "length"]),
 }
 SIZES = "num_digits max_completion_length n_layer n_head n_embd"  # what makes a model another one
@@ -267,7 +261,7 @@ def check_args(args: Args) -> None:
         refuse(problem, f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
     cores = os.cpu_count() or 1
     refuse(
-        args.num_threads > cores, f"--num-threads is {args.num_threads}, but must be at most {cores}, the cores here."
+        args.num_threads > cores, f"--num-threads is {args.num_threads}, but there are {cores} cores; ask for fewer."
     )
     args.num_threads = args.num_threads or min(cores, 4)
     torch.set_num_threads(args.num_threads)
@@ -305,17 +299,17 @@ PAD, BOS, EOS = range(3)
 EVAL_SEED = 1_000_000  # of the held-out prompts and the answers to them: the same in every evaluation of every run
 
 
-def decode(tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
+def decode(tokens: Tensor, mask: Tensor) -> list[str]:
     """The characters (rows, length) where mask is true, "$" for the end, as a string per row."""
     return ["".join(TOKENS[i] for i in row[:n]) for row, n in zip(tokens.tolist(), mask.sum(1).tolist())]
 
 
-def encode(texts: list[str], length: int) -> torch.Tensor:
+def encode(texts: list[str], length: int) -> Tensor:
     """The tokens of each text, padded on the right, (texts, length)."""
     return torch.tensor([[TOKENS.index(c) for c in text.ljust(length, "_")] for text in texts])
 
 
-def encode_prompts(prompts: list[str], device: str) -> torch.Tensor:
+def encode_prompts(prompts: list[str], device: str) -> Tensor:
     """BOS and the digits of each, (prompts, 1 + digits)."""
     return encode(["^" + prompt for prompt in prompts], 1 + len(prompts[0])).to(device)
 
@@ -397,7 +391,7 @@ class Block(nn.Module):
         self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: torch.Tensor, cache: torch.Tensor | None, start: int) -> torch.Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
         rows, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(rows, length, 3, self.n_head, width // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -421,14 +415,7 @@ class GPT(nn.Module):
         for table in (self.token, self.position):
             nn.init.normal_(table.weight, std=0.1)
 
-    def new_cache(self, rows: int) -> torch.Tensor:
-        """Room for the keys and values of every block, (blocks, 2, rows, heads, context, width of a head)."""
-        heads, width = self.blocks[0].n_head, self.token.embedding_dim
-        return self.token.weight.new_zeros(len(self.blocks), 2, rows, heads, self.context, width // heads)
-
-    def forward(
-        self, tokens: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0, only_from: int = 0
-    ) -> torch.Tensor:
+    def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0, only_from: int = 0) -> Tensor:
         """tokens stand at start and later, after what the cache has seen; the logits are those from only_from on."""
         x = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
         for i, block in enumerate(self.blocks):
@@ -437,16 +424,17 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: torch.Tensor, num_generations: int, args: Args, greedy: bool = False) -> torch.Tensor:
+def generate(model: GPT, prompts: Tensor, num_generations: int, args: Args, greedy: bool = False) -> Tensor:
     """num_generations completions of each prompt (prompts, length), those of a group one after the other.
 
     Returns (prompts * num_generations, max_completion_length or less), with PAD after the first EOS. The prompt goes
     through the model once and its keys and values are repeated for the group.
     """
-    cache = model.new_cache(len(prompts))
+    heads, context, width = model.blocks[0].n_head, model.context, model.token.embedding_dim
+    cache = model.token.weight.new_zeros(len(model.blocks), 2, len(prompts), heads, context, width // heads)
     logits = model(prompts, cache)[:, -1].repeat_interleave(num_generations, 0)
     cache, tokens, ended = cache.repeat_interleave(num_generations, 2), [], logits.new_zeros(len(logits)).bool()
-    for position in range(prompts.shape[1], model.context):
+    for position in range(prompts.shape[1], context):
         if tokens:
             logits = model(tokens[-1][:, None], cache, position - 1)[:, -1]
         # The largest p / e, with e exponentially distributed, is a sample of p (the Gumbel trick).
@@ -459,15 +447,13 @@ def generate(model: GPT, prompts: torch.Tensor, num_generations: int, args: Args
     return torch.stack(tokens, 1)
 
 
-def completion_mask(completions: torch.Tensor) -> torch.Tensor:
+def completion_mask(completions: Tensor) -> Tensor:
     """True up to the first EOS, which counts, and false after it; EOS and PAD are separate tokens."""
     ends = completions == EOS
     return ends.cumsum(1) - ends.long() == 0
 
 
-def completion_logprobs(
-    model: GPT, prompts: torch.Tensor, completions: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, torch.Tensor]:
+def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """log pi(o_t | q, o_<t), at the temperature that samples have, and the entropy there, each (rows, length)."""
     tokens = torch.cat([prompts, completions[:, :-1]], 1)
     logprobs = (model(tokens, only_from=prompts.shape[1] - 1) / args.temperature).log_softmax(-1)
@@ -484,7 +470,7 @@ def parse_condition(text: str) -> tuple[str, str, float]:
     return match[1], match[2], float(match[3])
 
 
-def condition_rewards(rewards: torch.Tensor, names: list[str], conditions: list[str]) -> torch.Tensor:
+def condition_rewards(rewards: Tensor, names: list[str], conditions: list[str]) -> Tensor:
     """Rewards (..., rewards) in which an easy one is 0 where the hard one that it depends on falls short (GDPO).
 
     names are those of the last dimension. All conditions look at the rewards as they came. 0 ought to be the least that
@@ -507,12 +493,12 @@ def call_reward(name: str, prompt: str, completion: str, args: Args) -> float:
     return value
 
 
-def no_variance(x: torch.Tensor) -> torch.Tensor:
+def no_variance(x: Tensor) -> Tensor:
     """Whether a group is all the same, (prompts, group, ...) -> (prompts, ...)."""
     return x.amax(1) == x.amin(1)
 
 
-def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, aggregation: str, scale: str) -> torch.Tensor:
+def group_advantages(rewards: Tensor, weights: Tensor, aggregation: str, scale: str) -> Tensor:
     """How much better than its group each completion is, (prompts, group).
 
     rewards (prompts, group, rewards), weights (rewards,). GRPO (sec. 4.1.2) sums, then normalises in the group; GDPO
@@ -521,7 +507,7 @@ def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, aggregation: 
     "group", of the "batch", or (Dr.GRPO) by "none". A group without variance has advantages of exactly 0.
     """
 
-    def normalize(x: torch.Tensor) -> torch.Tensor:
+    def normalize(x: Tensor) -> Tensor:
         if scale == "none":
             deviation = 1.0
         else:
@@ -535,7 +521,7 @@ def group_advantages(rewards: torch.Tensor, weights: torch.Tensor, aggregation: 
     return sums / (sums.std() + 1e-4)
 
 
-def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     """An estimate of KL(pi || pi_ref) from tokens that pi sampled, in the shape given (Schulman, kl-approx, 2020).
 
     kind   formula, r = pi_ref / pi   its mean is            the mean of its gradient, where it is a loss, is
@@ -550,18 +536,13 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) -
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.expm1() - log_r}[kind]
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    args: Args,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate with its KL penalty, negated (GRPO eq. 3), and statistics of it.
 
     Log-probabilities of the sampled tokens and mask (batch, length), advantages (batch,). What the mask leaves out
@@ -597,18 +578,18 @@ class Group(NamedTuple):
     """Completions of one prompt."""
 
     prompt: str
-    completions: torch.Tensor  # (group, max_completion_length)
+    completions: Tensor  # (group, max_completion_length)
     texts: list[str]
-    rewards: torch.Tensor  # (group, rewards), as the functions gave them
+    rewards: Tensor  # (group, rewards), as the functions gave them
 
 
 class Batch(NamedTuple):
     """Completions to learn from, those of a group one after the other."""
 
-    prompts: torch.Tensor  # (batch, prompt length)
-    completions: torch.Tensor  # (batch, length of the longest)
-    mask: torch.Tensor  # (batch, length of the longest)
-    advantages: torch.Tensor  # (batch,)
+    prompts: Tensor  # (batch, prompt length)
+    completions: Tensor  # (batch, length of the longest)
+    mask: Tensor  # (batch, length of the longest)
+    advantages: Tensor  # (batch,)
 
 
 def sample_groups(

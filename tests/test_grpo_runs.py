@@ -86,7 +86,7 @@ BAD_ARGUMENTS = {
     "--max-steps 0": "greater than 0",
     "--num-iterations 0": "greater than 0",
     "--max-completion-length 8": "too short for 6 digits, two brackets and an end; ask for 9 or more",
-    "--num-threads 100000": "at most",
+    "--num-threads 100000": "cores; ask for fewer",
     "--run-name ..": "is taken",
     "--rewards correct length --condition length:correct>=nan": 'not of the form "length:correct>=3"',
     "--num-digits 0": "greater than 0",
