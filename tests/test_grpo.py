@@ -1012,3 +1012,46 @@ def test_a_small_run_learns_to_sort_two_digits(method, tmp_path):
     summary = json.loads((grpo_toy.train(args) / "summary.json").read_text())
     before, after = summary["accuracy_before"], summary["accuracy"]
     assert summary["status"] == "completed" and 0.05 < before < 0.3 and after > before + 0.25
+
+
+# ------------------------------------------------------------------------------------ what is shown, and the teacher
+def two_groups() -> list[grpo_toy.Group]:
+    """One where correctness differs and format does not, one the other way round; the last text has no end."""
+    texts = [["[13]$", "(31)$"], ["[31]$", "(((((("]]
+    rewards = [[[3.0, 1.0], [-3.0, 1.0]], [[-3.0, 1.0], [-3.0, 0.0]]]
+    return [grpo_toy.Group("31", torch.zeros(2, 6), text, torch.tensor(r)) for text, r in zip(texts, rewards)]
+
+
+def test_statistics_are_those_counted_by_hand():
+    args = settings(rewards=["correct", "format"], reward_weights=[1.0, 2.0], condition=["format:correct>=3"])
+    episodes, values = grpo_toy.statistics(two_groups(), args)
+    # After the condition only the first answer keeps its format reward: returns 5, -3 and -3, -3.
+    assert episodes == [(5.0, 5), (-3.0, 5), (-3.0, 5), (-3.0, 6)]
+    expected = {"reward": -1.0, "reward_std": statistics.stdev([5, -3]) / 2, "frac_reward_zero_std": 0.5}
+    expected |= {"rewards/correct/mean": -1.5, "rewards/correct/std": statistics.stdev([3, -3, -3, -3])}
+    expected |= {"rewards/format/mean": 0.75, "rewards/format/std": statistics.stdev([1, 1, 1, 0])}  # as they came
+    expected |= {"frac_reward_zero_std/correct": 0.5, "frac_reward_zero_std/format": 0.5}
+    expected |= {"completions/mean_length": 21 / 4, "completions/clipped_ratio": 0.25}
+    assert values == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_table_shows_the_first_group_in_which_something_differs():
+    args = settings(rewards=["correct", "format"], num_generations=2)
+    batch = SimpleNamespace(advantages=torch.tensor([0.0, 0.0, 0.5, -0.5]))
+    table = grpo_toy.table_of(two_groups(), batch, args)
+    assert table[0] == ["prompt", "completion", "correct", "format", "advantage"]
+    assert table[1:] == [["31", "[31]$", "-3", "1", "0.50"], ["31", "((((((", "-3", "0", "-0.50"]]
+
+
+def test_the_teacher_makes_the_mistakes_that_it_is_said_to_make():
+    args, count = settings(num_digits=6, max_completion_length=16), 4000
+    prompts = grpo_toy.sample_prompts(count, 6, held_out=False)
+    answers = [grpo_toy.sloppy_answer(prompt, 6) for prompt in prompts]
+    assert all(len(answer) <= 16 and answer.endswith("$") for answer in answers)
+    right = sum(grpo_toy.reward_exact(*pair, args) for pair in zip(prompts, answers)) / count
+    assert 0.2 < right < 0.25  # a random digit is now and then the one that it replaces
+    reversed_ = sum("".join(sorted(p, reverse=True)) in a for p, a in zip(prompts, answers)) / count
+    assert abs(reversed_ - 0.6) < 0.03
+    assert abs(sum(grpo_toy.reward_format(*pair, args) for pair in zip(prompts, answers)) / count - 0.1) < 0.02
+    dots = [answer.count(".") for answer in answers]
+    assert set(dots) == set(range(7)) and abs(statistics.mean(dots) - 3) < 0.15
