@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -496,8 +495,12 @@ def test_importing_the_script_does_nothing(tmp_path):
     assert (done.returncode, done.stdout, done.stderr, list(tmp_path.iterdir())) == (0, "", "", [])
 
 
-def test_wandb_offline_works(here, monkeypatch, capsys):
+def test_wandb_offline_works_and_a_resumed_run_keeps_its_id(here, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    status, run = start("--track", steps=2)
-    assert status == 0 and list(run.glob("wandb/offline-run-*")) and time.time() > 0
+    assert killed("--track", iteration=3, signal="SIGTERM") == 128 + signal.SIGTERM
+    run = Path("runs/killed")
+    wait_for_the_next_second()
+    assert grpo_toy.main(["--resume", str(run)]) == 0 and summary(run)["status"] == "completed"
+    wandb_id = json.loads((run / "config.json").read_text())["wandb_id"]
+    folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert len(folders) == 2 and all(name.endswith(f"-{wandb_id}") for name in folders)

@@ -782,6 +782,7 @@ def test_wandb_offline_works_and_a_resumed_run_keeps_its_id(here, monkeypatch, c
     with monkeypatch.context() as patch:
         before_update(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         status, run = start("--track")
+    wait_for_the_next_second()  # two folders of one second would be told apart by a number after the id
     assert status == 143 and ppo.main(["--resume", str(run)]) == 0
     wandb_id = json.loads((run / "config.json").read_text())["wandb_id"]
     folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
