@@ -144,10 +144,12 @@ class Args:
     """updates whose means make a row of progress.csv and a point in TensorBoard"""
 
 
-# Where a family of environments departs from the defaults above; an explicit flag wins over both.
+# Where a family of environments departs from the defaults above; an explicit flag wins over both. "continuous" is
+# classic control with real-valued actions.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
+    "continuous": dict(gamma=0.9, norm_obs=True, norm_reward=True),
     "box2d": dict(total_timesteps=1_000_000, num_envs=16),
     "mujoco": dict(total_timesteps=1_000_000, num_steps=64, optimizer="adam", learning_rate=3e-3, norm_adv=True,
                    log_interval=10, norm_obs=True, norm_reward=True),
@@ -188,6 +190,7 @@ def environment_family(env_id: str) -> str:
         near = (difflib.get_close_matches(name, gym.registry, n=1) or ["one of gymnasium.registry"])[0]
         raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
     homes = {"ale_py": "atari", "gymnasium.envs.box2d": "box2d", "gymnasium.envs.mujoco": "mujoco"}
+    homes |= {f"gymnasium.envs.classic_control.{name}": "continuous" for name in ("pendulum", "continuous_")}
     return next((family for home, family in homes.items() if where.startswith(home)), "classic")
 
 

@@ -154,10 +154,12 @@ class Args:
     """logarithm of the deviation that Gaussian policies start with"""
 
 
-# Where a family of environments departs from the defaults above; an explicit flag wins over both.
+# Where a family of environments departs from the defaults above; an explicit flag wins over both. "continuous" is
+# classic control with real-valued actions.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
+    "continuous": dict(norm_obs=True, norm_reward=True),
     "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98),
     "mujoco": dict(total_timesteps=1_000_000, num_steps=256, gae_lambda=0.9, max_kl=0.03, num_minibatches=16,
                    log_std_init=-0.5, norm_obs=True, norm_reward=True),
@@ -199,6 +201,7 @@ def environment_family(env_id: str) -> str:
         near = (difflib.get_close_matches(name, gym.registry, n=1) or ["one of gymnasium.registry"])[0]
         raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
     homes = {"ale_py": "atari", "gymnasium.envs.box2d": "box2d", "gymnasium.envs.mujoco": "mujoco"}
+    homes |= {f"gymnasium.envs.classic_control.{name}": "continuous" for name in ("pendulum", "continuous_")}
     return next((family for home, family in homes.items() if where.startswith(home)), "classic")
 
 

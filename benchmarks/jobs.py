@@ -1,0 +1,420 @@
+"""What the harness runs. A job is one run of an unmodified script, known by a hash of the script's text, environment,
+seed and flags; a suite is a TOML file that stands for a matrix of jobs; `execute` takes one job from wherever it is to
+its end, in processes of its own.
+"""
+
+import difflib
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = Path(__file__).resolve().parent / "suites"
+PEERS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
+RESTARTS = 3  # of a run whose process was killed from outside
+OWNER = f"{platform.node()} {os.getpid()}"  # the harness that starts a process
+
+
+class UsageError(Exception):
+    """What was asked for cannot work: one sentence, exit status 2, nothing created."""
+
+
+# --------------------------------------------------------------------------------------------------------- jobs
+@dataclass(frozen=True)
+class Job:
+    """One run of a script: what it is known by, and how to start it."""
+
+    algo: str
+    """the column of the report that it belongs to: the script's name, a variant's, or a peer's"""
+    command: tuple[str, ...]
+    """what starts the script, without its flags"""
+    text: str = field(repr=False)
+    """the text of the script"""
+    env_id: str
+    seed: int
+    flags: tuple[str, ...] = ()
+    """flags besides --env-id, --seed and those of the run directory"""
+    eval_episodes: int = 100
+    """episodes of each evaluation after the training, one with the most likely actions and one with sampled ones"""
+    threads: int = 0
+    """--num-threads (0: the script's own choice); no part of the key, as the episodes of evaluation are not"""
+
+    @property
+    def key(self) -> str:
+        """Ten hexadecimal digits that differ where script text, environment, seed or flags do."""
+        known_by = json.dumps([self.text, self.env_id, self.seed, self.flags])
+        return hashlib.sha256(known_by.encode()).hexdigest()[:10]
+
+    @property
+    def name(self) -> str:
+        """Name of the run directory."""
+        return f"{safe(self.env_id)}__{safe(self.algo)}__{self.seed}__{self.key}"
+
+    def start(self, runs_dir: Path) -> list[str]:
+        """The command that starts the run afresh."""
+        where = ["--runs-dir", str(runs_dir), "--run-name", self.name]
+        threads = ["--num-threads", str(self.threads)] if self.threads else []
+        return [*self.command, "--env-id", self.env_id, "--seed", str(self.seed), *self.flags, *threads, *where]
+
+
+def safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def command_of(algo: str) -> tuple[tuple[str, ...], Path]:
+    """What starts a script or a peer, and the file whose text it is; raises UsageError for anything else."""
+    if algo in PEERS:
+        return (sys.executable, "-m", "benchmarks.peers", algo), ROOT / "benchmarks" / "peers.py"
+    path = Path(algo) if algo.endswith(".py") else ROOT / f"{algo}.py"
+    if not path.is_file():
+        known = sorted(path.stem for path in ROOT.glob("*.py") if "--env-id" in path.read_text()) + list(PEERS)
+        near = difflib.get_close_matches(algo, known, n=1)
+        guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}, and any path/to/script.py."
+        raise UsageError(f"{algo} is no script, no peer and no variant of the suite; {guess}")
+    return (sys.executable, str(path.resolve())), path
+
+
+def as_flags(options: dict[str, Any]) -> tuple[str, ...]:
+    """Flags of a command line, sorted by name: {"clip-vloss": False, "seed": 1} -> --no-clip-vloss --seed 1."""
+    flags: list[str] = []
+    for name, value in sorted(options.items()):
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return tuple(flags)
+
+
+# ------------------------------------------------------------------------------------------------------- suites
+@dataclass(frozen=True)
+class Suite:
+    """A suite file as it was read; benchmarks/suites/smoke.toml shows every key."""
+
+    name: str
+    text: str = field(repr=False)
+    envs: list[str]
+    algos: list[str]
+    description: str = ""
+    seeds: int | list[int] = 5
+    total_timesteps: int | None = None
+    eval_episodes: int = 100
+    arguments: list[dict[str, Any]] = field(default_factory=list)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    published: list[str] = field(default_factory=list)
+    """source_keys of benchmarks/references/published.csv that the report puts beside the scores"""
+    normalise: bool = True
+    """whether the report aggregates scores over the environments"""
+
+
+KINDS = {  # of the values in a suite file
+    "envs": ("a list of environment ids", list),
+    "algos": ("a list of scripts, peers or variants", list),
+    "description": ("a text", str),
+    "seeds": ("a number of seeds, or a list of them", (int, list)),
+    "total_timesteps": ("a whole number", int),
+    "eval_episodes": ("a whole number", int),
+    "arguments": ("written as [[arguments]] tables", list),
+    "variants": ("written as [variants.NAME] tables", dict),
+    "published": ("a list of source keys", list),
+    "normalise": ("true or false", bool),
+    "envs of arguments": ("a list of patterns", list),
+    "algos of arguments": ("a list of patterns", list),
+    "flags of arguments": ("a table of flags", dict),
+    "algo of variants": ("a script or a peer", str),
+    "flags of variants": ("a table of flags", dict),
+}
+
+
+def read_suite(name: str) -> Suite:
+    """The suite of a name in benchmarks/suites, or of a TOML file; raises UsageError with the line and the key."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
+        raise UsageError(f"there is no suite {name}; there are {shipped}, and any path/to/suite.toml.")
+    text = path.read_text()
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: {error}.") from None
+
+    def wrong(key: str, what: str) -> UsageError:
+        pattern = rf"\s*\[*(variants\.)?[\"']?{re.escape(key)}\b"
+        line = next((n for n, line in enumerate(text.splitlines(), 1) if re.match(pattern, line)), 1)
+        return UsageError(f"{path}, line {line}, {key}: {what}.")
+
+    def check(table: dict[str, Any], of: str = "") -> None:
+        for key, value in table.items():
+            known = [key.removesuffix(of) for key in KINDS if key.endswith(of) and (of or " of " not in key)]
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise wrong(
+                    key, f"no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(known)}"
+                )
+            what, kind = KINDS[key + of]
+            if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+                raise wrong(key, f"must be {what}, but is {value!r}")
+
+    check(content)
+    for key in ("envs", "algos"):
+        if not content.get(key) or not all(isinstance(item, str) for item in content[key]):
+            raise wrong(key, "is missing or empty; a suite needs a list of texts here")
+    for rule in content.get("arguments", []):
+        check(rule, " of arguments")
+        if "flags" not in rule:
+            raise wrong("arguments", "has no flags")
+    for variant, table in content.get("variants", {}).items():
+        if not isinstance(table, dict) or "algo" not in table:
+            raise wrong(variant, "a variant needs algo = a script or a peer")
+        check(table, " of variants")
+    seeds = content.get("seeds", 5)
+    numbers = [seeds] if isinstance(seeds, int) else seeds
+    for key, values in (("seeds", numbers), ("total_timesteps", [content.get("total_timesteps", 1)])):
+        if not values or not all(isinstance(value, int) and value >= (isinstance(seeds, int)) for value in values):
+            raise wrong(key, "must be whole numbers greater than 0")
+    return Suite(name=path.stem, text=text, **content)
+
+
+def jobs_of(suite: Suite, threads: int = 0) -> list[Job]:
+    """The matrix of a suite, seed by seed, so that every cell has a first result early.
+
+    threads is --num-threads of Atari runs; a run of an MLP takes one of its own accord. Raises UsageError for what is
+    neither script nor peer nor variant, and for environments that are not registered.
+    """
+    seeds = range(1, suite.seeds + 1) if isinstance(suite.seeds, int) else suite.seeds
+    for env_id in suite.envs:
+        check_environment(env_id)
+    jobs = []
+    for seed in seeds:
+        for env_id in suite.envs:
+            for algo in suite.algos:
+                variant = suite.variants.get(algo, {"algo": algo})
+                command, script = command_of(variant["algo"])
+                options = {"total-timesteps": suite.total_timesteps} if suite.total_timesteps else {}
+                for rule in suite.arguments:
+                    names = (algo, variant["algo"])
+                    if any(fnmatchcase(env_id, pattern) for pattern in rule.get("envs", ["*"])) and any(
+                        fnmatchcase(name, pattern) for pattern in rule.get("algos", ["*"]) for name in names
+                    ):
+                        options |= rule["flags"]
+                options |= variant.get("flags", {})
+                if algo in suite.variants:
+                    options["exp-name"] = algo
+                atari = env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
+                job = Job(
+                    algo=Path(algo).stem if algo.endswith(".py") else algo,
+                    command=command,
+                    text=script.read_text(),
+                    env_id=env_id,
+                    seed=seed,
+                    flags=as_flags({name.replace("_", "-"): value for name, value in options.items()}),
+                    eval_episodes=suite.eval_episodes,
+                    threads=threads if atari else 0,
+                )
+                jobs.append(job)
+    return jobs
+
+
+def check_environment(env_id: str) -> None:
+    """Raises UsageError, with the near miss, for an environment that gymnasium does not know."""
+    import ale_py
+    import gymnasium
+
+    gymnasium.register_envs(ale_py)
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(name)
+    except ImportError as error:
+        raise UsageError(f"environment {env_id}: {error}; install it, or drop the prefix.") from None
+    except gymnasium.error.Error:
+        near = (difflib.get_close_matches(name, gymnasium.registry, n=1) or ["one of gymnasium.registry"])[0]
+        raise UsageError(f"environment {env_id} is not registered in gymnasium; did you mean {near}?") from None
+
+
+# ---------------------------------------------------------------------------------------------- run directories
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; {} where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def log_of(job: Job, runs_dir: Path) -> Path:
+    """What the processes of a job print; whoever works on the job holds a lock on this file."""
+    return runs_dir / "logs" / f"{job.name}.log"
+
+
+def lock(file: BinaryIO) -> bool:
+    """Whether nobody else works on the job whose log this is. A child inherits the lock, so that an orphan keeps it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def is_orphan(job: Job, runs_dir: Path) -> bool:
+    """Whether a job that is running was started by a harness on this machine that is dead."""
+    try:
+        host, pid = log_of(job, runs_dir).read_text(errors="replace").rpartition(" # ")[2].split("\n")[0].split()
+        if host != OWNER.split()[0]:
+            return False
+        os.kill(int(pid), 0)
+        return False
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any((run / "checkpoints").glob("step_*"))
+
+
+def missing_evaluations(job: Job, run: Path) -> list[str]:
+    """Those of "deterministic" and "stochastic" that summary.json lacks, or has over too few episodes."""
+    done = read_json(run / "summary.json").get("eval") or {}
+    kinds = ("deterministic", "stochastic") if job.eval_episodes else ()
+    return [kind for kind in kinds if done.get(kind, {}).get("episodes", 0) < job.eval_episodes]
+
+
+def status_of(job: Job, runs_dir: Path) -> str:
+    """One of "new", "partial", "running" (somebody works on it), "failed" and "done"."""
+    run, log = runs_dir / job.name, log_of(job, runs_dir)
+    if log.exists():
+        with open(log, "rb") as file:
+            if not lock(file):
+                return "running"
+    status = read_json(run / "summary.json").get("status")
+    if status in ("failed", "diverged"):
+        return "failed"
+    if status == "completed" and not missing_evaluations(job, run):
+        return "done"
+    return "partial" if run.exists() else "new"
+
+
+def progress_of(job: Job, runs_dir: Path) -> tuple[int, float]:
+    """Steps so far, and steps per second, from the last whole row of progress.csv; (0, 0) before there is one."""
+    try:
+        with open(runs_dir / job.name / "progress.csv", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            row = file.read().decode().rsplit("\n", 2)[-2].split(",")
+        return int(row[0]), float(row[2])
+    except (OSError, ValueError, IndexError):
+        return 0, 0.0
+
+
+def end_of_log(job: Job, runs_dir: Path, lines: int = 5) -> str:
+    """The last lines that the processes of a job printed."""
+    try:
+        text = log_of(job, runs_dir).read_text(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join([line.rsplit("\r", 1)[-1] for line in text.splitlines() if line.strip()][-lines:])
+
+
+# ------------------------------------------------------------------------------------------------------ one job
+class Children:
+    """The processes that are running, and a way to stop them; one for all threads that execute jobs."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen] = set()
+        self.guard, self.stopped = threading.Lock(), False
+
+    def run(self, command: list[str], log: BinaryIO) -> int:
+        """Exit status of a process that writes to the log; 128 + SIGTERM at once, without a process, after stop()."""
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with self.guard:
+            if self.stopped:
+                return 128 + signal.SIGTERM
+            # A session of its own, so that Ctrl-C reaches it through stop() and not twice.
+            options = dict(stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+            options |= dict(pass_fds=[log.fileno()], env=os.environ | {"PYTHONPATH": path})
+            process = subprocess.Popen(command, **options)
+            self.running.add(process)
+        try:
+            return process.wait()
+        finally:
+            with self.guard:
+                self.running.discard(process)
+
+    def stop(self) -> None:
+        """Asks every process to save and end; asked again, they end at once. Nothing new starts."""
+        with self.guard:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
+
+
+def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: bool = False, wait: bool = True) -> str:
+    """Trains a job, or goes on with it, and evaluates it; returns "done", "failed", "interrupted" or "running".
+
+    A run that failed stays so unless retry. One whose process was killed goes on from its checkpoint, three times at
+    most. If somebody else works on the job, waits for them, or, without wait, returns "running".
+    """
+    children, run = children or Children(), runs_dir / job.name
+    log_of(job, runs_dir).parent.mkdir(parents=True, exist_ok=True)
+    with open(log_of(job, runs_dir), "ab") as log:
+        while not lock(log):
+            if not wait or children.stopped:
+                return "running"
+            time.sleep(1.0)
+
+        def process(command: list[str]) -> int:
+            log.write(f"$ {shlex.join(command)} # {OWNER}\n".encode())
+            log.flush()
+            return children.run(command, log)
+
+        for _ in range(1 + RESTARTS):
+            status = read_json(run / "summary.json").get("status")
+            if status == "completed":
+                break
+            if status in ("failed", "diverged") and not retry:
+                return "failed"
+            if has_checkpoint(run):
+                exit_status = process([*job.command, "--resume", str(run)])
+            else:
+                if run.exists():  # killed before its first checkpoint, which comes before the first iteration
+                    shutil.rmtree(run)
+                exit_status = process(job.start(runs_dir))
+            if exit_status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or children.stopped:
+                return "interrupted"
+            if exit_status > 0:
+                return "failed"
+            if exit_status < 0:
+                log.write(f"killed by {signal.Signals(-exit_status).name}; goes on from its checkpoint\n".encode())
+        else:
+            log.write(f"killed {1 + RESTARTS} times; given up (out of memory?)\n".encode())
+            return "failed"
+        for kind in missing_evaluations(job, run):
+            stochastic = ["--eval-stochastic"] if kind == "stochastic" else []
+            command = [*job.command, "--evaluate", str(run), "--eval-episodes", str(job.eval_episodes), *stochastic]
+            exit_status = process(command)
+            if exit_status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or children.stopped:
+                return "interrupted"
+            if exit_status or kind in missing_evaluations(job, run):
+                return "failed"
+    return "done"

@@ -1,0 +1,250 @@
+"""Runs a suite: every cell of environments, algorithms and seeds that is not done yet, a process each.
+
+The truth is in the run directories, so that the command can be killed and given again at any moment, on one machine or
+on several that share the folder.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from benchmarks.jobs import (
+    Children,
+    Job,
+    UsageError,
+    end_of_log,
+    execute,
+    is_orphan,
+    jobs_of,
+    log_of,
+    progress_of,
+    read_json,
+    read_suite,
+    status_of,
+)
+
+
+@dataclass
+class Options:
+    suite: Annotated[str, tyro.conf.Positional]
+    """name of a suite in benchmarks/suites, or a TOML file"""
+    algos: tuple[str, ...] = ()
+    """scripts (ppo, path/to/my_ppo.py), peers (sb3:ppo, sb3:a2c, sb3:trpo, random), variants of the suite
+    (default: those of the suite)"""
+    env_ids: tuple[str, ...] = ()
+    """environments (default: those of the suite)"""
+    seeds: int = 0
+    """seeds of each cell, from 1 on (default: those of the suite)"""
+    total_timesteps: int = 0
+    """steps of each run (default: those of the suite)"""
+    eval_episodes: int = -1
+    """episodes of each of the two evaluations after a run; 0 for none (default: those of the suite)"""
+    workers: int = 1
+    """runs at the same time"""
+    threads: int = 0
+    """threads of an Atari run (0: all cores divided by the workers); other runs take one"""
+    runs_dir: str = ""
+    """folder of the run directories (default: runs/SUITE)"""
+    retry: bool = False
+    """go on with runs that failed, too"""
+    dry_run: bool = False
+    """print the commands and start nothing"""
+    backend: Literal["local", "slurm", "ray"] = "local"
+    """where the runs go: this machine, an array of Slurm jobs, a cluster that runs Ray"""
+    backend_args: tuple[str, ...] = ()
+    """NAME=VALUE of the backend: parameters of submitit for slurm (partition=long time=240), address=... for ray"""
+
+
+def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
+    """Runs the suite; 0 when every run is done, 1 when one failed, 128 + signal when it was stopped."""
+    suite, runs_dir, jobs = plan(options)
+    if options.dry_run:
+        for job in jobs:
+            print(f"{status_of(job, runs_dir):8} {shlex.join(job.start(runs_dir))}")
+        return 0
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    (runs_dir / f"{suite.name}.toml").write_text(suite.text)
+    return run_all(jobs, runs_dir, options)
+
+
+def plan(options: Options) -> tuple[Any, Path, list[Job]]:
+    """The suite with what the command line changes of it, the folder of the runs, and the jobs."""
+    suite = read_suite(options.suite)
+    if options.workers < 1:
+        raise UsageError(f"--workers is {options.workers}, but must be 1 or more.")
+    if min(options.seeds, options.total_timesteps, options.threads, options.eval_episodes + 1) < 0:
+        raise UsageError("--seeds, --total-timesteps, --threads and --eval-episodes must be 0 or more.")
+    changes: dict[str, Any] = {}
+    changes |= {"algos": list(options.algos)} if options.algos else {}
+    changes |= {"envs": list(options.env_ids)} if options.env_ids else {}
+    changes |= {"seeds": options.seeds} if options.seeds else {}
+    changes |= {"total_timesteps": options.total_timesteps} if options.total_timesteps else {}
+    changes |= {"eval_episodes": options.eval_episodes} if options.eval_episodes >= 0 else {}
+    suite = replace(suite, **changes)
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+    return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs_of(suite, threads)
+
+
+class Local:
+    """Runs jobs on this machine, so many at a time; results gathers what became of each, by its name."""
+
+    def __init__(self, jobs: list[Job], runs_dir: Path, options: Options):
+        self.results: dict[str, str] = {}
+        self.children, self.guard = Children(), threading.Lock()
+        running = [job for job in jobs if status_of(job, runs_dir) == "running"]
+        # What a killed harness has left running takes a worker each, or else there were more runs than asked for.
+        orphans = [job for job in running if is_orphan(job, runs_dir)]
+        free = [job for job in jobs if job not in running]
+        self.queue = deque((job, job in orphans) for job in orphans + free)
+        self.later = deque((job, True) for job in running if job not in orphans)  # of another harness
+
+        def work() -> None:
+            while True:
+                with self.guard:
+                    if not (queue := self.queue or self.later):
+                        return
+                    job, wait = queue.popleft()
+                result = execute(job, runs_dir, self.children, options.retry, wait)
+                with self.guard:
+                    if result == "running" and not wait:
+                        self.later.append((job, True))
+                    else:
+                        self.results[job.name] = result
+
+        self.threads = [threading.Thread(target=work, daemon=True) for _ in range(options.workers)]
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Lets every run finish its iteration and save; asked again, they end at once."""
+        with self.guard:
+            self.queue.clear()
+            self.later.clear()
+        self.children.stop()
+
+    def is_finished(self) -> bool:
+        return not any(thread.is_alive() for thread in self.threads)
+
+
+class View:
+    """What is done, running and failed: a few lines that renew themselves on a terminal, else a line per event."""
+
+    def __init__(self, jobs: list[Job], runs_dir: Path):
+        self.jobs, self.runs_dir, self.terminal = jobs, runs_dir, sys.stdout.isatty()
+        self.drawn, self.printed, self.begun = 0, time.monotonic(), time.monotonic()
+        self.known: dict[str, str] = {}
+        self.first = self.steps()
+
+    def steps(self) -> int:
+        return sum(progress_of(job, self.runs_dir)[0] for job in self.jobs)
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        self.erase()
+        print(line, flush=True)
+
+    def erase(self) -> None:
+        if self.drawn:
+            print(f"\x1b[{self.drawn}F\x1b[J", end="")
+            self.drawn = 0
+
+    def update(self, results: dict[str, str]) -> None:
+        """Says what has started and ended since the last time, and renews the lines of what is running."""
+        running = []
+        for job in self.jobs:
+            if self.known.get(job.name) in ("done", "failed", "interrupted"):
+                continue
+            status = results.get(job.name) or status_of(job, self.runs_dir)
+            status = status if status in ("running", "interrupted") or job.name in results else "waiting"
+            if status == "running":
+                running.append(job)
+            if status != self.known.get(job.name):
+                self.known[job.name] = status
+                what = f"{job.env_id} {job.algo} seed {job.seed}"
+                if status == "done":
+                    score = read_json(self.runs_dir / job.name / "summary.json").get("train_last100")
+                    self.say(f"done     {what}: " + ("-" if score is None else f"{score:,.1f}"))
+                elif status == "failed":
+                    end = "".join(f"\n    {line}" for line in end_of_log(job, self.runs_dir).splitlines())
+                    self.say(f"FAILED   {what}: the end of {log_of(job, self.runs_dir)}:{end}")
+                elif status == "running" and not self.terminal:
+                    self.say(f"running  {what}")
+        self.draw(running)
+
+    def draw(self, running: list[Job]) -> None:
+        count = Counter(self.known.values())
+        if time.monotonic() - self.printed < (0.0 if self.terminal else 60.0):
+            return
+        self.printed = time.monotonic()
+        steps = self.steps()
+        rate = (steps - self.first) / (time.monotonic() - self.begun)
+        line = f"{count['done']} of {len(self.jobs)} done, {len(running)} running, {count['failed']} failed"
+        line += f"  {rate:,.0f} steps/s"
+        budgets = [budget_of(job, self.runs_dir) for job in self.jobs if self.known[job.name] != "failed"]
+        if rate > 0 and all(budgets):
+            seconds = int(max(sum(budgets) - steps, 0) / rate)
+            line += f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        lines = [line]
+        if self.terminal:
+            for job in running:
+                done, sps = progress_of(job, self.runs_dir)
+                part = min(done / budget, 1.0) if (budget := budget_of(job, self.runs_dir)) else 0.0
+                bar = f"[{'#' * int(10 * part):.<10}] {part:4.0%} {sps:>7,.0f}/s"
+                lines.append(f"  {bar}  {job.env_id} {job.algo} {job.seed}")
+        columns = shutil.get_terminal_size().columns - 1
+        self.erase()
+        print("\n".join(line[:columns] if self.terminal else line for line in lines), flush=True)
+        self.drawn = len(lines) if self.terminal else 0
+
+
+def budget_of(job: Job, runs_dir: Path) -> int:
+    """Steps of a whole run; 0 while it is the script's own default and the run has not started."""
+    if "--total-timesteps" in job.flags:
+        return int(job.flags[job.flags.index("--total-timesteps") + 1])
+    return read_json(runs_dir / job.name / "config.json").get("args", {}).get("total_timesteps", 0)
+
+
+def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:
+    """Runs jobs to their end and says what became of them; the exit status."""
+    signals: list[int] = []
+    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    if options.backend == "local":
+        backend = Local(jobs, runs_dir, options)
+    else:
+        from benchmarks import backends
+
+        backend = backends.start(jobs, runs_dir, options)
+
+    def stop(number: int, frame: Any) -> None:
+        signals.append(number)
+        view.say("stops: every run finishes its iteration and saves; again, and they end at once")
+        backend.stop()
+
+    view = View(jobs, runs_dir)
+    for number in handlers:
+        signal.signal(number, stop)
+    while not backend.is_finished():
+        view.update(backend.results)
+        time.sleep(0.5)
+    view.update(backend.results)
+    view.erase()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    count = Counter(backend.results.values())
+    parts = [f"{count['done']} of {len(jobs)} runs are done"]
+    parts += [f"{count['failed']} failed"] if count["failed"] else []
+    parts += (
+        [f"{left} are left; the same command goes on"] if (left := len(jobs) - count["done"] - count["failed"]) else []
+    )
+    print(f"{', '.join(parts)}: {runs_dir}")
+    return 128 + signals[0] if signals else int(count["done"] < len(jobs))
