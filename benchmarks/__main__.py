@@ -4,10 +4,10 @@ import sys
 
 import tyro
 
-from benchmarks import run
+from benchmarks import report, run
 from benchmarks.jobs import UsageError
 
-VERBS = {"run": run}
+VERBS = {"run": run, "report": report}
 
 
 def main(argv: list[str] | None = None) -> int:

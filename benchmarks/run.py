@@ -4,6 +4,7 @@ The truth is in the run directories, so that the command can be killed and given
 on several that share the folder.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -21,6 +22,7 @@ import tyro
 from benchmarks.jobs import (
     Children,
     Job,
+    Suite,
     UsageError,
     end_of_log,
     execute,
@@ -73,11 +75,24 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
             print(f"{status_of(job, runs_dir):8} {shlex.join(job.start(runs_dir))}")
         return 0
     runs_dir.mkdir(parents=True, exist_ok=True)
-    (runs_dir / f"{suite.name}.toml").write_text(suite.text)
+    note_cells(suite, jobs, runs_dir)
     return run_all(jobs, runs_dir, options)
 
 
-def plan(options: Options) -> tuple[Any, Path, list[Job]]:
+def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
+    """Writes suite.json: what was asked for, so that a report can say what is missing. Earlier cells stay."""
+    earlier = read_json(runs_dir / "suite.json").get("cells", [])
+    asked = [{"env_id": job.env_id, "algo": job.algo, "seed": job.seed, "name": job.name} for job in jobs]
+    cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier, *asked]}
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    note = {"name": suite.name, "description": suite.description, "command": command}
+    note |= {"published": suite.published, "normalise": suite.normalise, "cells": list(cells.values())}
+    temporary = runs_dir / f".suite.json.{os.getpid()}"
+    temporary.write_text(json.dumps(note, indent=2) + "\n")
+    os.replace(temporary, runs_dir / "suite.json")
+
+
+def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
     """The suite with what the command line changes of it, the folder of the runs, and the jobs."""
     suite = read_suite(options.suite)
     if options.workers < 1:

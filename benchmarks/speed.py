@@ -1,26 +1,32 @@
-"""Times the scripts against Stable-Baselines3 on this machine: python -m benchmarks.speed [row ...] [--pairs 5]
+"""Times the scripts against Stable-Baselines3 (sb3-contrib for TRPO) on this machine, each as a process of its own.
 
-Each row runs both in turn, ours as the unmodified script, Stable-Baselines3 (sb3-contrib for TRPO) in a process of its
-own, and compares them pair by pair, for a machine's speed drifts. Steps per second leave start-up out on both sides:
-ours is what summary.json says, theirs is measured from the end of a first learn() of one batch. Two rows have no peer:
-"process" is the seconds of the README's first command, "environment" the part of its wall time that reinforce.py spends
-inside the environments. Nothing else may run meanwhile.
-The table goes to benchmarks/results/speed.json and, in Markdown, to the terminal.
+Pair by pair, for a machine's speed drifts. Steps per second leave start-up out on both sides: ours is what summary.json
+says, theirs is measured from the end of a first learn() of one batch. Two rows have no peer: "process" is the time of
+the README's first command, "environment" the part of its wall time that reinforce.py spends inside the environments.
 """
 
-import argparse
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
 import json
 import os
-import platform
-import statistics
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Annotated, Any, Literal, NamedTuple
+from unittest.mock import patch
 
-ROOT = Path(__file__).parent.parent
+import tyro
+
+from benchmarks.jobs import ROOT, UsageError
 
 
 class Row(NamedTuple):
@@ -32,71 +38,52 @@ class Row(NamedTuple):
     their_steps: int
     threads: int = 1
 
+    def command(self, device: str) -> list[str]:
+        return [*self.ours.split(), "--device", device, "--num-threads", str(self.threads)]
+
 
 CHEETAH = "VecNormalize(make_vec_env('HalfCheetah-v5', 1))"
 BREAKOUT = "VecFrameStack(make_atari_env('BreakoutNoFrameskip-v4', {}), 4)"
+CORES = os.cpu_count() or 1
+# fmt: off
 ROWS = {
-    "cartpole": Row(
-        "PPO, CartPole-v1, 4 envs x 128, 4 minibatches, 4 epochs",
+    "cartpole": Row("PPO, CartPole-v1, 4 envs x 128, 4 minibatches, 4 epochs",
         "ppo.py --env-id CartPole-v1 --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 --compile on",
-        102_400,
-        "stable_baselines3 PPO n_steps=128, batch_size=128, n_epochs=4",
-        "make_vec_env('CartPole-v1', 4)",
-        25_600,
-    ),
-    "cheetah": Row(
-        "PPO, HalfCheetah-v5, 1 x 2048, 32 minibatches, 10 epochs, both with normalisers",
+        102_400, "stable_baselines3 PPO n_steps=128, batch_size=128, n_epochs=4",
+        "make_vec_env('CartPole-v1', 4)", 25_600),
+    "cheetah": Row("PPO, HalfCheetah-v5, 1 x 2048, 32 minibatches, 10 epochs, both with normalisers",
         "ppo.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --num-minibatches 32 --compile on",
-        40_960,
-        "stable_baselines3 PPO n_steps=2048, batch_size=64, n_epochs=10",
-        CHEETAH,
-        8_192,
-    ),
-    "cheetah-default": Row(
-        "PPO, HalfCheetah-v5, the default of each (ours compiles, as it does for its 1M steps)",
+        40_960, "stable_baselines3 PPO n_steps=2048, batch_size=64, n_epochs=10", CHEETAH, 8_192),
+    "cheetah-default": Row("PPO, HalfCheetah-v5, the default of each (ours compiles, as it does for its 1M steps)",
         "ppo.py --env-id HalfCheetah-v5 --compile on",
-        61_440,
-        "stable_baselines3 PPO",
-        "make_vec_env('HalfCheetah-v5', 1)",
-        8_192,
-    ),
-    "breakout": Row(
-        "PPO, BreakoutNoFrameskip-v4, 8 x 128, 4 minibatches, 4 epochs, all cores",
+        61_440, "stable_baselines3 PPO", "make_vec_env('HalfCheetah-v5', 1)", 8_192),
+    "breakout": Row("PPO, BreakoutNoFrameskip-v4, 8 x 128, 4 minibatches, 4 epochs, all cores",
         "ppo.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 --update-epochs 4",
-        5_120,
-        "stable_baselines3 PPO n_steps=128, batch_size=256, n_epochs=4, clip_range=0.1, ent_coef=0.01",
-        BREAKOUT.format(8),
-        2_048,
-        os.cpu_count() or 1,
-    ),
-    "a2c-cartpole": Row(
-        "A2C, CartPole-v1, 8 envs x 5, compiled",
+        5_120, "stable_baselines3 PPO n_steps=128, batch_size=256, n_epochs=4, clip_range=0.1, ent_coef=0.01",
+        BREAKOUT.format(8), 2_048, CORES),
+    "a2c-cartpole": Row("A2C, CartPole-v1, 8 envs x 5, compiled",
         "a2c.py --env-id CartPole-v1 --num-envs 8 --num-steps 5 --gae-lambda 1 --learning-rate 7e-4 --compile on",
-        120_000,
-        "stable_baselines3 A2C n_steps=5",
-        "make_vec_env('CartPole-v1', 8)",
-        40_000,
-    ),
-    "a2c-breakout": Row(
-        "A2C, BreakoutNoFrameskip-v4, 16 x 5, all cores",
+        120_000, "stable_baselines3 A2C n_steps=5", "make_vec_env('CartPole-v1', 8)", 40_000),
+    "a2c-breakout": Row("A2C, BreakoutNoFrameskip-v4, 16 x 5, all cores",
         "a2c.py --env-id BreakoutNoFrameskip-v4 --num-envs 16 --num-steps 5 --gae-lambda 1 --learning-rate 7e-4"
         " --optimizer rmsprop",
-        12_000,
-        "stable_baselines3 A2C n_steps=5, ent_coef=0.01",
-        BREAKOUT.format(16),
-        4_800,
-        os.cpu_count() or 1,
-    ),
-    "trpo-cheetah": Row(
-        "TRPO, HalfCheetah-v5, 1 x 2048, 15 products, 10 critic epochs, both with normalisers",
+        12_000, "stable_baselines3 A2C n_steps=5, ent_coef=0.01", BREAKOUT.format(16), 4_800, CORES),
+    "trpo-cheetah": Row("TRPO, HalfCheetah-v5, 1 x 2048, 15 products, 10 critic epochs, both with normalisers",
         "trpo.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --cg-iters 15 --cg-damping 0.1 --max-kl 0.01"
         " --num-minibatches 16 --update-epochs 10 --line-search-steps 10 --compile on",
-        40_960,
-        "sb3_contrib TRPO n_steps=2048, batch_size=128, n_critic_updates=10, cg_max_steps=15",
-        CHEETAH,
-        12_288,
-    ),
+        40_960, "sb3_contrib TRPO n_steps=2048, batch_size=128, n_critic_updates=10, cg_max_steps=15",
+        CHEETAH, 12_288),
 }
+# fmt: on
+ALONE = {  # rows without a peer, each a function below: what it measures, and the unit
+    "process": ("whole process, python ppo.py --env-id CartPole-v1", "s"),
+    "environment": ("part of reinforce.py's wall time inside the environments, CartPole-v1", ""),
+}
+
+SCRIPTS = ("ppo", "a2c", "trpo", "reinforce")
+NEEDED = ("stable_baselines3", "sb3_contrib", "cv2", "matplotlib")
+KINDS = ("ours", "sb3", "environment", "inference", "update", "serial")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 THEIRS = """
 import json, resource, time, warnings
@@ -107,127 +94,276 @@ torch.set_num_threads({threads})
 from {module} import {name}
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
-env = {make}
-model = {name}("{policy}", env, device="cpu", {arguments})
+model = {name}("{policy}", {make}, device="{device}", {arguments})
 model.learn(1)
-begun = time.perf_counter()
+wait = torch.cuda.synchronize if "{device}" == "cuda" else lambda: None
+begun = wait() or time.perf_counter()
 model.learn({steps})
-sps = model.num_timesteps / (time.perf_counter() - begun)
-print(json.dumps([sps, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
-"""
-
-INSIDE = """
-import json, sys, time
-sys.path.insert(0, {root!r})
-import gymnasium, reinforce
-inside, step, reset = 0.0, gymnasium.vector.SyncVectorEnv.step, gymnasium.vector.SyncVectorEnv.reset
-def timed(function):
-    def call(*args, **options):
-        global inside
-        begun = time.perf_counter()
-        result = function(*args, **options)
-        inside += time.perf_counter() - begun
-        return result
-    return call
-gymnasium.vector.SyncVectorEnv.step, gymnasium.vector.SyncVectorEnv.reset = timed(step), timed(reset)
-args = reinforce.parse_args(["--env-id", "CartPole-v1", "--runs-dir", {folder!r}])
-path = reinforce.train(args)
-print(json.dumps(inside / json.loads((path / "summary.json").read_text())["wall_time"]))
+sps = model.num_timesteps / (wait() or time.perf_counter() - begun)
+print(json.dumps(dict(sps=sps, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
 """
 
 
-def run_ours(row: Row) -> dict[str, float]:
+def output_of(command: list[str], **environment: str) -> str:
+    """What a process prints; raises CalledProcessError."""
+    options = dict(check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    return subprocess.run(command, **options).stdout
+
+
+def run_python(code: str, *arguments: str) -> Any:
+    """What the code prints, as JSON, in its last line."""
+    return json.loads(output_of([sys.executable, "-c", code, *arguments]).splitlines()[-1])
+
+
+def call(function: str, *arguments: str) -> Any:
+    """The result of a function of this file, in a process of its own."""
+    code = f"import json, sys; from benchmarks import speed; print(json.dumps(speed.{function}(*sys.argv[1:])))"
+    return run_python(code, *arguments)
+
+
+def run_ours(row: Row, device: str) -> dict[str, float]:
     """Steps per second, seconds of start-up and MB of memory of one run of a script."""
     with tempfile.TemporaryDirectory() as folder:
-        script, *arguments = row.ours.split()
-        command = [sys.executable, str(ROOT / script), *arguments, "--total-timesteps", str(row.our_steps)]
-        command += ["--num-threads", str(row.threads), "--runs-dir", folder, "--run-name", "run"]
-        subprocess.run([*command, "--checkpoint-interval", "1000000"], check=True, stdout=subprocess.DEVNULL)
+        script, *flags = row.command(device)
+        flags += ["--total-timesteps", str(row.our_steps), "--runs-dir", folder, "--run-name", "run"]
+        output_of([sys.executable, str(ROOT / script), *flags, "--checkpoint-interval", "1000000"])
         summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
     return {"sps": summary["sps"], "startup": summary["startup_time"], "memory": summary["peak_memory_mb"]}
 
 
-def run_python(code: str) -> list | float:
-    """What the code prints, as JSON, in its last line."""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_theirs(row: Row) -> dict[str, float]:
+def run_theirs(row: Row, device: str) -> dict[str, float]:
     """Steps per second and MB of memory of Stable-Baselines3 on the same work."""
     module, name, *arguments = row.theirs.split(maxsplit=2)
     policy, arguments = "CnnPolicy" if "atari" in row.make else "MlpPolicy", "".join(arguments)
-    options = dict(module=module, name=name, policy=policy, arguments=arguments, make=row.make)
-    sps, memory = run_python(THEIRS.format(**options, steps=row.their_steps, threads=row.threads))
-    return {"sps": sps, "memory": memory}
+    options = dict(module=module, name=name, policy=policy, arguments=arguments, make=row.make, device=device)
+    return run_python(THEIRS.format(**options, steps=row.their_steps, threads=row.threads))
 
 
-def time_inside() -> float:
+def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]:
+    """Steps per second of a script's environments, inference and update alone, and of the three in a row ("serial").
+
+    One iteration of the script's own `train` makes all that is timed: the environments, stepped with random actions;
+    what `play` does from one step to the next, in environments that stand still; and `update`, on one batch and from
+    the same weights each time. Give --compile on or off, for one iteration is too short for "auto".
+    """
+    import numpy as np
+    import torch
+
+    module = importlib.import_module(Path(script).stem)
+    args, play, update = module.parse_args([*flags]), module.play, module.update
+    with tempfile.TemporaryDirectory() as folder, patch.object(module, "play", wraps=play) as played:
+        with patch.object(module, "update", wraps=update) as updated:
+            run = module.train(replace(args, total_timesteps=args.num_envs * args.num_steps, runs_dir=folder))
+        steps = json.loads((run / "summary.json").read_text())["global_step"]
+    agent, envs, obs, info, *_ = played.call_args.args
+    wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
+
+    def per_second(function: Callable, before: Callable = lambda: None) -> float:
+        function()
+        calls, spent = 0, 0.0
+        while spent < seconds:
+            before()
+            begun = wait() or time.perf_counter()
+            function()
+            calls, spent = calls + 1, spent + (wait() or time.perf_counter()) - begun
+        return calls / spent
+
+    actions = itertools.cycle([envs.action_space.sample() for _ in range(100)])
+    module.reset_envs(envs, args.seed, 0)
+    rates = {"environment": args.num_envs * per_second(lambda: envs.step(next(actions)))}
+
+    zeros, times, calls, spent = np.zeros(args.num_envs), [], 0, 0.0
+
+    def stand_still(_: np.ndarray) -> tuple:
+        times.append(time.perf_counter())
+        if len(times) > args.num_steps:  # where play waits for episodes to end
+            raise StopIteration
+        return obs, zeros, zeros > 0, zeros > 0, info
+
+    with patch.object(envs, "step", stand_still):
+        while spent < seconds:
+            times.clear()
+            with contextlib.suppress(StopIteration):
+                play(*played.call_args.args)
+            calls, spent = calls + len(times) - 1, spent + times[-1] - times[0]
+    rates["inference"] = args.num_envs * calls / spent
+
+    weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+    again = per_second(lambda: update(*updated.call_args.args), before=lambda: agent.load_state_dict(weights))
+    rates["update"] = steps * again
+    return rates | {"serial": 1 / sum(1 / rate for rate in rates.values())}
+
+
+def environment() -> float:
     """The part of its wall time that reinforce.py spends inside the environments on CartPole, start-up left out."""
+    from gymnasium.vector import SyncVectorEnv
+
+    import reinforce
+
+    spent = []
+
+    def timed(envs: SyncVectorEnv, function: Callable, *arguments: Any, **options: Any) -> Any:
+        begun = time.perf_counter()
+        result = function(envs, *arguments, **options)
+        spent.append(time.perf_counter() - begun)
+        return result
+
+    SyncVectorEnv.step = functools.partialmethod(timed, SyncVectorEnv.step)
+    SyncVectorEnv.reset = functools.partialmethod(timed, SyncVectorEnv.reset)
     with tempfile.TemporaryDirectory() as folder:
-        return run_python(INSIDE.format(root=str(ROOT), folder=folder))
+        run = reinforce.train(reinforce.parse_args(["--env-id", "CartPole-v1", "--runs-dir", folder]))
+        return sum(spent) / json.loads((run / "summary.json").read_text())["wall_time"]
 
 
-def time_process() -> float:
-    """Seconds from start to exit of the README's command, compilation cache empty."""
+def process() -> float:
+    """Seconds from start to exit of the README's first command, compilation cache empty."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "ppo.py"), "--env-id", "CartPole-v1", "--runs-dir", folder]
         begun = time.perf_counter()
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder + "/cache"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        output_of(command, TORCHINDUCTOR_CACHE_DIR=f"{folder}/cache")
         return time.perf_counter() - begun
 
 
-# rows without a peer: what they measure, unit, function
-ALONE = {
-    "process": ("whole process, python ppo.py --env-id CartPole-v1", "s", time_process),
-    "environment": ("part of reinforce.py's wall time inside the environments, CartPole-v1", "", time_inside),
-}
+def measure(name: str, device: str, options: "Speed") -> dict[str, Any]:
+    """A row of the table; raises CalledProcessError."""
+    if name in ALONE:
+        return dict(zip(("what", "unit"), ALONE[name]), measured=[call(name) for _ in range(options.pairs)])
+    row, pairs = ROWS[name], []
+    for number in range(1, options.pairs + 1):
+        sides = [("ours", run_ours), ("sb3", run_theirs)]
+        pair = {side: run(row, device) for side, run in (sides if number % 2 else sides[::-1])}
+        ours, sb3 = pair["ours"]["sps"], pair["sb3"]["sps"]
+        print(f"{name}, {device}, {number} of {options.pairs}: {ours:,.0f} against {sb3:,.0f} steps/s", flush=True)
+        if options.ceilings:
+            pair["ceilings"] = call("ceilings", *row.command(device))
+            pair["ceilings"]["reached"] = ours / pair["ceilings"]["serial"]
+        pairs.append(pair | {"ratio": ours / sb3})
+    ratios = [pair.pop("ratio") for pair in pairs]
+    middle = {side: {key: median(pair[side][key] for pair in pairs) for key in pair[side]} for side in pair}
+    return {"what": row.what, "ratios": ratios, "ratio": median(ratios), "median": middle, "pairs": pairs}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ", ".join([*ROWS, *ALONE])
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {names} (default: all)")
-    parser.add_argument("--pairs", type=int, default=5)
-    asked = parser.parse_args()
-    if unknown := set(asked.rows) - {*ROWS, *ALONE}:
-        parser.error(f"there is no row {', '.join(sorted(unknown))}; choose from {names}")
-    path = ROOT / "benchmarks" / "results" / "speed.json"
-    path.parent.mkdir(exist_ok=True)
-    table = json.loads(path.read_text()) if path.exists() else {}
-    table["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    for name in asked.rows or [*ROWS, *ALONE]:
-        if name in ALONE:
-            what, unit, measure = ALONE[name]
-            table[name] = {"what": what, "unit": unit, "measured": [measure() for _ in range(asked.pairs)]}
-        else:
-            row, pairs = ROWS[name], []
-            for _ in range(asked.pairs):
-                pairs.append((run_ours(row), run_theirs(row)))
-                print(f"{name}: {pairs[-1][0]['sps']:,.0f} against {pairs[-1][1]['sps']:,.0f} steps/s", flush=True)
-            median = {}
-            for side, runs in zip(("ours", "sb3"), zip(*pairs)):
-                median[side] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            ratios = [ours["sps"] / theirs["sps"] for ours, theirs in pairs]
-            table[name] = {"what": row.what, "ratios": ratios, "ratio": statistics.median(ratios), "median": median}
-        path.write_text(json.dumps(table, indent=2) + "\n")
-    print(
-        "\n| work | ours, steps/s | SB3, steps/s | ratio | start-up, s | memory, MB (SB3) |\n|---|---|---|---|---|---|"
+def provenance(device: str, load: float) -> dict[str, Any]:
+    """Where, when and with what: also what the config.json of a run says of that."""
+    import ppo
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = json.loads((ppo.create_run_dir(ppo.Args(runs_dir=folder, device=device)) / "config.json").read_text())
+    peers = {d.name: d.version for d in importlib.metadata.distributions() if d.name.startswith(("stable", "sb3"))}
+    here = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "cores": CORES, "load": round(load, 2)}
+    here |= {
+        "versions": config["versions"] | peers,
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    }
+    return here | {key: config[key] for key in ("hardware", "git_commit", "git_dirty")}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The rows with a peer as a table, the others as lines below it."""
+    columns = "row | work | ours, steps/s | SB3, steps/s | ratio (range) | start-up, s | memory, MB (SB3)"
+    columns += " | environment | inference | update | serial ceiling | ours of it | measured"
+    lines, alone = [f"| {columns} |", "|---" * 13 + "|"], []
+    for name, row in table.items():
+        here = row["machine"]
+        when = f"{here['date']}, {here['hardware']}, {here['cores']} cores, load {here['load']}"
+        if "measured" in row:
+            middle, low, high = (f"{f(row['measured']):.3g} {row['unit']}".rstrip() for f in (median, min, max))
+            alone.append(f"\n{name}: {row['what']}: {middle} ({low} to {high}); {when}")
+            continue
+        ours, sb3, best = row["median"]["ours"], row["median"]["sb3"], row["median"].get("ceilings")
+        cells = [name, row["what"], f"{ours['sps']:,.0f}", f"{sb3['sps']:,.0f}"]
+        cells += [f"**{row['ratio']:.2f}** ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"]
+        cells += [f"{ours['startup']:.1f}", f"{ours['memory']:.0f} ({sb3['memory']:.0f})"]
+        cells += [f"{rate:,.0f}" for rate in [*best.values()][:4]] + [f"{best['reached']:.0%}"] if best else ["-"] * 5
+        lines.append(f"| {' | '.join([*cells, when])} |")
+    return "\n".join([*lines, *alone]) + "\n"
+
+
+def draw(rows: dict[str, Any], path: Path) -> None:
+    """Left the ratios with their range, right the steps per second of both sides and of the ceilings."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.4 + 0.62 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    names = [f"{name}\n{', '.join(row['what'].split(', ')[:2])}" for name, row in rows.items()]
+    spread = [(row["ratio"] - min(row["ratios"]), max(row["ratios"]) - row["ratio"]) for row in rows.values()]
+    bars = left.barh(names, [row["ratio"] for row in rows.values()], xerr=[*zip(*spread)], color=COLORS[0], capsize=3)
+    left.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontweight="bold")
+    left.invert_yaxis()
+    left.set_xlabel("ours over Stable-Baselines3 (sb3)")
+    medians = [row["median"] for row in rows.values()]
+    rates = [{"ours": m["ours"]["sps"], "sb3": m["sb3"]["sps"]} | m.get("ceilings", {}) for m in medians]
+    for kind, color, marker in zip(KINDS, COLORS, "oo>sD|"):
+        if points := [(rate[kind], y) for y, rate in enumerate(rates) if kind in rate]:
+            right.plot(*zip(*points), marker, color=color, markersize=8, markeredgewidth=2, label=kind)
+    right.set(
+        xscale="log", xlabel="steps per second; environment, inference and update alone, serial: the three in a row"
     )
-    for name in (name for name in ROWS if name in table):
-        ours, sb3 = table[name]["median"]["ours"], table[name]["median"]["sb3"]
-        numbers = f"{ours['sps']:,.0f} | {sb3['sps']:,.0f} | {table[name]['ratio']:.2f} | {ours['startup']:.1f}"
-        print(f"| {table[name]['what']} | {numbers} | {ours['memory']:.0f} ({sb3['memory']:.0f}) |")
-    for row in (table[name] for name in ALONE if name in table):
-        print(f"\n{row['what']}: {statistics.median(row['measured']):.3g} {row['unit']}".rstrip())
+    for axis in (left, right):
+        axis.grid(alpha=0.25, axis="x")
+    figure.legend(loc="outside lower center", ncols=6, fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
-def cpu_name() -> str:
+@dataclass
+class Speed:
+    rows: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help=f"of {', '.join([*SCRIPTS, *ROWS, *ALONE])}")
+    ] = ()
+    pairs: int = 5
+    """runs of each side; a row without a peer is measured as often"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where both sides run (auto: on the CPU and, in rows of their own, on the GPU where torch sees one)"""
+    ceilings: bool = True
+    """time environments, inference and update alone, too, after each pair"""
+    out: Path = Path("benchmarks/results/speed")
+    """table and figure without their endings; rows measured at other times stay in them"""
+
+
+def plan(options: Speed) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The table so far, and the rows and devices to measure; raises UsageError."""
     import torch
 
-    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    rows, path, cuda = ROWS | ALONE, Path(f"{options.out}.json"), torch.cuda.is_available()
+    if unknown := [name for name in options.rows if name not in (*SCRIPTS, *rows)]:
+        raise UsageError(f"there is no row {', '.join(unknown)}; choose from {', '.join([*SCRIPTS, *rows])}.")
+    if options.pairs < 1:
+        raise UsageError(f"--pairs is {options.pairs}, but must be 1 or more.")
+    if options.device == "cuda" and not cuda:
+        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
+    asked = {name for name in rows for word in options.rows or rows if word == name or f"{word}.py" in str(rows[name])}
+    if missing := [name for name in NEEDED if asked & ROWS.keys() and importlib.util.find_spec(name) is None]:
+        raise UsageError(f'{missing[0]} is missing; install it with: pip install -c constraints.txt -e ".[peers]"')
+    try:
+        table = json.loads(path.read_text()) if path.exists() else {}
+        markdown(table)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UsageError(f"{path} is no table of this command; choose another --out.") from None
+    devices = {"auto": ["cpu", "cuda"] if cuda else ["cpu"]}.get(options.device, [options.device])
+    return table, [(name, device) for device in devices for name in rows if name in asked]
 
 
-if __name__ == "__main__":
-    main()
+def main(options: Annotated[Speed, tyro.conf.arg(name="")]) -> int:
+    """Times the scripts against Stable-Baselines3 in pairs, and against the ceilings of this machine.
+
+    Nothing else may run meanwhile. Prints a table and writes OUT.md, OUT.json and OUT.png.
+    """
+    (table, planned), load, status = plan(options), os.getloadavg()[0], 0
+    if load > 0.5 * CORES:
+        print(f"warning: the load is {load:.1f} on {CORES} cores; timings mean nothing while others compute.")
+    for name, device in planned:
+        key = f"{name}-cuda" if device == "cuda" else name
+        try:
+            table[key] = measure(name, device, options) | {"machine": provenance(device, load)}
+        except subprocess.CalledProcessError as error:
+            end = (error.stdout + error.stderr).splitlines()[-15:]
+            how = f"error: {key}: exit status {error.returncode} of {shlex.join(error.cmd)}"
+            print(how, *end, sep="\n", file=sys.stderr)
+            status = 1
+            continue
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{options.out}.json").write_text(json.dumps(table, indent=2) + "\n")
+        Path(f"{options.out}.md").write_text(markdown(table))
+        draw({key: row for key, row in table.items() if "ratios" in row}, Path(f"{options.out}.png"))
+    print(f"\n{markdown(table)}")
+    return status
