@@ -301,13 +301,20 @@ def missing_evaluations(job: Job, run: Path) -> list[str]:
     return [kind for kind in kinds if done.get(kind, {}).get("episodes", 0) < job.eval_episodes]
 
 
+def is_running(job: Job, runs_dir: Path) -> bool:
+    """Whether somebody works on the job."""
+    try:
+        with open(log_of(job, runs_dir), "rb") as file:
+            return not lock(file)
+    except FileNotFoundError:
+        return False
+
+
 def status_of(job: Job, runs_dir: Path) -> str:
     """One of "new", "partial", "running" (somebody works on it), "failed" and "done"."""
-    run, log = runs_dir / job.name, log_of(job, runs_dir)
-    if log.exists():
-        with open(log, "rb") as file:
-            if not lock(file):
-                return "running"
+    run = runs_dir / job.name
+    if is_running(job, runs_dir):
+        return "running"
     status = read_json(run / "summary.json").get("status")
     if status in ("failed", "diverged"):
         return "failed"
@@ -378,10 +385,12 @@ def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: b
     children, run = children or Children(), runs_dir / job.name
     log_of(job, runs_dir).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(job, runs_dir), "ab") as log:
+        tries = 0
         while not lock(log):
-            if not wait or children.stopped:
+            tries += 1  # whoever only looks holds the lock for an instant
+            if children.stopped or not wait and tries > 5:
                 return "running"
-            time.sleep(1.0)
+            time.sleep(0.05 if tries < 5 else 1.0)
 
         def process(command: list[str]) -> int:
             log.write(f"$ {shlex.join(command)} # {OWNER}\n".encode())

@@ -27,6 +27,7 @@ from benchmarks.jobs import (
     end_of_log,
     execute,
     is_orphan,
+    is_running,
     jobs_of,
     log_of,
     progress_of,
@@ -54,7 +55,8 @@ class Options:
     workers: int = 1
     """runs at the same time"""
     threads: int = 0
-    """threads of an Atari run (0: all cores divided by the workers); other runs take one"""
+    """threads of an Atari run (0: all cores of this machine divided by the workers, 1 on a cluster); other runs take
+    one"""
     runs_dir: str = ""
     """folder of the run directories (default: runs/SUITE)"""
     retry: bool = False
@@ -106,7 +108,13 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
     changes |= {"total_timesteps": options.total_timesteps} if options.total_timesteps else {}
     changes |= {"eval_episodes": options.eval_episodes} if options.eval_episodes >= 0 else {}
     suite = replace(suite, **changes)
-    threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+    if options.backend == "local" and not options.backend_args:
+        threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+    else:
+        from benchmarks import backends
+
+        backends.check(options)
+        threads = options.threads or 1
     return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs_of(suite, threads)
 
 
@@ -158,10 +166,8 @@ class View:
         self.jobs, self.runs_dir, self.terminal = jobs, runs_dir, sys.stdout.isatty()
         self.drawn, self.printed, self.begun = 0, time.monotonic(), time.monotonic()
         self.known: dict[str, str] = {}
-        self.first = self.steps()
-
-    def steps(self) -> int:
-        return sum(progress_of(job, self.runs_dir)[0] for job in self.jobs)
+        self.steps = {job.name: progress_of(job, runs_dir)[0] for job in jobs}
+        self.first = sum(self.steps.values())
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
@@ -177,45 +183,47 @@ class View:
         """Says what has started and ended since the last time, and renews the lines of what is running."""
         running = []
         for job in self.jobs:
-            if self.known.get(job.name) in ("done", "failed", "interrupted"):
+            before = self.known.get(job.name)
+            if before in ("done", "failed", "interrupted"):
                 continue
-            status = results.get(job.name) or status_of(job, self.runs_dir)
-            status = status if status in ("running", "interrupted") or job.name in results else "waiting"
-            if status == "running":
-                running.append(job)
-            if status != self.known.get(job.name):
-                self.known[job.name] = status
-                what = f"{job.env_id} {job.algo} seed {job.seed}"
-                if status == "done":
-                    score = read_json(self.runs_dir / job.name / "summary.json").get("train_last100")
-                    self.say(f"done     {what}: " + ("-" if score is None else f"{score:,.1f}"))
-                elif status == "failed":
-                    end = "".join(f"\n    {line}" for line in end_of_log(job, self.runs_dir).splitlines())
-                    self.say(f"FAILED   {what}: the end of {log_of(job, self.runs_dir)}:{end}")
-                elif status == "running" and not self.terminal:
-                    self.say(f"running  {what}")
+            status = results.get(job.name) or ("running" if is_running(job, self.runs_dir) else "waiting")
+            running += [job] if status == "running" else []
+            if status != "waiting":
+                self.steps[job.name] = progress_of(job, self.runs_dir)[0]
+            if status == before:
+                continue
+            self.known[job.name] = status
+            what = f"{job.env_id} {job.algo} seed {job.seed}"
+            if status == "done" and before:  # and not before this command
+                score = read_json(self.runs_dir / job.name / "summary.json").get("train_last100")
+                self.say(f"done     {what}: " + ("-" if score is None else f"{score:,.1f}"))
+            elif status == "failed":
+                end = "".join(f"\n    {line}" for line in end_of_log(job, self.runs_dir).splitlines())
+                self.say(f"FAILED   {what}: the end of {log_of(job, self.runs_dir)}:{end}")
+            elif status == "running" and not self.terminal:
+                self.say(f"running  {what}")
         self.draw(running)
 
     def draw(self, running: list[Job]) -> None:
-        count = Counter(self.known.values())
+        """The line of totals, on a terminal with a line for each run; elsewhere once a minute."""
         if time.monotonic() - self.printed < (0.0 if self.terminal else 60.0):
             return
         self.printed = time.monotonic()
-        steps = self.steps()
+        count, steps = Counter(self.known.values()), sum(self.steps.values())
         rate = (steps - self.first) / (time.monotonic() - self.begun)
         line = f"{count['done']} of {len(self.jobs)} done, {len(running)} running, {count['failed']} failed"
         line += f"  {rate:,.0f} steps/s"
-        budgets = [budget_of(job, self.runs_dir) for job in self.jobs if self.known[job.name] != "failed"]
-        if rate > 0 and all(budgets):
-            seconds = int(max(sum(budgets) - steps, 0) / rate)
+        budgets = {job.name: budget_of(job, self.runs_dir) for job in self.jobs}
+        if rate > 0 and all(budgets.values()):
+            unfinished = [name for name, status in self.known.items() if status in ("waiting", "running")]
+            seconds = int(sum(max(budgets[name] - self.steps[name], 0) for name in unfinished) / rate)
             line += f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
         lines = [line]
-        if self.terminal:
-            for job in running:
-                done, sps = progress_of(job, self.runs_dir)
-                part = min(done / budget, 1.0) if (budget := budget_of(job, self.runs_dir)) else 0.0
-                bar = f"[{'#' * int(10 * part):.<10}] {part:4.0%} {sps:>7,.0f}/s"
-                lines.append(f"  {bar}  {job.env_id} {job.algo} {job.seed}")
+        for job in running if self.terminal else []:
+            done, sps = progress_of(job, self.runs_dir)
+            part = min(done / budgets[job.name], 1.0) if budgets[job.name] else 0.0
+            bar = f"[{'#' * int(10 * part):.<10}] {part:4.0%} {sps:>7,.0f}/s"
+            lines.append(f"  {bar}  {job.env_id} {job.algo} {job.seed}")
         columns = shutil.get_terminal_size().columns - 1
         self.erase()
         print("\n".join(line[:columns] if self.terminal else line for line in lines), flush=True)
@@ -231,35 +239,38 @@ def budget_of(job: Job, runs_dir: Path) -> int:
 
 def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:
     """Runs jobs to their end and says what became of them; the exit status."""
-    signals: list[int] = []
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    over = ("done",) if options.retry else ("done", "failed")
+    earlier = {job.name: status for job in jobs if (status := status_of(job, runs_dir)) in over}
+    jobs_left = [job for job in jobs if job.name not in earlier]
     if options.backend == "local":
-        backend = Local(jobs, runs_dir, options)
+        backend = Local(jobs_left, runs_dir, options)
     else:
         from benchmarks import backends
 
-        backend = backends.start(jobs, runs_dir, options)
+        backend = backends.start(jobs_left, runs_dir, options)
+    view, signals = View(jobs, runs_dir), []
 
     def stop(number: int, frame: Any) -> None:
         signals.append(number)
-        view.say("stops: every run finishes its iteration and saves; again, and they end at once")
         backend.stop()
 
-    view = View(jobs, runs_dir)
-    for number in handlers:
-        signal.signal(number, stop)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    said = 0
     while not backend.is_finished():
-        view.update(backend.results)
-        time.sleep(0.5)
-    view.update(backend.results)
+        view.update(earlier | backend.results)
+        if len(signals) > said:
+            said = len(signals)
+            view.say("stops: every run finishes its iteration and saves; a second signal ends them at once")
+        time.sleep(1.0)
+    results = earlier | backend.results
+    view.update(results)
     view.erase()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    count = Counter(backend.results.values())
-    parts = [f"{count['done']} of {len(jobs)} runs are done"]
-    parts += [f"{count['failed']} failed"] if count["failed"] else []
-    parts += (
-        [f"{left} are left; the same command goes on"] if (left := len(jobs) - count["done"] - count["failed"]) else []
-    )
-    print(f"{', '.join(parts)}: {runs_dir}")
+    count = Counter(results.values())
+    left = len(jobs) - count["done"] - count["failed"]
+    line = f"{count['done']} of {len(jobs)} runs are done"
+    line += f", {count['failed']} failed" if count["failed"] else ""
+    line += f", {left} are left, and the same command goes on" if left else ""
+    print(f"{line}: {runs_dir}")
     return 128 + signals[0] if signals else int(count["done"] < len(jobs))

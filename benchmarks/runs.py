@@ -98,7 +98,7 @@ def read_run(path: Path) -> tuple[Run | None, str]:
         config=config,
         summary=summary,
         steps=rows[:, 0],
-        seconds=rows[:, 1],
+        seconds=np.maximum.accumulate(rows[:, 1]),
         returns=rows[:, 2],
     )
     if status in ("failed", "diverged"):

@@ -1,0 +1,255 @@
+"""The report: its numbers against numpy, what it says about runs that are damaged, missing or unequal, its files."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import report, stats
+from benchmarks.__main__ import main
+from benchmarks.jobs import UsageError
+from benchmarks.runs import find_runs, read_runs
+
+
+def make_run(folder, env_id="CartPole-v1", algo="ppo", seed=1, returns=(), status="completed", evaluation=None, **args):
+    """A run directory with an episode of ten steps per return."""
+    path = Path(folder) / f"{env_id.replace('/', '-')}__{algo}__{seed}{'__x' * bool(args)}"
+    path.mkdir(parents=True)
+    returns = list(returns) or list(np.linspace(20, 100 + seed, 200))
+    arguments = dict(env_id=env_id, exp_name=algo, seed=seed, total_timesteps=10 * len(returns), learning_rate=0.1)
+    command = ["/home/somebody/bin/python", "/home/somebody/ppo.py", "--env-id", env_id]
+    config = dict(args=arguments | args, command=command, git_commit="0123456789abcdef", git_dirty=False)
+    config |= dict(versions={"python": "3.11.7", "torch": "2.13.0"}, hardware="a processor", threads=1)
+    (path / "config.json").write_text(json.dumps(config))
+    rows = [(10 * (n + 1), 0.5 * (n + 1), value, 10) for n, value in enumerate(returns)]
+    with open(path / "episodes.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["global_step", "wall_time", "return", "length"], *rows])
+    if status:
+        summary = dict(status=status, global_step=10 * len(returns), wall_time=0.5 * len(returns), sps=20.0)
+        summary |= dict(eval={"deterministic": dict(mean=evaluation, episodes=100)}) if evaluation is not None else {}
+        summary |= dict(error="iteration 3: loss is nan") if status == "diverged" else {}
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def report_of(runs, *flags):
+    assert main(["report", str(runs), *map(str, flags)]) == 0
+    return (Path(runs) / "report" / "report.md").read_text()
+
+
+def row_of(text, *cells):
+    """The cells of the first table row that starts with these."""
+    start = "| " + " | ".join(cells) + " |"
+    return next(line for line in text.splitlines() if line.startswith(start)).strip("| ").split(" | ")
+
+
+def note(runs, cells, **more):
+    content = dict(name="a suite", description="what it is", command="python -m benchmarks run it", cells=cells) | more
+    (Path(runs) / "suite.json").write_text(json.dumps(content))
+
+
+def test_scores_are_those_of_the_last_100_episodes(tmp_path, capsys):
+    means = []
+    for seed in (1, 2, 3):
+        returns = np.random.default_rng(seed).normal(50, 10, 300)
+        make_run(tmp_path, seed=seed, returns=returns, evaluation=100.0 + seed)
+        means.append(returns[-100:].mean())
+    row = row_of(report_of(tmp_path), "CartPole-v1", "ppo", "3,000", "3")
+    mean, low, high = (float(part) for part in re.findall(r"[-\d.]+", row[4]))
+    assert mean == pytest.approx(np.mean(means), abs=0.06)
+    assert min(means) - 0.06 <= low < mean < high <= max(means) + 0.06
+    assert row[6].startswith("102.0 [") and row[7] == "-" and row[8] == "20"
+    with open(tmp_path / "report" / "scores.csv", newline="") as file:
+        stored = list(csv.DictReader(file))
+    assert [float(run["train_last100"]) for run in stored] == pytest.approx(means, rel=1e-6)
+    assert [run["seed"] for run in stored] == ["1", "2", "3"]
+
+
+def test_curves_end_in_the_scores(tmp_path):
+    make_run(tmp_path, seed=1)
+    make_run(tmp_path, seed=2, status="interrupted", total_timesteps=4000)
+    report_of(tmp_path)
+    with open(tmp_path / "report" / "curves.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    first = [row for row in rows if row["seed"] == "1"]
+    assert len(first) == 100 and first[-1]["step"] == "2000"
+    expected = np.linspace(20, 101, 200)
+    assert float(first[-1]["return_last100"]) == pytest.approx(expected[-100:].mean(), rel=1e-4)
+    assert float(first[9]["return_last100"]) == pytest.approx(expected[:20].mean(), rel=1e-4)
+    assert max(int(row["step"]) for row in rows if row["seed"] == "2") <= 2000  # not beyond where it stopped
+
+
+def test_the_same_runs_give_the_same_report(tmp_path):
+    for seed in range(1, 8):
+        make_run(tmp_path, seed=seed, returns=np.random.default_rng(seed).normal(50, 100, 120))
+    assert report_of(tmp_path) == report_of(tmp_path)
+    assert main(["report", str(tmp_path), "--seed", "5", "--out", str(tmp_path / "other")]) == 0
+    assert (tmp_path / "other" / "report.md").read_text() != report_of(tmp_path)
+
+
+def test_what_is_missing_or_failed_is_shown_and_counted(tmp_path, capsys):
+    make_run(tmp_path, seed=1)
+    make_run(tmp_path, seed=2, status="diverged")
+    make_run(tmp_path, seed=3, status="")
+    cells = [dict(env_id="CartPole-v1", algo=algo, seed=seed) for algo in ("ppo", "a2c") for seed in (1, 2, 3, 4)]
+    note(tmp_path, cells)
+    text = report_of(tmp_path)
+    out = capsys.readouterr().out
+    assert row_of(text, "CartPole-v1", "ppo")[3] == "1 of 4 (1 diverged, 1 unfinished, 1 missing)"
+    assert row_of(text, "CartPole-v1", "a2c")[2:5] == ["-", "0 of 4 (4 missing)", "-"]
+    assert "3 runs (1 completed, 1 diverged, 1 unfinished, 5 missing)" in text
+    for said in ("diverged: iteration 3: loss is nan", "is unfinished, at step 2,000 of 2,000"):
+        assert said in text and said in out
+    assert "python -m benchmarks run it" in text
+
+
+@pytest.mark.parametrize(
+    "damage, said, counts",
+    [
+        (lambda run: (run / "config.json").write_text("{"), "has no readable config.json", 1),
+        (lambda run: (run / "config.json").unlink(), "has no readable config.json", 1),
+        (lambda run: (run / "config.json").write_text('{"args": {"seed": 1}}'), "is no run in an environment", 1),
+        (lambda run: (run / "episodes.csv").unlink(), "has no episodes.csv", 1),
+        (lambda run: (run / "summary.json").write_text("nonsense"), "damaged summary.json", 1),
+        (lambda run: (run / "episodes.csv").open("a").write("1,2,\0"), "1 rows of episodes.csv cannot be read", 2),
+        (lambda run: (run / "episodes.csv").open("a").write("20,2.0,5.0,10\n"), "out of order", 2),
+        (lambda run: (run / "episodes.csv").write_text(""), "", 2),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_rest_reported(tmp_path, capsys, damage, said, counts):
+    make_run(tmp_path, seed=1)
+    damage(make_run(tmp_path, seed=2))
+    text = report_of(tmp_path)
+    assert said in capsys.readouterr().out and said in text
+    assert f"{counts} completed" in text
+
+
+def test_runs_that_differ_in_an_argument_are_told_apart(tmp_path):
+    make_run(tmp_path, seed=1)
+    make_run(tmp_path, seed=2)
+    make_run(tmp_path, seed=1, learning_rate=0.5)
+    text = report_of(tmp_path)
+    assert row_of(text, "CartPole-v1", "ppo")[3] == "2"
+    assert row_of(text, "CartPole-v1", "ppo, learning_rate=0.5")[3] == "1"
+
+
+def test_of_two_runs_of_one_cell_the_later_counts(tmp_path):
+    make_run(tmp_path / "a", seed=1, returns=[1.0] * 100)
+    later = make_run(tmp_path / "b", seed=1, returns=[2.0] * 100)
+    (later / "config.json").touch()
+    runs, problems = read_runs([tmp_path])
+    assert [run.train_last100 for run in runs] == [2.0]
+    assert "a later run is the same cell: CartPole-v1__ppo__1" in problems[0]
+
+
+def test_published_numbers_stand_beside_ours_with_their_protocol(tmp_path):
+    make_run(tmp_path, seed=1)
+    row = row_of(report_of(tmp_path), "CartPole-v1 ppo")
+    assert row[3] == "**490.0** ± 6.12 (std over seeds)" and row[4] == "train_last100" and row[5] == "500,000"
+    note(tmp_path, [], published=["slm_lab"])
+    text = report_of(tmp_path)
+    assert row_of(text, "CartPole-v1 ppo")[3:5] == ["**498.9**", "train_last100_logged"]
+    assert "490.0" not in text and "- SLM-Lab v5 benchmark (2026): total_reward_ma" in text
+
+
+def test_atari_is_normalised_by_a_human_player(tmp_path):
+    low, high, _ = report.score_range("ALE/Pong-v5")
+    assert (low, high) == report.score_range("PongNoFrameskip-v4")[:2] == (-20.7, 14.6)
+    for seed in (1, 2):
+        make_run(tmp_path, "ALE/Pong-v5", seed=seed, returns=[14.6 if seed == 1 else -20.7] * 120)
+    text = report_of(tmp_path)
+    assert row_of(text, "ALE/Pong-v5", "50%") and row_of(text, "ppo", "0.50 [0.00, 1.00]")
+
+
+def test_aggregates_are_over_environments_that_all_have(tmp_path):
+    for algo, bonus in (("ppo", 100), ("a2c", 0)):
+        for env_id in ("CartPole-v1", "Acrobot-v1", "Pendulum-v1"):
+            for seed in (1, 2, 3):
+                if (algo, env_id) != ("a2c", "Pendulum-v1"):
+                    make_run(tmp_path, env_id, algo, seed, returns=[bonus + seed] * 100)
+    make_run(tmp_path, "CartPole-v1", "trpo", 1, returns=[5.0] * 100)
+    text = report_of(tmp_path)
+    assert "## Over 2 environments" in text
+    assert "Pendulum-v1 is in no aggregate, because not all have it." in text
+    assert "trpo has 1 of 3 environments and is in no aggregate." in text
+    assert row_of(text, "ppo", "", "1.00 [1.00, 1.00]")
+    runs, _ = read_runs([tmp_path])
+    by_algo, envs, _ = report.normalised(report.cells_of(runs), "train_last100")
+    low, high, _ = report.score_range("CartPole-v1")
+    assert envs == ["Acrobot-v1", "CartPole-v1"]
+    np.testing.assert_allclose(by_algo["a2c"][1], (np.array([1, 2, 3]) - low) / (high - low))
+    assert f"{stats.aggregate_iqm(by_algo['ppo']):.2f} [" in row_of(text, "ppo")[2]
+
+
+def test_the_scale_does_not_depend_on_who_else_is_there(tmp_path):
+    """Adding an algorithm must not change the others' normalised scores."""
+    make_run(tmp_path, algo="ppo", seed=1)
+    alone = row_of(report_of(tmp_path), "ppo")
+    make_run(tmp_path, algo="a2c", seed=1, returns=[500.0] * 100)
+    assert row_of(report_of(tmp_path), "ppo") == alone
+
+
+def test_the_page_needs_nothing_but_itself_and_no_path_of_this_machine_is_written(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, seed=seed)
+    report_of(tmp_path)
+    out = tmp_path / "report"
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 4
+    assert not re.search(r'src="(?!data:)|https?://(?!arxiv)', page)
+    assert "<table>" in page
+    for name in ("report.md", "provenance.json", "scores.csv"):
+        assert "/home/somebody" not in (out / name).read_text()
+    assert "python ppo.py --env-id CartPole-v1" in (out / "provenance.json").read_text()
+
+
+def test_an_algorithm_has_the_same_colour_whatever_stands_beside_it():
+    mine = ["my_ppo", "another", "ppo"]
+    assert report.color_of("ppo", mine) == report.color_of("ppo", ["ppo"]) == report.COLORS["ppo"]
+    assert report.color_of("my_ppo", mine) != report.color_of("another", mine)
+    assert len({*report.COLORS.values()}) == len(report.COLORS)
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], [], ["."]])
+def test_wrong_folders_are_one_sentence(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_readable_is_exit_status_1(tmp_path, capsys):
+    (make_run(tmp_path) / "config.json").unlink()
+    assert main(["report", str(tmp_path)]) == 1
+    assert "none of these run directories can be read" in capsys.readouterr().err
+
+
+def test_run_directories_are_found_at_three_depths(tmp_path):
+    one = make_run(tmp_path / "a" / "b")
+    for depth in (one, tmp_path / "a" / "b", tmp_path / "a"):
+        assert find_runs([depth]) == [one]
+    with pytest.raises(UsageError, match="no run directory"):
+        find_runs([tmp_path])
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", str(make_run(tmp_path))]) == 2
+    assert 'pip install -c constraints.txt -e ".[bench]"' in capsys.readouterr().err
+
+
+def test_every_published_source_of_a_suite_exists_and_every_scale_is_one():
+    from benchmarks.jobs import SUITES, read_suite
+
+    known = {row["source_key"] for row in report.read_reference("sources")}
+    for file in SUITES.glob("*.toml"):
+        suite = read_suite(file.stem)
+        assert set(suite.published) <= known
+        for env_id in suite.envs:
+            low, high, source = report.score_range(env_id)
+            assert low < high and source
