@@ -23,7 +23,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.curves import COLORS, plt
+from benchmarks.figures import PALETTE, plt
 
 ROOT = Path(__file__).parent.parent
 OFTEN = "--eval-interval 2"
@@ -141,7 +141,7 @@ def draw(lesson: str, results: dict[str, list[list[dict[str, float]]]], out: Pat
     """A panel per quantity: a thin line per seed, and the mean."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for axis, name in zip(axes, PANELS[lesson]):
-        for (arm, seeds), color in zip(results.items(), COLORS):
+        for (arm, seeds), color in zip(results.items(), PALETTE):
             curves = [[(point["step"], point[name]) for point in series if name in point] for series in seeds]
             for curve in curves:
                 axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)

@@ -24,13 +24,9 @@ import tyro
 
 from benchmarks import stats
 from benchmarks.jobs import UsageError, read_json
-from benchmarks.runs import Run, group_by, read_runs
+from benchmarks.runs import Run, group_by, rank, read_runs
 
 REFERENCES = Path(__file__).resolve().parent / "references"
-# Safe for colour blindness (Okabe and Ito); an algorithm has the same colour in every figure.
-COLORS = {"ppo": "#0072B2", "trpo": "#D55E00", "a2c": "#009E73", "reinforce": "#CC79A7", "random": "#888888"}
-COLORS |= {"sb3:ppo": "#56B4E9", "sb3:trpo": "#E69F00", "sb3:a2c": "#94C973"}
-OTHERS = ("#000000", "#F0E442", "#7A5195", "#8C564B", "#17BECF", "#BCBD22", "#56B4E9", "#E69F00")
 AGGREGATES = {  # by their titles
     "median": stats.aggregate_median,
     "IQM": stats.aggregate_iqm,
@@ -107,18 +103,6 @@ def cells_of(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
     """(environment, algorithm) -> its runs, in the order of figures and tables."""
     cells = group_by(runs, "env_id", "algo")
     return dict(sorted(cells.items(), key=lambda item: (item[0][0], rank(item[0][1]))))
-
-
-def rank(algo: str) -> tuple[int, str]:
-    known = list(COLORS)
-    return (known.index(algo) if algo in known else len(known) * (algo.split(",")[0] not in known), algo)
-
-
-def color_of(algo: str, algos: list[str]) -> str:
-    if algo in COLORS:
-        return COLORS[algo]
-    unknown = sorted(name for name in algos if name not in COLORS)
-    return OTHERS[unknown.index(algo) % len(OTHERS)]
 
 
 def scores(runs: list[Run], measure: str) -> np.ndarray:
@@ -250,126 +234,6 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
     return {algo: [per_env[env_id] for env_id in common] for algo, per_env in have.items()}, common, notes
 
 
-# ------------------------------------------------------------------------------------------------------ figures
-def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.random.Generator) -> None:
-    """A panel per environment: the running mean return of 100 episodes against steps or minutes of wall-clock.
-
-    Thin lines are seeds, the thick one is their mean (or iqm) with its 95% band, as far as all completed seeds reach. A
-    cross ends a run that did not complete.
-    """
-    from matplotlib.ticker import EngFormatter
-
-    envs, algos = list(dict.fromkeys(env_id for env_id, _ in cells)), sorted({algo for _, algo in cells}, key=rank)
-    columns = min(len(envs), 3 if len(envs) != 4 else 2)
-    figure, axes = new_figure(-(-len(envs) // columns), columns, 4.0, 2.9)
-    for axis, env_id in zip(axes.flat, envs):
-        for algo in algos:
-            runs, color = cells.get((env_id, algo), []), color_of(algo, algos)
-            clock = (lambda run: run.seconds / 60) if against == "time" else (lambda run: run.steps)
-            runs = [run for run in runs if len(run.returns)]
-            if not runs:
-                continue
-            for run in runs:
-                grid = np.linspace(clock(run)[0], clock(run)[-1], 300)
-                curve = stats.curve_on_grid(clock(run), run.returns, grid)
-                axis.plot(grid, curve, color=color, alpha=0.25, linewidth=0.6)
-                if not run.done:
-                    axis.plot(grid[-1], curve[-1], "x", color=color, markersize=6)
-            done = [run for run in runs if run.done]
-            if not done:
-                continue
-            grid = np.linspace(max(clock(run)[0] for run in done), min(clock(run)[-1] for run in done), 300)
-            curves = np.array([stats.curve_on_grid(clock(run), run.returns, grid) for run in done])
-            centre = curves.mean(0) if statistic == "mean" else stats.iqm(curves, axis=0)
-            axis.plot(grid, centre, color=color, linewidth=1.8, zorder=3)
-            if len(done) > 1:
-                low, high = stats.bootstrap_curves(curves, rng, statistic, repetitions=1000)
-                axis.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set_title(env_id, fontsize=10)
-        axis.grid(alpha=0.25)
-        axis.margins(x=0.01)
-        axis.set_xlabel("minutes" if against == "time" else "environment steps")
-        if against == "steps":
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.locator_params(axis="x", nbins=6)
-    for axis in axes.flat[len(envs) :]:
-        axis.axis("off")
-    for row in axes:
-        row[0].set_ylabel("return, last 100 episodes")
-    add_legend(figure, cells, algos)
-    save_figure(figure, path)
-
-
-def add_legend(figure: Any, cells: dict, algos: list[str]) -> None:
-    """One legend below all panels, with the numbers of completed seeds."""
-    from matplotlib.lines import Line2D
-
-    handles = []
-    for algo in algos:
-        counts = sorted({sum(run.done for run in runs) for (_, name), runs in cells.items() if name == algo})
-        seeds = "-".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
-        label = f"{algo} ({seeds} seed{'s' * (seeds != '1')})"
-        handles.append(Line2D([], [], color=color_of(algo, algos), linewidth=2, label=label))
-    columns = max(1, min(len(handles), 5 if max(map(len, algos)) < 25 else 2))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def draw_aggregates(by_algo: dict[str, list[np.ndarray]], intervals: dict, path: Path) -> None:
-    """Point and 95% interval of each aggregate for each algorithm."""
-    algos = sorted(by_algo, key=rank, reverse=True)
-    figure, axes = new_figure(1, len(AGGREGATES), 2.4, 0.9 + 0.28 * len(algos))
-    for axis, (name, aggregate) in zip(axes[0], AGGREGATES.items()):
-        for place, algo in enumerate(algos):
-            value, color = aggregate(by_algo[algo]), color_of(algo, algos)
-            low, high = intervals[algo, name]
-            if np.isfinite(low):
-                axis.barh(place, high - low, left=low, height=0.6, color=color, alpha=0.35)
-            axis.plot([value, value], [place - 0.3, place + 0.3], color=color, linewidth=2.5)
-        axis.set_title(name + (" (less is better)" if name == "optimality gap" else ""), fontsize=9)
-        axis.set_yticks(range(len(algos)), algos if axis is axes[0][0] else [""] * len(algos))
-        axis.grid(alpha=0.25, axis="x")
-        axis.locator_params(axis="x", nbins=5)
-        axis.margins(x=0.06)
-    figure.supxlabel("normalised score", fontsize=9)
-    save_figure(figure, path)
-
-
-def draw_profiles(by_algo: dict[str, list[np.ndarray]], path: Path, rng: np.random.Generator) -> None:
-    """Performance profiles: the share of runs above each normalised score, with 95% bands."""
-    algos = sorted(by_algo, key=rank)
-    highest = max(values.max() for runs in by_algo.values() for values in runs)
-    taus = np.linspace(min(0.0, *(values.min() for runs in by_algo.values() for values in runs)), highest, 200)
-    figure, axes = new_figure(1, 1, 5.0, 3.2)
-    for algo in algos:
-        color = color_of(algo, algos)
-        axes[0, 0].plot(taus, stats.performance_profile(by_algo[algo], taus), color=color, linewidth=1.8, label=algo)
-        low, high = stats.profile_band(by_algo[algo], taus, rng)
-        axes[0, 0].fill_between(taus, low, high, color=color, alpha=0.2, linewidth=0)
-    axes[0, 0].set_xlabel("normalised score")
-    axes[0, 0].set_ylabel("share of runs above")
-    axes[0, 0].grid(alpha=0.25)
-    axes[0, 0].margins(x=0.01)
-    figure.legend(loc="outside right center", frameon=False)
-    save_figure(figure, path)
-
-
 # ----------------------------------------------------------------------------------------------------- the report
 def provenance(runs: list[Run], matrix: Matrix) -> dict[str, Any]:
     """What ran: commits, versions, hardware, threads and commands, each with the number of runs."""
@@ -492,6 +356,8 @@ def write_report(
     runs: list[Run], problems: list[str], matrix: Matrix, options: Options, out: Path, rng: np.random.Generator
 ) -> str:
     """Writes everything but the report itself to out, and returns the report in Markdown."""
+    from benchmarks import figures
+
     cells, facts = cells_of(runs), provenance(runs, matrix)
     expected = Counter((cell["env_id"], cell["algo"]) for cell in matrix.cells)
     write_scores(runs, out / "scores.csv")
@@ -505,7 +371,7 @@ def write_report(
     text = f"# {options.title or matrix.name or 'Learning curves'}\n\n{matrix.description}\n\n"
     text += f"{len(runs)} runs ({ended}), {date.today()}.\n\n## Learning curves\n\n"
     for against, name in (("steps", "curves"), ("time", "curves_time")):
-        draw_curves(cells, out / f"{name}.png", against, options.statistic, rng)
+        figures.draw_curves(cells, out / f"{name}.png", against, options.statistic, rng)
         text += f"![Learning curves against {against}]({name}.png){below}\n"
     text += (
         f"Thin lines are seeds, thick ones their {centre} with its 95% bootstrap interval over seeds; every point is"
@@ -534,6 +400,8 @@ def write_report(
 
 def aggregates(cells: dict, out: Path, below: str, rng: np.random.Generator) -> str:
     """The section on scores over all environments; "" where no environment has a fixed 0 and 1."""
+    from benchmarks import figures
+
     by_algo, envs, notes = normalised(cells, "train_last100")
     if not envs:
         return ""
@@ -543,8 +411,8 @@ def aggregates(cells: dict, out: Path, below: str, rng: np.random.Generator) -> 
         for name, aggregate in AGGREGATES.items()
     }
     algos = sorted(by_algo, key=rank)
-    draw_aggregates(by_algo, intervals, out / "aggregates.png")
-    draw_profiles(by_algo, out / "profiles.png", rng)
+    figures.draw_aggregates(by_algo, AGGREGATES, intervals, out / "aggregates.png")
+    figures.draw_profiles(by_algo, out / "profiles.png", rng)
 
     def cell(value: float, interval: tuple[float, float]) -> str:
         return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if np.isfinite(interval[0]) else "")

@@ -13,6 +13,7 @@ from benchmarks.jobs import UsageError, read_json
 # arguments that do not make another algorithm of a script
 SECONDARY = "seed runs_dir run_name resume evaluate capture_video checkpoint_interval track wandb_project_name"
 SECONDARY += " wandb_entity device num_threads compile bf16 env_id exp_name eval_episodes eval_seed eval_stochastic"
+ORDER = ("ppo", "trpo", "a2c", "reinforce", "sb3:ppo", "sb3:trpo", "sb3:a2c", "random")  # in tables and figures
 
 
 @dataclass
@@ -148,6 +149,12 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
         problems.append(f"Left out, because a later run is the same cell: {', '.join(run.path.name for run in older)}.")
     kept.sort(key=lambda run: (run.env_id, run.algo, run.seed))
     return kept, problems
+
+
+def rank(algo: str) -> tuple[int, str]:
+    """What to sort algorithms by: the known ones in their order, each followed by its variants, then all others."""
+    name = algo.split(",")[0]
+    return ORDER.index(name) if name in ORDER else len(ORDER), algo
 
 
 def group_by(runs: list[Run], *names: str) -> dict[tuple, list[Run]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import report, stats
+from benchmarks import figures, report, stats
 from benchmarks.__main__ import main
 from benchmarks.jobs import UsageError
 from benchmarks.runs import find_runs, read_runs
@@ -209,9 +209,9 @@ def test_the_page_needs_nothing_but_itself_and_no_path_of_this_machine_is_writte
 
 def test_an_algorithm_has_the_same_colour_whatever_stands_beside_it():
     mine = ["my_ppo", "another", "ppo"]
-    assert report.color_of("ppo", mine) == report.color_of("ppo", ["ppo"]) == report.COLORS["ppo"]
-    assert report.color_of("my_ppo", mine) != report.color_of("another", mine)
-    assert len({*report.COLORS.values()}) == len(report.COLORS)
+    assert figures.color_of("ppo", mine) == figures.color_of("ppo", ["ppo"]) == figures.COLORS["ppo"]
+    assert figures.color_of("my_ppo", mine) != figures.color_of("another", mine)
+    assert len({*figures.COLORS.values()}) == len(figures.COLORS)
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], [], ["."]])
@@ -238,7 +238,7 @@ def test_run_directories_are_found_at_three_depths(tmp_path):
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "markdown", None)
     assert main(["report", str(make_run(tmp_path))]) == 2
     assert 'pip install -c constraints.txt -e ".[bench]"' in capsys.readouterr().err
 
