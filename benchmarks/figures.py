@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from benchmarks import stats
-from benchmarks.runs import ORDER, rank
+from benchmarks.runs import ORDER, Run, rank
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -38,41 +38,47 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.random.Generator) -> None:
-    """A panel per environment: the running mean return of 100 episodes against steps or minutes of wall-clock.
+    """A panel per environment: the running mean return of 100 episodes against "steps" or wall-clock "time".
 
-    Thin lines are seeds, the thick one is their mean (or iqm) with its 95% band, as far as all completed seeds reach. A
-    cross ends a run that did not complete.
+    Thin lines are seeds. The thick one is the mean (or iqm) of the completed seeds at equal steps, with its 95% band, as
+    far as all of them reach; against time it is drawn where the median of them had got to those steps. A cross ends a
+    run that did not complete.
     """
-    envs, algos = list(dict.fromkeys(env_id for env_id, _ in cells)), sorted({algo for _, algo in cells}, key=rank)
+    envs = list(dict.fromkeys(env_id for env_id, _ in cells))
+    algos = sorted({algo for _, algo in cells}, key=rank)
+    longest = max((run.seconds[-1] for runs in cells.values() for run in runs if len(run.seconds)), default=0.0)
+    unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     columns = min(len(envs), 3 if len(envs) != 4 else 2)
     figure, axes = new_figure(-(-len(envs) // columns), columns, 4.0, 2.9)
+
+    def places(run: Run, grid: np.ndarray) -> np.ndarray:
+        """Where the steps of the grid stand on the axis."""
+        return grid if against == "steps" else np.interp(grid, run.steps, run.seconds) / seconds
+
     for axis, env_id in zip(axes.flat, envs):
         for algo in algos:
-            runs, color = cells.get((env_id, algo), []), color_of(algo, algos)
-            clock = (lambda run: run.seconds / 60) if against == "time" else (lambda run: run.steps)
-            runs = [run for run in runs if len(run.returns)]
-            if not runs:
-                continue
+            color = color_of(algo, algos)
+            runs = [run for run in cells.get((env_id, algo), []) if len(run.returns)]
             for run in runs:
-                grid = np.linspace(clock(run)[0], clock(run)[-1], 300)
-                curve = stats.curve_on_grid(clock(run), run.returns, grid)
-                axis.plot(grid, curve, color=color, alpha=0.25, linewidth=0.6)
+                grid = np.linspace(run.steps[0], run.steps[-1], 300)
+                curve = stats.curve_on_grid(run.steps, run.returns, grid)
+                axis.plot(places(run, grid), curve, color=color, alpha=0.25, linewidth=0.6)
                 if not run.done:
-                    axis.plot(grid[-1], curve[-1], "x", color=color, markersize=6)
-            done = [run for run in runs if run.done]
-            if not done:
+                    axis.plot(places(run, grid)[-1], curve[-1], "x", color=color, markersize=6)
+            if not (done := [run for run in runs if run.done]):
                 continue
-            grid = np.linspace(max(clock(run)[0] for run in done), min(clock(run)[-1] for run in done), 300)
-            curves = np.array([stats.curve_on_grid(clock(run), run.returns, grid) for run in done])
+            grid = np.linspace(max(run.steps[0] for run in done), min(run.steps[-1] for run in done), 300)
+            curves = np.array([stats.curve_on_grid(run.steps, run.returns, grid) for run in done])
+            x = np.median([places(run, grid) for run in done], axis=0)
             centre = curves.mean(0) if statistic == "mean" else stats.iqm(curves, axis=0)
-            axis.plot(grid, centre, color=color, linewidth=1.8, zorder=3)
+            axis.plot(x, centre, color=color, linewidth=1.8, zorder=3)
             if len(done) > 1:
                 low, high = stats.bootstrap_curves(curves, rng, statistic, repetitions=1000)
-                axis.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
+                axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set_title(env_id, fontsize=10)
         axis.grid(alpha=0.25)
         axis.margins(x=0.01)
-        axis.set_xlabel("minutes" if against == "time" else "environment steps")
+        axis.set_xlabel(unit if against == "time" else "environment steps")
         if against == "steps":
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.locator_params(axis="x", nbins=6)
