@@ -40,9 +40,9 @@ def save_figure(figure: Any, path: Path) -> None:
 def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.random.Generator) -> None:
     """A panel per environment: the running mean return of 100 episodes against "steps" or wall-clock "time".
 
-    Thin lines are seeds. The thick one is the mean (or iqm) of the completed seeds at equal steps, with its 95% band, as
-    far as all of them reach; against time it is drawn where the median of them had got to those steps. A cross ends a
-    run that did not complete.
+    Thin lines are seeds. The thick one is the mean (or iqm) of the completed seeds at equal steps, with its 95% band,
+    as far as all of them reach; against time it is drawn where the median of them had got to those steps. A cross ends
+    a run that did not complete.
     """
     envs = list(dict.fromkeys(env_id for env_id, _ in cells))
     algos = sorted({algo for _, algo in cells}, key=rank)

@@ -220,10 +220,13 @@ def jobs_of(suite: Suite, threads: int = 0) -> list[Job]:
                 if algo in suite.variants:
                     options["exp-name"] = algo
                 atari = env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
+                text = script.read_text()
+                if options.get("hyperparameters") == "ours":  # a peer with the arguments of our script
+                    text += (ROOT / f"{variant['algo'].removeprefix('sb3:')}.py").read_text()
                 job = Job(
                     algo=Path(algo).stem if algo.endswith(".py") else algo,
                     command=command,
-                    text=script.read_text(),
+                    text=text,
                     env_id=env_id,
                     seed=seed,
                     flags=as_flags({name.replace("_", "-"): value for name, value in options.items()}),

@@ -13,7 +13,6 @@ has no counterpart is in config.json as "unmapped". All that ran is in config.js
 
 import argparse
 import csv
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -36,7 +35,8 @@ import warnings
 import zipfile
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,16 @@ def family_of(env_id: str) -> str:
     return next((name for name in ("box2d", "mujoco") if where.startswith(f"gymnasium.envs.{name}")), "classic")
 
 
-def library_class(algo: str) -> type:
-    """The class behind sb3:...; raises UsageError where it is not installed."""
-    package = "sb3_contrib" if algo == "sb3:trpo" else "stable_baselines3"
+def need(package: str, purpose: str) -> None:
+    """Raises UsageError where a package of the extra is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise UsageError(f'{algo} needs {package}; install it with: pip install -c constraints.txt -e ".[peers]"')
+        raise UsageError(f'{purpose} needs {package}; install it with: pip install -c constraints.txt -e ".[peers]"')
+
+
+def library_class(algo: str) -> type:
+    """The class behind sb3:..."""
+    package = "sb3_contrib" if algo == "sb3:trpo" else "stable_baselines3"
+    need(package, algo)
     return getattr(importlib.import_module(package), algo.removeprefix("sb3:").upper())
 
 
@@ -140,6 +145,8 @@ def settings_ours(algo: str, flags: list[str]) -> tuple[dict[str, Any], dict[str
     try:
         args = script.parse_args(flags)
         script.check_args(args)
+        if algo != "sb3:a2c":
+            script.check_minibatches(args)
     except script.UsageError as error:
         raise UsageError(str(error)) from None
     ours = vars(args)
@@ -226,8 +233,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict[str, Any]
             settings = settings_theirs(algo, family)
         parser.set_defaults(total_timesteps=budget)
     elif not {"-h", "--help"} & set(flags):
-        near = (difflib.get_close_matches(algo, PEERS, n=1) or [", ".join(PEERS)])[0]
-        raise UsageError(f"the first argument is {algo or 'missing'}; did you mean {near}?")
+        raise UsageError(f"the first argument must be one of {', '.join(PEERS)}, but is {algo or 'missing'}.")
     for name, value in settings.items() if not ours else ():
         flag = name.replace("_", "-")
         add(f"--{flag}", type=plain, nargs="?", const=True, metavar="X", default=value, help=default)
@@ -241,14 +247,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, dict[str, Any]
     if asked.resume and changed:
         difference = ", ".join(f"{name} {saved[name]!r} -> {vars(args)[name]!r}" for name in changed)
         raise UsageError(f"--resume goes on with the arguments of the run, and these differ: {difference}.")
-    return Namespace(**settings | vars(args)), unmapped
+    vars(args).update(settings if ours else {})
+    return args, unmapped
 
 
 def check_args(args: Namespace) -> None:
     """Raises UsageError for the first argument that cannot work; the library judges the rest of its own."""
     for name in ("total_timesteps", "eval_episodes", "n_envs", "n_steps"):
-        if not isinstance(vars(args)[name], int) or vars(args)[name] <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {vars(args)[name]}, but must be a number greater than 0.")
+        if type(vars(args)[name]) is not int or vars(args)[name] <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {vars(args)[name]}, but must be a whole number above 0.")
     for name, bound in (("seed", 2**32), ("eval_seed", 2**32), ("num_threads", 2**16), ("checkpoint_interval", 2**32)):
         if not 0 <= vars(args)[name] < bound:
             raise UsageError(f"--{name.replace('_', '-')} is {vars(args)[name]}, but must be from 0 to {bound - 1}.")
@@ -262,12 +269,7 @@ def check_args(args: Namespace) -> None:
 Player = Callable[[], list[tuple[int, float, int]]]
 
 
-def fresh_seed(seed: int, step: int) -> int:
-    """A seed for going on from a step, so that what follows is not what the run began with."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0]) % 2**31
-
-
-def make_envs(make: Callable[[], Any], env_id: str) -> Any:
+def make_quietly(make: Callable[[], Any], env_id: str) -> Any:
     """What make() returns, without gymnasium's warnings about old versions; UsageError for whatever it raises."""
     try:
         with warnings.catch_warnings():
@@ -280,8 +282,7 @@ def make_envs(make: Callable[[], Any], env_id: str) -> Any:
 
 def random_player(args: Namespace, num_envs: int, seed: int) -> Player:
     """Plays uniformly random actions in gymnasium's vector environments."""
-    options: dict[str, Any] = dict(vectorization_mode="sync", vector_kwargs=dict(copy=False), disable_env_checker=True)
-    env_id, mode = args.env_id, gym.vector.AutoresetMode.SAME_STEP
+    env_id, mode, args.device = args.env_id, gym.vector.AutoresetMode.SAME_STEP, "cpu"
     atari = family_of(env_id) == "atari"
     if atari:  # games as our scripts play them, without the lives, which mean nothing to random actions
         paper = env_id.endswith("NoFrameskip-v4")
@@ -289,10 +290,12 @@ def random_player(args: Namespace, num_envs: int, seed: int) -> Player:
         options = dict(repeat_action_probability=0.0 if paper else 0.25, noop_max=30 if paper else 0)
         options |= dict(use_fire_reset=paper, life_loss_info=False, episodic_life=False, reward_clipping=False)
         options |= dict(frameskip=4, maxpool=True, max_num_frames_per_episode=108_000, full_action_space=False)
-        options |= dict(autoreset_mode=mode, num_threads=min(num_envs, args.num_threads or os.cpu_count() or 1))
+        args.num_threads = args.num_threads or os.cpu_count() or 1
+        options |= dict(autoreset_mode=mode, num_threads=min(num_envs, args.num_threads))
     else:
-        options["vector_kwargs"]["autoreset_mode"] = mode
-    envs = make_envs(lambda: gym.make_vec(env_id, num_envs, **options), env_id)
+        args.num_threads = 1
+        options = dict(vectorization_mode="sync", vector_kwargs=dict(copy=False, autoreset_mode=mode))
+    envs = make_quietly(lambda: gym.make_vec(env_id, num_envs, **options), args.env_id)
     envs.action_space.seed(seed)
     seeds = np.random.SeedSequence(seed).generate_state(num_envs).astype(np.int64) % 2**31
     envs.reset(seed=seeds if atari else seeds.tolist())
@@ -317,6 +320,8 @@ def library_envs(args: Namespace, num_envs: int, checkpoint: Path | None, traini
 
     # The protocols of ppo.py: the paper's, which is the library's wrapper, or sticky actions and nothing else.
     paper, sticky = args.env_id.endswith("NoFrameskip-v4"), args.env_id.startswith("ALE/")
+    if paper or sticky:
+        need("cv2", f"{args.algo} on Atari")
 
     def wrap(env: gym.Env) -> gym.Env:
         if paper:
@@ -329,14 +334,14 @@ def library_envs(args: Namespace, num_envs: int, checkpoint: Path | None, traini
         envs = make_vec_env(args.env_id, num_envs, wrapper_class=wrap, env_kwargs=dict(frameskip=1) if sticky else None)
         return VecFrameStack(envs, 4) if paper or sticky else envs
 
-    envs = make_envs(make, args.env_id)
+    envs = make_quietly(make, args.env_id)
     if not isinstance(envs.observation_space, (gym.spaces.Box, gym.spaces.Discrete)):
         raise UsageError(f"--env-id {args.env_id} observes {envs.observation_space}; Box and Discrete are supported.")
     if not (args.norm_obs or args.norm_reward):
         return envs
     if checkpoint:
         with zipfile.ZipFile(checkpoint) as archive:
-            normaliser = pickle.loads(archive.read("vecnormalize.pkl"))
+            normaliser = pickle.loads(archive.read("vecnormalize.pkl"))  # as trusting as the library's own files
         normaliser.set_venv(envs)
     else:
         normaliser = VecNormalize(envs, norm_obs=args.norm_obs, norm_reward=args.norm_reward, gamma=args.gamma)
@@ -362,9 +367,12 @@ def library_model(args: Namespace, num_envs: int, checkpoint: Path | None, train
     if checkpoint:
         return kind.load(checkpoint, env=envs, device=args.device)
 
-    def schedule(value: Any) -> Any:
-        linear = isinstance(value, str) and value.startswith("lin_")
-        return LinearSchedule(float(value.removeprefix("lin_")), 0.0, 1.0) if linear else value
+    def setting(name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if not value.startswith("lin_") or name not in ("learning_rate", "clip_range", "clip_range_vf"):
+            raise ValueError(f"{name} is {value}")
+        return LinearSchedule(float(value.removeprefix("lin_")), 0.0, 1.0)
 
     try:
         policy = dict(args.policy_kwargs)
@@ -373,7 +381,7 @@ def library_model(args: Namespace, num_envs: int, checkpoint: Path | None, train
             policy["optimizer_class"] = RMSpropTFLike if name == "RMSpropTFLike" else getattr(torch.optim, name)
         if "activation_fn" in policy:
             policy["activation_fn"] = getattr(torch.nn, policy["activation_fn"])
-        settings = {name: schedule(vars(args)[name]) for name in library_defaults(args.algo)}
+        settings = {name: setting(name, vars(args)[name]) for name in library_defaults(args.algo)}
         args.policy = "CnnPolicy" if image else "MlpPolicy"
         model = kind(args.policy, envs, policy_kwargs=policy, seed=args.seed, device=args.device, **settings)
     except Exception as error:
@@ -382,6 +390,8 @@ def library_model(args: Namespace, num_envs: int, checkpoint: Path | None, train
     args.policy_kwargs = {name: getattr(chosen, name) for name in ("net_arch", "ortho_init", "log_std_init")}
     args.policy_kwargs |= {name: getattr(chosen, name).__name__ for name in names}
     args.policy_kwargs |= dict(optimizer_kwargs=chosen.optimizer_kwargs)
+    if args.norm_obs or args.norm_reward:
+        args.vec_normalize = {name: getattr(envs, name) for name in ("clip_obs", "clip_reward", "gamma", "epsilon")}
     return model
 
 
@@ -567,8 +577,8 @@ class Run:
     def end_iteration(self, values: dict[str, float]) -> None:
         """Takes in the values of an iteration by their tags; logs, saves and, after a signal, stops where it is due."""
         for tag, value in values.items():
-            if not math.isfinite(value) and "loss" in tag.partition("/")[2]:
-                raise Diverged(f"{tag} is {value}")
+            if tag.endswith("_loss") and not math.isfinite(value):
+                raise Diverged(f"{tag} is not finite")
         self.iteration += 1
         self.gathered.append(values)
         last, stop = self.global_step >= self.args.total_timesteps, bool(self.signals)
@@ -660,9 +670,10 @@ def evaluate(args: Namespace) -> list[float]:
     step = random_player(args, num_envs, args.eval_seed) if random else library_player(args, num_envs, file)
     returns = [[] for _ in range(num_envs)]
     shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # or else short episodes win
-    while any(len(played) < share for played, share in zip(returns, shares)):
-        for n, score, _ in step():
-            returns[n].append(score)
+    with failing():
+        while any(len(played) < share for played, share in zip(returns, shares)):
+            for n, score, _ in step():
+                returns[n].append(score)
     returns = [score for played, share in zip(returns, shares) for score in played[:share]]
     kind = "stochastic" if args.eval_stochastic else "deterministic"
     result = {name: float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
@@ -675,6 +686,20 @@ def evaluate(args: Namespace) -> list[float]:
         with SummaryWriter(folder) as writer:
             writer.add_scalar("eval/episodic_return", result["mean"], state["global_step"])
     return returns
+
+
+@contextmanager
+def failing(model: Any = None) -> Iterator[None]:
+    """Makes one sentence of whatever an environment or the library raises."""
+    try:
+        yield
+    except (Stopped, Failed, OSError):
+        raise
+    except Exception as error:
+        finite = not model or all(parameter.isfinite().all() for parameter in model.policy.parameters())
+        if not finite:  # the library's message is a tensor
+            raise Diverged("the network's parameters are not finite") from error
+        raise Failed(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
 
 
 def learn(model: Any, run: Run) -> None:
@@ -698,15 +723,8 @@ def learn(model: Any, run: Run) -> None:
             run.end_iteration({TAGS[name][0]: value * TAGS[name][1] for name, value in values.items() if name in TAGS})
 
     model.set_logger(Logger(None, []))
-    try:
-        left = run.args.total_timesteps - run.global_step  # the library adds what is done, so schedules keep the budget
-        model.learn(left, Recorder(), log_interval=None, reset_num_timesteps=run.global_step == 0)
-    except (Stopped, Failed, OSError):
-        raise
-    except Exception as error:
-        finite = all(parameter.isfinite().all() for parameter in model.policy.parameters())
-        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise (Failed if finite else Diverged)(message) from error
+    left = run.args.total_timesteps - run.global_step  # the library adds what is done, so schedules keep the budget
+    model.learn(left, Recorder(), log_interval=None, reset_num_timesteps=run.global_step == 0)
 
 
 def train(args: Namespace, unmapped: dict[str, Any]) -> Path:
@@ -720,14 +738,16 @@ def train(args: Namespace, unmapped: dict[str, Any]) -> Path:
     if state and state["global_step"] >= args.total_timesteps:
         print(f"{args.resume} is complete; there is nothing left to train.")
         return Path(args.resume)
-    seed = fresh_seed(args.seed, state["global_step"]) if state else args.seed
+    seed = args.seed
+    if state:  # another one, or else what follows would be what the run began with
+        seed = int(np.random.SeedSequence([seed, state["global_step"]]).generate_state(1)[0]) % 2**31
     if args.algo == "random":
         model, player = None, random_player(args, args.n_envs, seed)
     else:
         model = library_model(args, args.n_envs, checkpoint)
     if model and state:
         model.set_random_seed(seed)
-    with Run(args, unmapped, state, model, started) as run:
+    with Run(args, unmapped, state, model, started) as run, failing(model):
         if not state:
             run.save()
         if model:

@@ -376,8 +376,8 @@ def write_report(
     text += (
         f"Thin lines are seeds, thick ones their {centre} with its 95% bootstrap interval over seeds; every point is"
     )
-    text += " the mean return of the last 100 training episodes. Against time, a thick line stands where the median seed had"
-    text += " got to those steps. A cross ends a run that did not complete.\n\n"
+    text += " the mean return of the last 100 training episodes. Against time, a thick line stands where the median"
+    text += " seed had got to those steps. A cross ends a run that did not complete.\n\n"
     text += f"## Scores\n\n{score_table(cells, expected, rng)}\n"
     text += (
         "Mean over seeds and its 95% bootstrap interval, which with few seeds is too narrow: with 5 it holds the truth"

@@ -1,0 +1,459 @@
+"""benchmarks/peers.py: files as of the scripts, raw returns, resume, evaluation, protocols, hyperparameters, errors."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ale_py.env
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo
+from benchmarks import peers
+from benchmarks.jobs import ROOT, UsageError, has_checkpoint
+
+ALGOS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
+SMALL = {  # two environments; an iteration is 64 steps, for A2C 10
+    "sb3:ppo": "--n-envs 2 --n-steps 32 --batch-size 32 --n-epochs 2",
+    "sb3:a2c": "--n-envs 2",
+    "sb3:trpo": "--n-envs 2 --n-steps 32 --batch-size 32 --n-critic-updates 2",
+    "random": "--n-envs 2 --n-steps 32",
+}
+
+
+class Rising(gym.Env):
+    """Episodes of 5 steps, the k-th of an environment's life with a return of 10 k; later, what `bad` says."""
+
+    def __init__(self, bad=""):
+        self.observation_space, self.action_space = spaces.Box(-1, 1, (3,)), spaces.Discrete(2)
+        self.bad, self.episode = bad, 0
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return np.zeros(3, dtype=np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        if self.bad == "raise" and self.episode > 10:
+            raise ValueError("the gripper broke")
+        reward = np.nan if self.bad == "nan" and self.episode > 10 else 2.0 * self.episode
+        return np.full(3, 0.1 * self.t, dtype=np.float32), reward, self.t == 5, False, {}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder, the current one of the test, and Rising among the environments."""
+    monkeypatch.chdir(tmp_path)
+    for bad in ("", "nan", "raise"):
+        gym.register(f"Rising{bad}-v0", Rising, kwargs=dict(bad=bad))
+    yield tmp_path
+    for bad in ("", "nan", "raise"):
+        del gym.registry[f"Rising{bad}-v0"]
+
+
+def start(algo, *flags, steps=640, name="run", env_id="Rising-v0"):
+    """Trains a small run in this process; returns the exit status and the run directory."""
+    where = ["--env-id", env_id, "--total-timesteps", str(steps), "--run-name", name, "--checkpoint-interval", "2"]
+    return peers.main([algo, *SMALL[algo].split(), *where, *flags]), Path("runs") / name
+
+
+def rows(run, name):
+    with open(run / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def timeless(run):
+    return [(row["global_step"], row["return"], row["length"]) for row in rows(run, "episodes")]
+
+
+def read(run, name):
+    return json.loads((run / f"{name}.json").read_text())
+
+
+def process(*words, cwd, **options):
+    """The peers' command line as a process of its own."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.peers", *words]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# ----------------------------------------------------------------------------------------------------- the files
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """A run of ppo.py, evaluated both ways."""
+    where = tmp_path_factory.mktemp("ours")
+    small = "--num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 1 --total-timesteps 640 --compile off"
+    assert ppo.main([*small.split(), "--runs-dir", str(where), "--run-name", "run"]) == 0
+    for flags in ([], ["--eval-stochastic"]):
+        assert ppo.main(["--evaluate", str(where / "run"), "--eval-episodes", "3", *flags]) == 0
+    return where / "run"
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_the_run_directory_is_that_of_a_script(algo, ours):
+    status, run = start(algo, env_id="CartPole-v1")
+    for flags in ([], ["--eval-stochastic"]):
+        assert peers.main([algo, "--evaluate", str(run), "--eval-episodes", "3", *flags]) == 0
+    assert status == 0 and has_checkpoint(run)
+    assert {path.name.split(".")[0] for path in run.iterdir()} == {path.name.split(".")[0] for path in ours.iterdir()}
+
+    def shape(content):
+        return {key: shape(value) if isinstance(value, dict) else type(value) for key, value in content.items()}
+
+    assert shape(read(run, "summary")) == shape(read(ours, "summary"))
+    assert read(run, "summary")["status"] == "completed" and read(run, "summary")["global_step"] == 640
+    theirs, config = read(run, "config"), read(ours, "config")
+    assert set(theirs) - {"unmapped"} == set(config) - {"wandb_id"}
+    assert {key: theirs["args"][key] for key in ("env_id", "exp_name", "seed", "total_timesteps", "num_threads")} == {
+        "env_id": "CartPole-v1",
+        "exp_name": algo,
+        "seed": 1,
+        "total_timesteps": 640,
+        "num_threads": 1,
+    }
+    assert ("stable-baselines3" in theirs["versions"]) == (algo != "random")
+    assert set(config["versions"]) <= set(theirs["versions"])
+
+    assert list(rows(run, "episodes")[0]) == list(rows(ours, "episodes")[0])
+    progress = rows(run, "progress")
+    assert list(progress[0])[:5] == list(rows(ours, "progress")[0])[:5]
+    assert progress[-1]["global_step"] == "640"
+    scalars = set(EventAccumulator(str(run)).Reload().Tags()["scalars"])
+    assert scalars == {*progress[0], "eval/episodic_return"} - {"global_step", "wall_time", "sps"}
+    expected = {"policy_loss", "value_loss", "explained_variance"} if algo != "random" else set()
+    expected |= {"entropy"} if algo in ("sb3:ppo", "sb3:a2c") else set()
+    expected |= {"approx_kl", "clipfrac"} if algo == "sb3:ppo" else set()
+    assert {f"losses/{name}" for name in expected} <= scalars
+    assert all(np.isfinite(float(row[tag])) for row in progress for tag in row if tag.endswith("_loss"))
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_episodes_are_the_environments_own(algo):
+    clip = [] if algo == "random" else ["--clip-reward", "--norm-reward", "--norm-obs"]  # for the learner alone
+    _, run = start(algo, *clip)
+    expected = [(str(10 * k), str(10.0 * k), "5") for k in range(1, 65) for _ in range(2)]
+    assert timeless(run) == expected
+    assert read(run, "summary")["train_last100"] == np.mean([10.0 * k for k in range(15, 65)])
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_a_run_repeats_itself_and_another_seed_does_not(algo):
+    one, same, other = (
+        timeless(start(algo, "--seed", seed, name=name, env_id="CartPole-v1")[1])
+        for name, seed in (("one", "3"), ("same", "3"), ("other", "4"))
+    )
+    assert one == same != other
+
+
+def test_what_a_run_takes_is_in_its_config():
+    linear = ["--learning-rate", "lin_1e-3", "--no-normalize-advantage", "--policy_kwargs", '{"net_arch": [8]}']
+    _, run = start("sb3:ppo", *linear, "--clip-range=0.3", steps=128)
+    args, signature = read(run, "config")["args"], peers.library_defaults("sb3:ppo")
+    assert set(signature) <= set(args)
+    assert args["learning_rate"] == "lin_1e-3" and args["clip_range"] == 0.3 and args["gae_lambda"] == 0.95
+    assert args["normalize_advantage"] is False and args["n_steps"] == 32 and args["policy"] == "MlpPolicy"
+    assert args["policy_kwargs"]["net_arch"] == [8] and args["policy_kwargs"]["optimizer_kwargs"] == {"eps": 1e-5}
+    assert [float(row["charts/learning_rate"]) for row in rows(run, "progress")] == pytest.approx([5e-4, 0.0])
+
+
+# --------------------------------------------------------------------------------------- how a run stops and goes on
+@pytest.mark.parametrize("algo", ALGOS)
+def test_resume_continues_the_files(algo, capsys):
+    linear = [] if algo == "random" else ["--learning-rate", "lin_1e-3"]
+    steps = 3200 if algo == "sb3:a2c" else 640  # its rows and checkpoints are 100 iterations apart
+    _, run = start(algo, *linear, env_id="CartPole-v1", steps=steps)
+    whole = rows(run, "progress")
+    newest = max((run / "checkpoints").glob("step_*"))
+    newest.unlink()  # as if it had been killed before
+    (run / "summary.json").unlink()
+    saved = int(max((run / "checkpoints").glob("step_*")).stem[5:])
+    assert 0 < saved < steps
+    before = [row for row in timeless(run) if int(row[0]) <= saved]
+    assert peers.main([algo, "--resume", str(run)]) == 0
+    assert f"goes on from step {saved:,}, validly, but not bit for bit" in capsys.readouterr().out
+    assert timeless(run)[: len(before)] == before and len(timeless(run)) > len(before)
+    assert all(int(row[0]) > saved for row in timeless(run)[len(before) :])
+    again = rows(run, "progress")
+    assert [row["global_step"] for row in again] == [row["global_step"] for row in whole]
+    assert (np.diff([float(row["wall_time"]) for row in again]) > 0).all()
+    if linear:  # the schedule of the whole budget
+        assert [row["charts/learning_rate"] for row in again] == [row["charts/learning_rate"] for row in whole]
+    assert read(run, "summary")["status"] == "completed" and read(run, "summary")["global_step"] == steps
+    assert peers.main(["--resume", str(run)]) == 0
+    assert "nothing left to train" in capsys.readouterr().out
+
+
+def test_resume_brings_back_model_and_normaliser():
+    _, run = start("sb3:ppo", "--norm-obs", "--norm-reward", steps=128)
+    file = max((run / "checkpoints").glob("step_*"))
+    args, _ = peers.parse_args(["--resume", str(run)])
+    model = peers.library_model(args, args.n_envs, file)
+    envs = model.get_vec_normalize_env()
+    # every environment's observations are 0 to 0.5 in steps of 0.1, so 2.5 tenths on average
+    assert model.num_timesteps == 128 and envs.training
+    assert envs.obs_rms.count == pytest.approx(128 + 2) and 0.15 < envs.obs_rms.mean[0] < 0.25
+    assert model.policy.optimizer.state_dict()["state"][0]["step"] == 8  # 2 iterations, 2 epochs, 2 minibatches
+
+
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_serves(capsys):
+    _, run = start("sb3:a2c", steps=2000)
+    (run / "summary.json").unlink()
+    newest = max((run / "checkpoints").glob("step_*"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 255
+    newest.write_bytes(content)
+    assert peers.main(["--resume", str(run)]) == 0
+    assert f"{newest} is corrupt" in capsys.readouterr().err
+    assert read(run, "summary")["global_step"] == 2000
+
+
+@pytest.mark.parametrize("algo", ["sb3:ppo", "random"])
+def test_a_signal_saves_and_the_run_goes_on(algo, here):
+    words = [algo, *SMALL[algo].split(), "--total-timesteps", "1000000000", "--run-name", "run"]
+    child, run = process(*words, cwd=here), here / "runs" / "run"
+    while not (run / "progress.csv").exists() or not rows(run, "progress"):
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 143 and not err
+    steps = read(run, "summary")["global_step"]
+    assert read(run, "summary")["status"] == "interrupted" and f"interrupted after {steps:,} steps" in out
+    assert (run / "checkpoints" / f"step_{steps:012}.zip").exists()
+    assert rows(run, "progress")[-1]["global_step"] == str(steps)
+    config = read(run, "config")
+    config["args"]["total_timesteps"] = steps + 64
+    (run / "config.json").write_text(json.dumps(config))
+    assert peers.main([algo, "--resume", str(run)]) == 0
+    assert read(run, "summary")["global_step"] == steps + 64
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_an_environment_that_breaks(algo, capsys):
+    status, run = start(algo, env_id="Risingraise-v0")
+    assert status == 1 and read(run, "summary")["status"] == "failed"
+    error = capsys.readouterr().err
+    assert error.startswith("error: iteration ") and "the gripper broke" in error and error.count("\n") == 1
+    assert read(run, "summary")["error"] in error and has_checkpoint(run)
+
+
+def test_rewards_that_are_not_numbers_diverge(capsys):
+    status, run = start("sb3:ppo", env_id="Risingnan-v0")
+    assert status == 1 and read(run, "summary")["status"] == "diverged"
+    error = capsys.readouterr().err
+    assert error.startswith("error: iteration 2: ") and "not finite" in error and error.count("\n") == 1
+    for file in (run / "checkpoints").glob("step_*"):
+        args, _ = peers.parse_args(["--evaluate", str(file)])
+        policy = peers.library_model(args, 2, file).policy
+        assert all(parameter.isfinite().all() for parameter in policy.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+def test_evaluation_is_fair_to_long_episodes_and_changes_nothing(capsys):
+    _, run = start("sb3:ppo", "--norm-obs", steps=128)
+    files = {path: path.read_bytes() for path in run.rglob("*.zip")} | {run: (run / "episodes.csv").read_bytes()}
+    args, _ = peers.parse_args(["--evaluate", str(run), "--eval-episodes", "11"])
+    assert peers.evaluate(args) == [10.0, 20.0] * 3 + [10.0] * 5  # shares of 8 environments
+    assert "11 deterministic episodes: mean 12.73" in capsys.readouterr().out
+    result = read(run, "summary")["eval"]["deterministic"]
+    assert result == dict(mean=result["mean"], std=result["std"], min=10.0, max=20.0) | dict(
+        episodes=11, seed=1_000_000, iteration=2
+    )
+    assert all(path.read_bytes() == content for path, content in files.items() if path != run)
+    assert (run / "episodes.csv").read_bytes() == files[run]
+
+
+def test_evaluation_freezes_the_normaliser(monkeypatch):
+    _, run = start("sb3:ppo", "--norm-obs", "--norm-reward", env_id="Pendulum-v1")
+    models, make = [], peers.library_model
+    monkeypatch.setattr(peers, "library_model", lambda *given, **more: models.append(make(*given, **more)) or models[0])
+    assert len(peers.evaluate(peers.parse_args(["--evaluate", str(run), "--eval-episodes", "2"])[0])) == 2
+    normaliser = models[0].get_vec_normalize_env()
+    assert not normaliser.training and normaliser.obs_rms.count == pytest.approx(640 + 2)
+
+
+def test_evaluation_repeats_itself():
+    _, run = start("sb3:a2c", env_id="CartPole-v1")
+    flags = ["--evaluate", str(run), "--eval-episodes", "9"]
+    one, same, sampled, other = (
+        peers.evaluate(peers.parse_args([*flags, *more])[0])
+        for more in ([], [], ["--eval-stochastic"], ["--eval-seed", "7"])
+    )
+    assert one == same and one != sampled and one != other
+
+
+# ------------------------------------------------------------------------------------------------------ protocols
+def atari_args(env_id):
+    return peers.parse_args(["sb3:a2c", "--env-id", env_id])[0]
+
+
+def test_atari_of_the_paper_counts_whole_games_in_raw_points(monkeypatch):
+    games, step = [0.0], ale_py.env.AtariEnv.step
+
+    def spy(self, action):
+        result = step(self, action)
+        games[-1] += result[1]
+        games.extend([0.0] * result[2])
+        return result
+
+    monkeypatch.setattr(ale_py.env.AtariEnv, "step", spy)
+    args = atari_args("SpaceInvadersNoFrameskip-v4")
+    assert (args.clip_reward, args.n_envs, args.ent_coef, args.vf_coef) == (True, 16, 0.01, 0.25)
+    envs = peers.library_envs(args, 1, None)
+    envs.seed(0), envs.action_space.seed(0)
+    observations, counted, ended, lost, steps = envs.reset(), peers.Games(envs), [], 0, 0
+    assert observations.shape == (1, 84, 84, 4) and observations.dtype == np.uint8
+    while len(ended) < 2:
+        _, rewards, dones, _ = envs.step([envs.action_space.sample()])
+        ended, lost, steps = ended + counted.ended(dones), lost + int(dones[0]), steps + 1
+        assert set(rewards) <= {0.0, 1.0}
+    assert [score for _, score, _ in ended] == games[:2] and max(games) >= 30
+    assert lost == 6 and sum(length for _, _, length in ended) == steps  # three lives a game
+
+
+def test_sticky_atari_is_nothing_else():
+    envs = peers.library_envs(atari_args("ALE/Breakout-v5"), 1, None)
+    envs.seed(0)
+    envs.reset()
+    ale, frames, lives = envs.unwrapped.envs[0].unwrapped.ale, [], []
+    assert ale.getFloat("repeat_action_probability") == 0.25 and ale.getEpisodeFrameNumber() == 0
+    dones = [False]
+    for t in range(200):
+        _, _, dones, _ = envs.step([t % 4])
+        frames.append(ale.getEpisodeFrameNumber()), lives.append(ale.lives())
+        assert bool(dones[0]) == (frames[-1] == 0)
+        if dones[0]:
+            break
+    assert frames[:3] == [4, 8, 12] and min(lives[:-1]) < 5
+
+
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Breakout-v5"])
+def test_random_atari_plays_whole_games(env_id):
+    status, run = start("random", "--n-envs", "8", "--n-steps", "64", env_id=env_id, steps=2560)
+    episodes = rows(run, "episodes")
+    assert status == 0 and len(episodes) >= 5
+    assert all(int(row["length"]) > 100 for row in episodes)  # five lives
+    assert 0.2 < np.mean([float(row["return"]) for row in episodes]) < 3.5  # 1.7 in the literature
+
+
+def test_mujoco_is_normalised_and_reported_raw():
+    _, run = start("sb3:ppo", env_id="InvertedPendulum-v4")
+    args = read(run, "config")["args"]
+    assert args["norm_obs"] and args["norm_reward"] and args["vec_normalize"]["gamma"] == args["gamma"]
+    assert all(float(row["return"]) == float(row["length"]) for row in rows(run, "episodes"))  # a point for each step
+
+
+def test_random_cartpole_scores_22():
+    status, run = start("random", "--checkpoint-interval", "9999", "--n-envs", "8", env_id="CartPole-v1", steps=40_000)
+    assert status == 0 and 21.0 < np.mean([float(row["return"]) for row in rows(run, "episodes")]) < 23.5
+    assert peers.main(["random", "--evaluate", str(run), "--eval-episodes", "100"]) == 0
+    assert 17.0 < read(run, "summary")["eval"]["deterministic"]["mean"] < 28.0
+
+
+# ------------------------------------------------------------------------------------------------- hyperparameters
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v4", "BreakoutNoFrameskip-v4"])
+@pytest.mark.parametrize("name", ["ppo", "a2c", "trpo"])
+def test_ours_are_mapped_or_listed(name, env_id):
+    args, unmapped = peers.parse_args([f"sb3:{name}", "--env-id", env_id, "--hyperparameters", "ours"])
+    ours = __import__(name).parse_args(["--env-id", env_id])
+    assert args.total_timesteps == ours.total_timesteps
+    assert (args.n_envs, args.n_steps, args.gamma) == (ours.num_envs, ours.num_steps, ours.gamma)
+    assert args.policy_kwargs["log_std_init"] == ours.log_std_init and args.norm_obs == ours.norm_obs
+    assert args.learning_rate == (f"lin_{ours.learning_rate}" if ours.anneal_lr else ours.learning_rate)
+    if name != "a2c":
+        assert args.batch_size * ours.num_minibatches == args.n_envs * args.n_steps
+    atari_trpo = {"fisher_fraction": 0.1, "ent_coef": 0.01}
+    assert unmapped == (atari_trpo if (name, env_id) == ("trpo", "BreakoutNoFrameskip-v4") else {})
+
+
+def test_ours_takes_the_flags_of_the_script():
+    flags = "--env-id CartPole-v1 --num-envs 4 --objective kl-fixed --target-kl 0.03 --no-norm-adv --vf-coef 1"
+    args, unmapped = peers.parse_args(["sb3:ppo", "--hyperparameters", "ours", *flags.split(), "--seed", "5"])
+    assert args.n_envs == 4 and args.batch_size == 128 and args.target_kl == pytest.approx(0.02) and args.seed == 5
+    assert args.normalize_advantage is False and args.vf_coef == 0.5 and unmapped == {"objective": "kl-fixed"}
+    args, _ = peers.parse_args(["sb3:a2c", "--hyperparameters", "ours", "--optimizer", "adam"])
+    assert args.use_rms_prop is False and "optimizer_class" not in args.policy_kwargs
+
+
+def test_value_losses_have_one_scale():
+    """Weighing theirs with our mapped coefficient gives the gradient of ours, and the tag is our loss."""
+    args, _ = peers.parse_args(["sb3:ppo", "--hyperparameters", "ours"])
+    ours = ppo.parse_args([])
+    values, returns = torch.randn(9), torch.randn(9)
+    half = ppo.value_objective(values, values, returns, ours)
+    theirs = torch.nn.functional.mse_loss(returns, values)
+    assert args.vf_coef * theirs == pytest.approx(ours.vf_coef * half)
+    assert peers.TAGS["value_loss"][1] * theirs == pytest.approx(half)
+
+
+def test_ours_runs():
+    flags = "--num-envs 2 --num-steps 32 --num-minibatches 2 --total-timesteps 128 --run-name run"
+    assert peers.main(["sb3:ppo", "--hyperparameters", "ours", *flags.split()]) == 0
+    args = read(Path("runs/run"), "config")["args"]
+    assert args["hyperparameters"] == "ours" and args["learning_rate"] == "lin_0.001" and args["n_epochs"] == 10
+    assert peers.main(["--resume", "runs/run"]) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- wrong input
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("", "must be one of sb3:ppo, sb3:a2c, sb3:trpo, random"),
+        ("sb3:dqn", "but is sb3:dqn"),
+        ("sb3:ppo --env-id CartPol-v1", "did you mean CartPole-v1?"),
+        ("sb3:ppo --env-id Blackjack-v1", "Box and Discrete"),
+        ("sb3:ppo --env-id Breakout-v4", "Breakout-v4"),
+        ("sb3:ppo --num-envs 4", "does not take --num-envs 4"),
+        ("sb3:ppo --n-steps many", "--n-steps is many"),
+        ("sb3:ppo --n-steps", "--n-steps is True"),
+        ("sb3:ppo --gamma high", "gamma is high"),
+        ("sb3:ppo --learning-rate lin_fast", "'fast'"),
+        ("sb3:ppo --batch-size 1", "batch_size"),
+        ("sb3:ppo --hyperparameters ours --num-minibatches 3", "3 minibatches"),
+        ("sb3:ppo --seed -1", "--seed is -1"),
+        ("sb3:ppo --seed one", "--seed"),
+        ("sb3:ppo --device tpu", "--device"),
+        ("random --total-timesteps 0", "--total-timesteps is 0"),
+        ("random --n-envs 0", "--n-envs is 0"),
+        ("random --resume nowhere", "nowhere is no run directory"),
+        ("sb3:ppo --evaluate nowhere", "nowhere is no run directory"),
+    ],
+)
+def test_wrong_input_is_one_sentence(words, says, capsys, here):
+    assert peers.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert not list(here.iterdir())
+
+
+def test_wrong_continuations(capsys):
+    _, run = start("random", steps=64)
+    for words, says in (
+        (["sb3:ppo", "--resume", str(run)], "is a run of random, not of sb3:ppo"),
+        (["random", "--resume", str(run), "--seed", "3"], "seed 1 -> 3"),
+        (["random", "--resume", str(run / "checkpoints" / "step_000000000064.zip")], f"directory, here {run}"),
+        (["random", "--run-name", "run"], "exists"),
+        (["random", "--evaluate", str(run), "--eval-episodes", "0"], "--eval-episodes is 0"),
+    ):
+        assert peers.main(words) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_missing_library_is_named_and_random_needs_none(monkeypatch):
+    find = peers.importlib.util.find_spec
+    missing = ("stable_baselines3", "sb3_contrib", "cv2")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    for algo, package in (("sb3:ppo", "stable_baselines3"), ("sb3:trpo", "sb3_contrib")):
+        with pytest.raises(UsageError, match=rf"{algo} needs {package}; install .*\[peers\]"):
+            peers.parse_args([algo])
+    assert start("random", steps=64)[0] == 0
