@@ -55,8 +55,8 @@ ROWS = {
         "ppo.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --num-minibatches 32 --compile on",
         40_960, "stable_baselines3 PPO n_steps=2048, batch_size=64, n_epochs=10", CHEETAH, 8_192),
     "cheetah-default": Row("PPO, HalfCheetah-v5, the default of each (ours compiles, as it does for its 1M steps)",
-        "ppo.py --env-id HalfCheetah-v5 --compile on",
-        61_440, "stable_baselines3 PPO", "make_vec_env('HalfCheetah-v5', 1)", 8_192),
+        "ppo.py --env-id HalfCheetah-v5 --compile on", 61_440, "stable_baselines3 PPO",
+        "make_vec_env('HalfCheetah-v5', 1)", 8_192),
     "breakout": Row("PPO, BreakoutNoFrameskip-v4, 8 x 128, 4 minibatches, 4 epochs, all cores",
         "ppo.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 --update-epochs 4",
         5_120, "stable_baselines3 PPO n_steps=128, batch_size=256, n_epochs=4, clip_range=0.1, ent_coef=0.01",
@@ -71,24 +71,21 @@ ROWS = {
     "trpo-cheetah": Row("TRPO, HalfCheetah-v5, 1 x 2048, 15 products, 10 critic epochs, both with normalisers",
         "trpo.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --cg-iters 15 --cg-damping 0.1 --max-kl 0.01"
         " --num-minibatches 16 --update-epochs 10 --line-search-steps 10 --compile on",
-        40_960, "sb3_contrib TRPO n_steps=2048, batch_size=128, n_critic_updates=10, cg_max_steps=15",
-        CHEETAH, 12_288),
+        40_960, "sb3_contrib TRPO n_steps=2048, batch_size=128, n_critic_updates=10, cg_max_steps=15", CHEETAH, 12_288),
 }
 # fmt: on
 ALONE = {  # rows without a peer, each a function below: what it measures, and the unit
     "process": ("whole process, python ppo.py --env-id CartPole-v1", "s"),
     "environment": ("part of reinforce.py's wall time inside the environments, CartPole-v1", ""),
 }
-
 SCRIPTS = ("ppo", "a2c", "trpo", "reinforce")
 NEEDED = ("stable_baselines3", "sb3_contrib", "cv2", "matplotlib")
+NAMES = ", ".join([*SCRIPTS, *ROWS, *ALONE])
+HELP = f"rows, or scripts, which stand for all their rows, of {NAMES} (none: all)"
 KINDS = ("ours", "sb3", "environment", "inference", "update", "serial")
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 THEIRS = """
-import json, resource, time, warnings
-warnings.filterwarnings("ignore")
-import ale_py, gymnasium, torch
+import json, resource, time, ale_py, gymnasium, torch
 gymnasium.register_envs(ale_py)
 torch.set_num_threads({threads})
 from {module} import {name}
@@ -104,21 +101,16 @@ print(json.dumps(dict(sps=sps, memory=resource.getrusage(resource.RUSAGE_SELF).r
 """
 
 
-def output_of(command: list[str], **environment: str) -> str:
-    """What a process prints; raises CalledProcessError."""
+def last_line(command: list[str], **environment: str) -> str:
+    """What a process prints last; raises CalledProcessError."""
     options = dict(check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
-    return subprocess.run(command, **options).stdout
-
-
-def run_python(code: str, *arguments: str) -> Any:
-    """What the code prints, as JSON, in its last line."""
-    return json.loads(output_of([sys.executable, "-c", code, *arguments]).splitlines()[-1])
+    return subprocess.run(command, **options).stdout.rstrip().rpartition("\n")[2]
 
 
 def call(function: str, *arguments: str) -> Any:
     """The result of a function of this file, in a process of its own."""
     code = f"import json, sys; from benchmarks import speed; print(json.dumps(speed.{function}(*sys.argv[1:])))"
-    return run_python(code, *arguments)
+    return json.loads(last_line([sys.executable, "-c", code, *arguments]))
 
 
 def run_ours(row: Row, device: str) -> dict[str, float]:
@@ -126,7 +118,7 @@ def run_ours(row: Row, device: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         script, *flags = row.command(device)
         flags += ["--total-timesteps", str(row.our_steps), "--runs-dir", folder, "--run-name", "run"]
-        output_of([sys.executable, str(ROOT / script), *flags, "--checkpoint-interval", "1000000"])
+        last_line([sys.executable, str(ROOT / script), *flags, "--checkpoint-interval", "1000000"])
         summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
     return {"sps": summary["sps"], "startup": summary["startup_time"], "memory": summary["peak_memory_mb"]}
 
@@ -136,27 +128,25 @@ def run_theirs(row: Row, device: str) -> dict[str, float]:
     module, name, *arguments = row.theirs.split(maxsplit=2)
     policy, arguments = "CnnPolicy" if "atari" in row.make else "MlpPolicy", "".join(arguments)
     options = dict(module=module, name=name, policy=policy, arguments=arguments, make=row.make, device=device)
-    return run_python(THEIRS.format(**options, steps=row.their_steps, threads=row.threads))
+    code = THEIRS.format(**options, steps=row.their_steps, threads=row.threads)
+    return json.loads(last_line([sys.executable, "-c", code]))
 
 
 def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]:
     """Steps per second of a script's environments, inference and update alone, and of the three in a row ("serial").
 
     One iteration of the script's own `train` makes all that is timed: the environments, stepped with random actions;
-    what `play` does from one step to the next, in environments that stand still; and `update`, on one batch and from
-    the same weights each time. Give --compile on or off, for one iteration is too short for "auto".
+    `play` up to its last action, in environments that stand still; and `update`, on one batch and from the same weights
+    each time. Give --compile on or off, for one iteration is too short for "auto".
     """
-    import numpy as np
-    import torch
-
     module = importlib.import_module(Path(script).stem)
     args, play, update = module.parse_args([*flags]), module.play, module.update
     with tempfile.TemporaryDirectory() as folder, patch.object(module, "play", wraps=play) as played:
         with patch.object(module, "update", wraps=update) as updated:
             run = module.train(replace(args, total_timesteps=args.num_envs * args.num_steps, runs_dir=folder))
         steps = json.loads((run / "summary.json").read_text())["global_step"]
-    agent, envs, obs, info, *_ = played.call_args.args
-    wait = torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
+    (agent, envs, obs, info, *_), zeros = played.call_args.args, module.np.zeros(args.num_envs)
+    wait = module.torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
 
     def per_second(function: Callable, before: Callable = lambda: None) -> float:
         function()
@@ -172,22 +162,13 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
     module.reset_envs(envs, args.seed, 0)
     rates = {"environment": args.num_envs * per_second(lambda: envs.step(next(actions)))}
 
-    zeros, times, calls, spent = np.zeros(args.num_envs), [], 0, 0.0
+    def act() -> None:
+        same = itertools.repeat((obs, zeros, zeros > 0, zeros > 0, info), args.num_steps - 1)
+        envs.step = lambda actions: next(same)
+        with contextlib.suppress(StopIteration):
+            play(*played.call_args.args)
 
-    def stand_still(_: np.ndarray) -> tuple:
-        times.append(time.perf_counter())
-        if len(times) > args.num_steps:  # where play waits for episodes to end
-            raise StopIteration
-        return obs, zeros, zeros > 0, zeros > 0, info
-
-    with patch.object(envs, "step", stand_still):
-        while spent < seconds:
-            times.clear()
-            with contextlib.suppress(StopIteration):
-                play(*played.call_args.args)
-            calls, spent = calls + len(times) - 1, spent + times[-1] - times[0]
-    rates["inference"] = args.num_envs * calls / spent
-
+    rates["inference"] = args.num_envs * args.num_steps * per_second(act)
     weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
     again = per_second(lambda: update(*updated.call_args.args), before=lambda: agent.load_state_dict(weights))
     rates["update"] = steps * again
@@ -220,25 +201,25 @@ def process() -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "ppo.py"), "--env-id", "CartPole-v1", "--runs-dir", folder]
         begun = time.perf_counter()
-        output_of(command, TORCHINDUCTOR_CACHE_DIR=f"{folder}/cache")
+        last_line(command, TORCHINDUCTOR_CACHE_DIR=f"{folder}/cache")
         return time.perf_counter() - begun
 
 
 def measure(name: str, device: str, options: "Speed") -> dict[str, Any]:
     """A row of the table; raises CalledProcessError."""
     if name in ALONE:
-        return dict(zip(("what", "unit"), ALONE[name]), measured=[call(name) for _ in range(options.pairs)])
-    row, pairs = ROWS[name], []
-    for number in range(1, options.pairs + 1):
-        sides = [("ours", run_ours), ("sb3", run_theirs)]
-        pair = {side: run(row, device) for side, run in (sides if number % 2 else sides[::-1])}
+        measured = [call(name) for _ in range(options.pairs)]
+        return {"what": ALONE[name][0], "unit": ALONE[name][1], "measured": measured}
+    row, sides, pairs, ratios = ROWS[name], {"ours": run_ours, "sb3": run_theirs}, [], []
+    for number in range(options.pairs):
+        pair = {side: sides[side](row, device) for side in [*sides][:: (-1) ** number]}
         ours, sb3 = pair["ours"]["sps"], pair["sb3"]["sps"]
-        print(f"{name}, {device}, {number} of {options.pairs}: {ours:,.0f} against {sb3:,.0f} steps/s", flush=True)
+        print(f"{name} on {device}: {ours:,.0f} against {sb3:,.0f} steps/s, {ours / sb3:.2f}", flush=True)
         if options.ceilings:
             pair["ceilings"] = call("ceilings", *row.command(device))
             pair["ceilings"]["reached"] = ours / pair["ceilings"]["serial"]
-        pairs.append(pair | {"ratio": ours / sb3})
-    ratios = [pair.pop("ratio") for pair in pairs]
+        pairs.append(pair)
+        ratios.append(ours / sb3)
     middle = {side: {key: median(pair[side][key] for pair in pairs) for key in pair[side]} for side in pair}
     return {"what": row.what, "ratios": ratios, "ratio": median(ratios), "median": middle, "pairs": pairs}
 
@@ -250,12 +231,10 @@ def provenance(device: str, load: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads((ppo.create_run_dir(ppo.Args(runs_dir=folder, device=device)) / "config.json").read_text())
     peers = {d.name: d.version for d in importlib.metadata.distributions() if d.name.startswith(("stable", "sb3"))}
-    here = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "cores": CORES, "load": round(load, 2)}
-    here |= {
-        "versions": config["versions"] | peers,
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-    }
-    return here | {key: config[key] for key in ("hardware", "git_commit", "git_dirty")}
+    date, command = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), ["python", "-m", "benchmarks", *sys.argv[1:]]
+    here = {"date": date, "command": shlex.join(command), "load": round(load, 2), "cores": CORES}
+    here |= {"git_commit": str(config["git_commit"]), "git_dirty": config["git_dirty"], "hardware": config["hardware"]}
+    return here | {"versions": config["versions"] | peers}
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -265,7 +244,9 @@ def markdown(table: dict[str, Any]) -> str:
     lines, alone = [f"| {columns} |", "|---" * 13 + "|"], []
     for name, row in table.items():
         here = row["machine"]
-        when = f"{here['date']}, {here['hardware']}, {here['cores']} cores, load {here['load']}"
+        when = (
+            f"{here['date']}, {here['hardware']}, {here['cores']} cores, load {here['load']}, {here['git_commit']:.7}"
+        )
         if "measured" in row:
             middle, low, high = (f"{f(row['measured']):.3g} {row['unit']}".rstrip() for f in (median, min, max))
             alone.append(f"\n{name}: {row['what']}: {middle} ({low} to {high}); {when}")
@@ -281,35 +262,30 @@ def markdown(table: dict[str, Any]) -> str:
 
 def draw(rows: dict[str, Any], path: Path) -> None:
     """Left the ratios with their range, right the steps per second of both sides and of the ceilings."""
-    from matplotlib.figure import Figure
+    from benchmarks.figures import PALETTE, plt, save_figure
 
-    figure = Figure(figsize=(11, 1.4 + 0.62 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    size = (11, 1.4 + 0.62 * len(rows))
+    figure, (left, right) = plt.subplots(1, 2, sharey=True, width_ratios=(2, 3), figsize=size, layout="constrained")
     names = [f"{name}\n{', '.join(row['what'].split(', ')[:2])}" for name, row in rows.items()]
     spread = [(row["ratio"] - min(row["ratios"]), max(row["ratios"]) - row["ratio"]) for row in rows.values()]
-    bars = left.barh(names, [row["ratio"] for row in rows.values()], xerr=[*zip(*spread)], color=COLORS[0], capsize=3)
+    bars = left.barh(names, [row["ratio"] for row in rows.values()], xerr=[*zip(*spread)], color=PALETTE[0], capsize=3)
     left.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontweight="bold")
     left.invert_yaxis()
-    left.set_xlabel("ours over Stable-Baselines3 (sb3)")
+    left.set_xlabel("ours over Stable-Baselines3 (sb3), median and range")
     medians = [row["median"] for row in rows.values()]
     rates = [{"ours": m["ours"]["sps"], "sb3": m["sb3"]["sps"]} | m.get("ceilings", {}) for m in medians]
-    for kind, color, marker in zip(KINDS, COLORS, "oo>sD|"):
+    for kind, color, marker, size in zip(KINDS, PALETTE, "oo>sD|", (8, 8, 8, 8, 8, 16)):
         if points := [(rate[kind], y) for y, rate in enumerate(rates) if kind in rate]:
-            right.plot(*zip(*points), marker, color=color, markersize=8, markeredgewidth=2, label=kind)
-    right.set(
-        xscale="log", xlabel="steps per second; environment, inference and update alone, serial: the three in a row"
-    )
-    for axis in (left, right):
-        axis.grid(alpha=0.25, axis="x")
-    figure.legend(loc="outside lower center", ncols=6, fontsize=9)
-    figure.savefig(path, dpi=110)
+            right.plot(*zip(*points), marker, color=color, markersize=size, markeredgewidth=2, label=kind)
+    right.set(xscale="log", xlabel="steps per second (serial: environment, inference and update in a row)")
+    right.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=6)
+    save_figure(figure, path)
 
 
 @dataclass
 class Speed:
-    rows: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help=f"of {', '.join([*SCRIPTS, *ROWS, *ALONE])}")
-    ] = ()
+    rows: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ROW ...]", help=HELP)] = ()
     pairs: int = 5
     """runs of each side; a row without a peer is measured as often"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -325,22 +301,26 @@ def plan(options: Speed) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     import torch
 
     rows, path, cuda = ROWS | ALONE, Path(f"{options.out}.json"), torch.cuda.is_available()
-    if unknown := [name for name in options.rows if name not in (*SCRIPTS, *rows)]:
-        raise UsageError(f"there is no row {', '.join(unknown)}; choose from {', '.join([*SCRIPTS, *rows])}.")
+    words = options.rows or tuple(rows)
+    if unknown := [word for word in words if word not in (*SCRIPTS, *rows)]:
+        raise UsageError(f"there is no row {', '.join(unknown)}; choose from {NAMES}.")
     if options.pairs < 1:
         raise UsageError(f"--pairs is {options.pairs}, but must be 1 or more.")
-    if options.device == "cuda" and not cuda:
-        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    asked = {name for name in rows for word in options.rows or rows if word == name or f"{word}.py" in str(rows[name])}
-    if missing := [name for name in NEEDED if asked & ROWS.keys() and importlib.util.find_spec(name) is None]:
+    asked = [name for name in rows if any(word == name or f"{word}.py" in str(rows[name]) for word in words)]
+    peers = [name for name in asked if name in ROWS]
+    if options.device == "cuda" and not (cuda and peers):
+        raise UsageError("--device cuda: torch sees no CUDA device here, or these rows run on the CPU only.")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(f'{missing[0]} is missing; install it with: pip install -c constraints.txt -e ".[peers]"')
     try:
         table = json.loads(path.read_text()) if path.exists() else {}
         markdown(table)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(table, indent=2) + "\n")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise UsageError(f"{path} is no table of this command; choose another --out.") from None
-    devices = {"auto": ["cpu", "cuda"] if cuda else ["cpu"]}.get(options.device, [options.device])
-    return table, [(name, device) for device in devices for name in rows if name in asked]
+        raise UsageError(f"{path} is no table of this command, or cannot be written; choose another --out.") from None
+    both = [(name, "cpu") for name in asked] + [(name, "cuda") for name in peers if cuda]
+    return table, [(name, device) for name, device in both if options.device in (device, "auto")]
 
 
 def main(options: Annotated[Speed, tyro.conf.arg(name="")]) -> int:
@@ -356,14 +336,13 @@ def main(options: Annotated[Speed, tyro.conf.arg(name="")]) -> int:
         try:
             table[key] = measure(name, device, options) | {"machine": provenance(device, load)}
         except subprocess.CalledProcessError as error:
-            end = (error.stdout + error.stderr).splitlines()[-15:]
-            how = f"error: {key}: exit status {error.returncode} of {shlex.join(error.cmd)}"
-            print(how, *end, sep="\n", file=sys.stderr)
+            print(f"error: {key}: exit status {error.returncode} of {shlex.join(error.cmd)}", file=sys.stderr)
+            print(*(error.stdout + error.stderr).splitlines()[-15:], sep="\n", file=sys.stderr)
             status = 1
             continue
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{options.out}.json").write_text(json.dumps(table, indent=2) + "\n")
         Path(f"{options.out}.md").write_text(markdown(table))
-        draw({key: row for key, row in table.items() if "ratios" in row}, Path(f"{options.out}.png"))
+        if timed := {key: row for key, row in table.items() if "ratios" in row}:
+            draw(timed, Path(f"{options.out}.png"))
     print(f"\n{markdown(table)}")
     return status
