@@ -117,6 +117,7 @@ def draw_aggregates(by_algo: dict[str, list[np.ndarray]], aggregates: dict, inte
         axis.set_yticks(range(len(algos)), algos if axis is axes[0][0] else [""] * len(algos))
         axis.grid(alpha=0.25, axis="x")
         axis.locator_params(axis="x", nbins=5)
+        axis.use_sticky_edges = False
         axis.margins(x=0.06)
     figure.supxlabel("normalised score", fontsize=9)
     save_figure(figure, path)

@@ -83,14 +83,14 @@ def is_atari(env_id: str) -> bool:
 
 
 def score_range(env_id: str) -> tuple[float, float, str] | None:
-    """(score that counts as 0, score that counts as 1, where they come from), fixed for all reports; None if unknown.
+    """(score that counts as 0, score that counts as 1, whose that is), fixed for all reports; None if unknown.
 
-    Atari: a random and a human player. Elsewhere benchmarks/references/normalisation.csv.
+    0 is a random policy's. On Atari 1 is a human player's, elsewhere see benchmarks/references/normalisation.csv.
     """
     if is_atari(env_id):
         for row in read_reference("atari_random_human"):
             if row["game"] == game_of(env_id):
-                return float(row["random"]), float(row["human"]), "random and human player (DQN Zoo)"
+                return float(row["random"]), float(row["human"]), "a human player (DQN Zoo)"
         return None
     for row in read_reference("normalisation"):
         if row["env_id"] == env_id:
@@ -189,6 +189,7 @@ def published_table(cells: dict, sources: list[str]) -> str:
                     number(ours.mean()) + f" ({runs[0].budget:,} steps)",
                     number(scores(runs, "eval_deterministic").mean()),
                     f"**{number(float(row['score']))}**{spread}" + (f" ({kind})" if spread else ""),
+                    ("+" if ours.mean() >= float(row["score"]) else "") + number(ours.mean() - float(row["score"])),
                     row["statistic"],
                     f"{int(float(row['env_steps'])):,}" if row["env_steps"] else "-",
                     row["seeds"] or "-",
@@ -198,7 +199,7 @@ def published_table(cells: dict, sources: list[str]) -> str:
             )
     if not rows:
         return ""
-    header = ["cell", "our train_last100", "our eval", "published", "what it measures", "steps", "seeds"]
+    header = ["cell", "our train_last100", "our eval", "published", "difference", "what it measures", "steps", "seeds"]
     text = table([*header, "version", "source"], rows)
     used = dict.fromkeys(row[-1] for row in rows)
     notes = [source for source in protocols.values() if source["title"] in used]
@@ -425,8 +426,9 @@ def aggregates(cells: dict, out: Path, below: str, rng: np.random.Generator) -> 
     text = f"## Over {len(envs)} environment{'s' * (len(envs) > 1)}\n\n"
     text += f"![Aggregates](aggregates.png){below}\n{table(['algorithm', *AGGREGATES], rows)}\n"
     text += f"![Performance profiles](profiles.png){below}\n"
-    scale = "; ".join("{}: 0 is {:,.6g}, 1 is {:,.6g} ({})".format(env_id, *score_range(env_id)) for env_id in envs)
-    text += f"Scores are `train_last100` on a fixed scale. {scale}. Intervals come from a bootstrap of seeds within"
+    scale = "; ".join("{}: {:,.6g} to {:,.6g}, {}".format(env_id, *score_range(env_id)) for env_id in envs)
+    text += "Scores are `train_last100` on a fixed scale from 0, a random policy, to 1, which is stated for each"
+    text += f" environment. {scale}. Intervals come from a bootstrap of seeds within"
     text += " environments (Agarwal et al. 2021, arXiv 2108.13264).\n\n"
     text += "".join(f"{note}\n\n" for note in notes)
     if len(algos) > 1:
