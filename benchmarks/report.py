@@ -54,7 +54,7 @@ class Matrix(NamedTuple):
 
     name: str = ""
     description: str = ""
-    command: str = ""
+    commands: list[str] = []
     published: list[str] = []
     normalise: bool = True
     cells: list[dict[str, Any]] = []
@@ -250,7 +250,7 @@ def provenance(runs: list[Run], matrix: Matrix) -> dict[str, Any]:
 
     return {
         "runs": len(runs),
-        "started by": matrix.command,
+        "started by": matrix.commands,
         "commit": count(commit),
         "versions": count(versions),
         "hardware": count(lambda run: run.config.get("hardware")),
@@ -273,7 +273,7 @@ def caption(facts: dict[str, Any]) -> str:
     ]
     line = f"{facts['runs']} runs; commit {listed[0]}; {listed[1]}; {listed[2]}"
     line += f"; threads per run {', '.join(facts['threads'])}"
-    return f"*{line}.*" + (f" `{facts['started by']}`" if facts["started by"] else "")
+    return f"*{line}.*" + "".join(f" `{command}`" for command in facts["started by"])
 
 
 def write_scores(runs: list[Run], path: Path) -> None:
