@@ -1,0 +1,280 @@
+"""Are new runs worse than the stored ones? python -m benchmarks check RUNS --against benchmarks/results/classic
+
+Compares the mean over seeds of train_last100 for each environment and algorithm. A drop is real when the interval of
+the difference lies below zero and the difference exceeds a tolerance, or when the new mean is back at the random
+policy's, where no stored seed was. A cell in which a random policy would pass proves nothing and is called blind.
+
+The intervals are percentile bootstraps of 1 - 0.05 / cells (Bonferroni: 95% for the whole table). Few seeds, resampled,
+are too sure of themselves, so the intervals are stretched about the difference: by the spread that resampling n seeds
+loses, sqrt(n / (n - 1)), and by Student's quantile over the normal one (as Hesterberg 2015, arXiv 1411.5279, does for
+one sample). In simulations of 12 cells, the same code on fresh seeds raises a false alarm in about one table of 25 with
+5 seeds against 5 (without the stretching in one of four), of 40 with 10 against 10, of eight with 3 against 10.
+"""
+
+import csv
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from benchmarks.jobs import UsageError
+from benchmarks.report import game_of, number, score_range
+from benchmarks.runs import Run, rank, read_runs
+from benchmarks.stats import difference
+
+FAILED = ("failed", "diverged")
+REPETITIONS = 20_000  # of a bootstrap; Bonferroni makes the tails thin
+
+
+@dataclass
+class Options:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """run directories, or folders of them"""
+    against: str
+    """folder with the scores.csv of a report, such as benchmarks/results/classic"""
+    tolerance: float = 0.05
+    """drop that is accepted, as a part of the stored score's distance from the random policy's; where that one is not
+    known, of the stored score or of the spread of its seeds, whichever is larger"""
+    fewer_seeds: bool = False
+    """accept that stored seeds are absent or not finished in RUNS; failed runs still count"""
+    seed: int = 0
+    """seed of the bootstrap"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What counts of a run. score is its train_last100, nan unless the run was completed."""
+
+    env_id: str
+    algo: str
+    seed: int
+    status: str
+    total_timesteps: int
+    score: float
+    key: str
+
+
+Cells = dict[tuple[str, str], dict[int, Score]]  # (environment, algorithm) -> seed -> score
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+def read_scores(path: Path) -> list[Score]:
+    """The rows of a scores.csv as the report writes it; raises UsageError with file, line and column."""
+    path = path / "scores.csv" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"there is no {path}; python -m benchmarks report RUNS --out DIR writes one.")
+    scores = []
+    with open(path, newline="", errors="replace") as file:
+        rows = csv.DictReader(file)
+        for row in rows:
+            name = ""
+            try:
+                values = {}
+                for name, kind in dict(
+                    env_id=str, algo=str, seed=int, status=str, total_timesteps=int, key=str
+                ).items():
+                    values[name] = kind(row[name] if row[name] is not None else "")
+                name = "train_last100"
+                score = float(row[name] or "nan") if values["status"] == "completed" else math.nan
+            except (KeyError, ValueError):
+                raise UsageError(f"{path}, line {rows.line_num}: {name} is {row.get(name)!r}.") from None
+            scores.append(Score(**values, score=score))
+    if not scores:
+        raise UsageError(f"{path} has no rows.")
+    return scores
+
+
+def score_of(run: Run) -> Score:
+    """The score of a run directory, with the seven digits of a scores.csv."""
+    score = float(f"{run.train_last100:.7g}") if run.done else math.nan
+    key = run.path.name.rpartition("__")[2] if run.path.name.count("__") == 3 else ""
+    return Score(run.env_id, run.algo, run.seed, run.status, run.budget, score, key)
+
+
+def cells_of(scores: Iterable[Score]) -> Cells:
+    cells: Cells = defaultdict(dict)
+    for score in scores:
+        cells[score.env_id, score.algo][score.seed] = score
+    return dict(cells)
+
+
+def cell_of(cell: dict[int, Score]) -> tuple[str, str]:
+    """Its environment and algorithm."""
+    run = next(iter(cell.values()))
+    return run.env_id, run.algo
+
+
+def finished(cell: dict[int, Score]) -> np.ndarray:
+    """Scores (seeds,) of the runs that have one."""
+    return np.array([run.score for run in cell.values() if not math.isnan(run.score)])
+
+
+# --------------------------------------------------------------------------------------------------- statistics
+@functools.cache
+def student_quantile(df: float, tail: float) -> float:
+    """What Student's t of df degrees of freedom exceeds with probability tail: with t = sqrt(df) tan(a), the density of
+    a is proportional to cos(a)^(df - 1)."""
+    angle = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angle) ** (df - 1)
+    area = np.concatenate([[0], (density[1:] + density[:-1]).cumsum()])
+    return math.sqrt(df) * math.tan(np.interp(1 - 2 * tail, area / area[-1], angle))
+
+
+def interval(old: np.ndarray, new: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+    """Bootstrap interval of mean(new) - mean(old), stretched for few seeds; nan where a side has only one."""
+    if min(len(old), len(new)) < 2:
+        return math.nan, math.nan
+    ends = difference(old, new, np.random.default_rng(seed), repetitions=REPETITIONS, confidence=confidence)
+    resampled = old.var() / len(old) + new.var() / len(new)
+    if resampled == 0:
+        return ends
+    unbiased = old.var(ddof=1) / len(old) + new.var(ddof=1) / len(new)
+    tail, here = (1 - confidence) / 2, new.mean() - old.mean()
+    student = student_quantile(len(old) + len(new) - 2, tail) / -NormalDist().inv_cdf(tail)
+    low, high = (float(here + (end - here) * student * math.sqrt(unbiased / resampled)) for end in ends)
+    return low, high
+
+
+def is_drop(old: np.ndarray, new: np.ndarray, random: float, high: float, tolerance: float) -> bool:
+    """Whether new scores are really lower; high is the upper end of the interval, random nan where it is not known."""
+    known = math.isfinite(random)
+    scale = abs(old.mean() - random) if known else max(abs(old.mean()), np.ptp(old))
+    floor = random + tolerance * scale
+    back_at_random = known and old.min() > floor >= new.mean()
+    return bool(old.mean() - new.mean() > tolerance * scale and (high < 0 or back_at_random))
+
+
+# --------------------------------------------------------------------------------------------------- comparison
+def list_of(seeds: Iterable[int]) -> str:
+    seeds = sorted(seeds)
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def match(stored: Cells, fresh: Cells) -> tuple[list[tuple[str, str]], list[str]]:
+    """(cells to compare, a sentence about each of the others); takes runs of other budgets out of fresh."""
+    both, others = [], []
+    for name, runs in fresh.items():
+        env_id, algo = name
+        if name not in stored:
+            versions = {env for env, other in stored if other == algo and game_of(env) == game_of(env_id)}
+            hint = f" ({', '.join(sorted(versions))} is another environment)" if versions else ""
+            others.append(f"{env_id} {algo}: nothing is stored{hint}")
+            continue
+        budgets = {run.total_timesteps for run in stored[name].values()}
+        if strange := {run.total_timesteps for run in runs.values()} - budgets:
+            asked, kept = (", ".join(f"{n:,}" for n in sorted(numbers)) for numbers in (strange, budgets))
+            others.append(f"{env_id} {algo}: runs of {asked} steps; the stored ones have {kept}")
+            fresh[name] = runs = {seed: run for seed, run in runs.items() if run.total_timesteps in budgets}
+        both += [name] if runs else []
+    both.sort(key=lambda name: (name[0], rank(name[1])))
+    others += [f"{' '.join(name)}: not in RUNS" for name in stored if name not in fresh]
+    return both, others
+
+
+def missing_runs(stored: dict[int, Score], fresh: dict[int, Score], fewer_seeds: bool) -> list[str]:
+    """A phrase for every way in which stored seeds have no score in RUNS, and for every run that fails only now."""
+    seeds = defaultdict(list)
+    for seed in sorted({*stored, *fresh}):
+        before, after = stored.get(seed), fresh.get(seed)
+        status = after.status if after else "absent"
+        if status in FAILED:
+            missing = not before or before.status not in FAILED
+        else:
+            had, has = (run is not None and not math.isnan(run.score) for run in (before, after))
+            missing = had and not has and not (fewer_seeds and status != "completed")
+        if missing:
+            seeds["completed without a finished episode" if status == "completed" else status].append(seed)
+    return [f"{list_of(numbers)} {what}" for what, numbers in seeds.items()]
+
+
+def identical(old: dict[int, Score], new: dict[int, Score]) -> list[int]:
+    """Seeds that score as before, in all digits stored."""
+    return [seed for seed, run in new.items() if seed in old and old[seed].score == run.score]
+
+
+def compare(old: dict[int, Score], new: dict[int, Score], confidence: float, options: Options) -> tuple[str, list[str]]:
+    """(verdict, row of the table) of a cell; the verdict is DROP, ok, identical, or why there is none."""
+    before, after, same = finished(old), finished(new), len(identical(old, new))
+    (env_id, algo), comment = cell_of(old), ""
+    random = (score_range(env_id) or [math.nan])[0]
+    if not len(before) or not len(after):
+        means = [number(runs.mean()) if len(runs) else "-" for runs in (before, after)]
+        return "no score", [env_id, algo, f"{len(before)}, {len(after)}", *means, "-", "no score"]
+    low, high = interval(before, after, confidence, options.seed)
+    change = number(after.mean() - before.mean())
+    if same == len(after):
+        verdict = "identical"
+    elif is_drop(before, after, random, high, options.tolerance):
+        verdict = "DROP"
+    elif math.isnan(high):
+        verdict = "too few seeds"
+    else:
+        verdict = "ok"
+        comment += ", lower within the tolerance" * (high < 0) + ", higher" * (low > 0)
+    if verdict != "identical":
+        comment += f", {same} identical" * (same > 0)
+        change += f" [{number(low)}, {number(high)}]" if math.isfinite(low) else ""
+    played = np.full(len(after), random)
+    _, high = interval(before, played, confidence, options.seed)
+    comment += ", blind" * (not is_drop(before, played, random, high, options.tolerance) and math.isfinite(random))
+    row = [env_id, algo, f"{len(before)}, {len(after)}", number(before.mean()), number(after.mean()), change]
+    return verdict, [*row, verdict + comment]
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Columns under each other, the means to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    sides = [str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.ljust]
+    for row in rows:
+        print("  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths)).rstrip())
+
+
+def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
+    """Prints the comparison; 0 without a real drop, 1 with one or where runs failed or are missing."""
+    if not options.runs:
+        raise UsageError(
+            "give run directories, or folders of them: python -m benchmarks check runs/classic --against DIR"
+        )
+    if not 0 <= options.tolerance < 1:
+        raise UsageError(f"--tolerance is {options.tolerance}, but must be at least 0 and less than 1.")
+    if options.seed < 0:
+        raise UsageError(f"--seed is {options.seed}, but must be 0 or more.")
+    stored = cells_of(read_scores(Path(options.against)))
+    runs, problems = read_runs([Path(path) for path in options.runs])
+    fresh = cells_of(map(score_of, runs))
+    names, others = match(stored, fresh)
+    if not names:
+        raise UsageError(f"nothing in RUNS can be compared with {options.against}: {'; '.join(others)}.")
+    cells = [(stored[name], fresh[name]) for name in names]
+    enough = [(old, new) for old, new in cells if min(len(finished(old)), len(finished(new))) > 1]
+    tested = sum(len(identical(old, new)) < len(finished(new)) for old, new in enough)
+    confidence = 1 - 0.05 / max(tested, 1)
+    verdicts, rows = zip(*(compare(old, new, confidence, options) for old, new in cells))
+    print_table([["environment", "algorithm", "seeds", "stored", "new", "difference", "verdict"], *rows])
+    print(
+        f"\nMeans of train_last100, stored and new; intervals of {100 * confidence:.4g}%, 95% for all cells together."
+    )
+    if any(row[-1].endswith("blind") for row in rows):
+        print("blind: a random policy would pass here too.")
+    absent = []
+    for name, (old, new) in zip(names, cells):
+        absent += [f"{' '.join(name)}: {phrase}" for phrase in missing_runs(old, new, options.fewer_seeds)]
+        rerun = {seed for seed, run in new.items() if run.key and seed in old and run.key == old[seed].key}
+        if other := {seed for seed in rerun if not math.isnan(new[seed].score)} - {*identical(old, new)}:
+            what = "the same script text and arguments, another score: another machine, or other versions?"
+            problems.append(f"{' '.join(name)}: {list_of(other)}: {what}")
+    for title, lines in (("Failed or missing", absent), ("Not compared", others), ("In RUNS", problems)):
+        if lines:
+            print(f"\n{title}:\n" + "\n".join(f"  {line}" for line in lines))
+    drops, judged = verdicts.count("DROP"), sum(verdict in ("DROP", "ok", "identical") for verdict in verdicts)
+    if not judged and not absent:
+        raise UsageError("no cell has the two seeds on each side that a comparison needs.")
+    print(f"\n{drops or 'none'} of {judged} cells dropped" + ", runs failed or are missing" * bool(absent) + ".")
+    return int(bool(drops or absent))

@@ -1,0 +1,438 @@
+"""Searches the hyperparameters of a script, over environments and seeds, with Optuna.
+
+Each (trial, environment, seed) is a process of the unmodified script and an ordinary run directory. What is known of a
+trial is in the storage, so that the same command in another terminal, or on another node, takes a part of the trials,
+and after a kill goes on. A free worker takes the next run of the oldest trial in flight before it begins another one:
+trials end early, and the sampler has seen their scores when it proposes the next.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from benchmarks.jobs import (
+    OWNER,
+    ROOT,
+    Children,
+    Job,
+    Suite,
+    UsageError,
+    check_environment,
+    command_of,
+    end_of_log,
+    execute,
+    jobs_of,
+    log_of,
+    progress_of,
+    read_json,
+    status_of,
+)
+from benchmarks.space import (
+    Space,
+    check_flags,
+    default_of,
+    distributions_of,
+    help_of,
+    read_space,
+    values_of,
+    write_wandb,
+)
+from benchmarks.study import (
+    SILENCE,
+    TUNING,
+    best_of,
+    by_environment,
+    conclude,
+    finished,
+    hand_back,
+    is_alive,
+    is_bad,
+    locked,
+    mean_score,
+    number_of,
+    open_study,
+    show,
+)
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+except ImportError:  # of an extra; make_plan says so
+    optuna = None
+
+
+@dataclass
+class Options:
+    script: Annotated[str, tyro.conf.Positional]
+    """script (ppo, path/to/my_ppo.py) or peer (sb3:ppo)"""
+    env_ids: tuple[str, ...]
+    """environments; the score of a trial is its mean over them, normalised"""
+    study: str
+    """name of the study; who gives the name of one that exists joins it"""
+    space: str = ""
+    """what to search: a TOML file, or a name in benchmarks/spaces (default: the script's name)"""
+    trials: int = 50
+    """trials of the study, those of all workers and machines together"""
+    workers: int = 1
+    """runs at the same time, of this command"""
+    seeds: int = 3
+    """seeds of each trial in each environment, from 1001 on"""
+    total_timesteps: int = 0
+    """steps of each run (default: the script's)"""
+    prune: float = 0.5
+    """stop a trial that is below this quantile of the finished ones, over the runs it has so far (0: never)"""
+    final_seeds: int = 5
+    """seeds of the winner and of the default in the final check, from 1 on (0: no check)"""
+    eval_episodes: int = 100
+    """episodes of each of the two evaluations after a run of the final check; 0 for none"""
+    sampler_seed: int = 0
+    """seed of what the sampler draws"""
+    storage: str = ""
+    """file of a journal, or URL of a database for several machines (default: RUNS_DIR/journal.log)"""
+    runs_dir: str = ""
+    """folder of the run directories (default: runs/STUDY)"""
+    out: str = ""
+    """folder of report.md, tables, figures and winner.toml (default: RUNS_DIR/report)"""
+    export_wandb: str = ""
+    """write the space as a sweep file of Weights & Biases, and run nothing"""
+
+
+# --------------------------------------------------------------------------------------------------------- plan
+@dataclass(frozen=True)
+class Plan:
+    """What does not change while a study runs."""
+
+    options: Options
+    space: Space
+    algo: str
+    """the script, as a suite file can name it from anywhere"""
+    shown: tuple[str, ...]
+    """what starts the script, for people"""
+    text: str = field(repr=False)
+    bounds: dict[str, list[float]]
+    """scores that count as 0 and as 1, by environment; empty where scores stay as they are"""
+    defaults: list[dict[str, Any]]
+    """the script's defaults within the space, as they are in the environments; usually one"""
+    runs_dir: Path
+    out: Path
+
+    @property
+    def threads(self) -> int:
+        return max(1, (os.cpu_count() or 1) // self.options.workers)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all who work on a study must agree on."""
+        digest = hashlib.sha256(self.text.encode()).hexdigest()[:10]
+        known = {"text of the script": digest, "env-ids": self.options.env_ids, "seeds": self.options.seeds}
+        known |= {"space": self.space.params, "fixed": self.space.fixed, "normalise": self.bounds}
+        return json.loads(json.dumps(known))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of the trials."""
+        return list(range(TUNING + 1, TUNING + 1 + self.options.seeds))
+
+    def score(self, env_id: str, value: float | None) -> float:
+        """The score of a return; None, that of a run that failed, is the lowest."""
+        if env_id not in self.bounds:
+            return -math.inf if value is None else value
+        low, high = self.bounds[env_id]
+        return 0.0 if value is None else (value - low) / (high - low)
+
+    def jobs(self, name: str, values: dict[str, Any]) -> list[Job]:
+        """The runs of a trial, seed by seed."""
+        variants = {name: {"algo": self.algo, "flags": self.space.fixed | values}}
+        suite = Suite(name, "", [*self.options.env_ids], [name], seeds=self.seeds, eval_episodes=0, variants=variants)
+        return jobs_of(suite, self.threads)
+
+
+def make_plan(options: Options) -> Plan:
+    """Checks all that can be checked before anything is created; raises UsageError."""
+    for package, extra in (("optuna", "sweep"), ("matplotlib", "bench")):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f'a sweep needs {package}: pip install -c constraints.txt -e ".[{extra}]"')
+    if (
+        min(len(options.env_ids), options.trials, options.workers, options.seeds) < 1
+        or not 0 <= options.final_seeds <= TUNING
+    ):
+        raise UsageError(
+            f"--env-ids, --trials, --workers, --seeds must be 1 or more, --final-seeds from 0 to {TUNING}."
+        )
+    if min(options.total_timesteps, options.eval_episodes, options.sampler_seed) < 0 or not 0 <= options.prune <= 1:
+        raise UsageError("--total-timesteps, --eval-episodes, --sampler-seed must be 0 or more, --prune from 0 to 1.")
+    if options.storage.startswith("sqlite") and options.workers > 1:
+        raise UsageError(
+            "SQLite locks its whole file for a writer, so that several workers fail with 'database is locked'; leave"
+            " --storage out for a journal file, or give the URL of a PostgreSQL or MySQL server."
+        )
+    options.env_ids = tuple(dict.fromkeys(options.env_ids))
+    for env_id in options.env_ids:
+        check_environment(env_id)
+    command, path = command_of(options.script)
+    space = read_space(options.space or Path(options.script).stem)
+    space.fixed.update({"total-timesteps": options.total_timesteps} if options.total_timesteps else {})
+    with open(ROOT / "benchmarks" / "references" / "normalisation.csv", newline="") as file:
+        known = {row["env_id"]: [float(row["low"]), float(row["high"])] for row in csv.DictReader(file)}
+    bounds = {env_id: pair for env_id, pair in (known | space.normalise).items() if env_id in options.env_ids}
+    if missing := [env_id for env_id in options.env_ids if env_id not in bounds and len(options.env_ids) > 1]:
+        raise UsageError(
+            f"{missing[0]} has no scores that count as 0 and as 1, so its returns cannot be averaged with others; add"
+            f' to {space.path}, under [normalise]: "{missing[0]}" = [return of a random policy, good return]'
+        )
+    defaults: list[dict[str, Any]] = []
+    for env_id in options.env_ids:
+        flags = help_of(command, env_id)
+        check_flags(space, options.script, flags)
+        defaults += [default] if (default := default_of(space, flags)) not in defaults else []
+    is_peer, ours = len(command) > 2, path.resolve().parent == ROOT
+    return Plan(
+        options=options,
+        space=space,
+        algo=options.script if is_peer else path.stem if ours else str(path.resolve()),
+        shown=("python", *command[1:]) if is_peer else ("python", path.name if ours else str(path)),
+        text=path.read_text(),
+        bounds=bounds,
+        defaults=defaults,
+        runs_dir=Path(options.runs_dir or f"runs/{options.study}"),
+        out=Path(options.out or Path(options.runs_dir or f"runs/{options.study}") / "report"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- trials
+@dataclass
+class Flight:
+    """A trial of this process."""
+
+    trial: Any
+    jobs: list[Job]
+    runs: dict[str, dict[str, Any]]
+    """what came out, by "environment seed" """
+    todo: deque[Job]
+    children: Children = field(default_factory=Children)
+    busy: int = 0
+    over: bool = False
+
+    def __str__(self) -> str:
+        return f"trial {number_of(self.trial)}"
+
+    def end(self) -> None:
+        """Stops what still runs; it saves, and does not count."""
+        self.over = True
+        self.todo.clear()
+        self.children.stop()
+
+
+class Sweep:
+    """The trials of this process. Threads execute runs; only the main thread talks to the storage."""
+
+    def __init__(self, plan: Plan, study: Any):
+        self.plan, self.study, self.folder = plan, study, plan.runs_dir / "trials"
+        self.flights: list[Flight] = []
+        self.futures: dict[Future, tuple[Flight, Job]] = {}
+        self.begun, self.before = time.monotonic(), len(finished(study))
+        self.count, self.drawn, self.beaten = self.before, time.monotonic(), -math.inf
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, flush=True)
+
+    def draw(self) -> None:
+        """What runs now: a line that renews itself on a terminal, one every minute elsewhere."""
+        terminal = sys.stdout.isatty()
+        if time.monotonic() - self.drawn < (0.5 if terminal else 60.0):
+            return
+        self.drawn = time.monotonic()
+        running = ", ".join(f"{flight} has {len(flight.runs)} of {len(flight.jobs)} runs" for flight in self.flights)
+        rate = sum(progress_of(job, self.folder)[1] for _, job in self.futures.values())
+        line = f"{self.count} of {self.plan.options.trials} trials; {running or 'others run'}; {rate:,.0f} steps/s"
+        if terminal:
+            print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def claim(self) -> None:
+        """Takes a trial that waits, or one whose worker is dead, or a new one; none where all are taken."""
+        study, total = self.study, self.plan.options.trials
+        with locked(self.plan.runs_dir):
+            for trial in study.get_trials(deepcopy=False):
+                if trial.state == TrialState.RUNNING and trial.number not in [f.trial.number for f in self.flights]:
+                    owner = trial.user_attrs.get("owner")
+                    age = (datetime.now() - trial.datetime_start).total_seconds()
+                    if age > 60 if not owner else owner == OWNER or not is_alive(study, owner):
+                        self.say(f"trial {number_of(trial)} goes on; who worked on it is gone")
+                        hand_back(study, trial)
+            trials = study.get_trials(deepcopy=False)
+            states = [trial.state for trial in trials]
+            if TrialState.WAITING not in states and len(states) - states.count(TrialState.FAIL) >= total:
+                return
+            # Seeded by the number of trials so far: another try draws the same, another worker does not. On a database
+            # by the process, too, for machines that share no folder, and so no lock, may see the same number.
+            so_far = len(states) - states.count(TrialState.FAIL) - states.count(TrialState.WAITING)
+            process = OWNER.encode() if "://" in self.plan.options.storage else b""
+            seed = np.random.SeedSequence([self.plan.options.sampler_seed, so_far, *process]).generate_state(1)[0]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # multivariate is experimental in some versions
+                study.sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=int(seed))
+            trial = study.ask(distributions_of(self.plan.space))
+            trial.set_user_attr("owner", OWNER)
+            trials = study.get_trials(deepcopy=False)
+            older = sum(other.number < trial.number and other.state != TrialState.FAIL for other in trials)
+            if older >= total:  # a machine that does not share the folder, and so the lock, was faster
+                study.tell(trial, state=TrialState.FAIL)
+                return
+            if "number" not in trial.user_attrs:
+                trial.set_user_attr("number", older)
+        jobs = self.plan.jobs(f"trial-{number_of(trial):04}", values_of(self.plan.space, trial.params))
+        if jobs[0].text != self.plan.text:
+            raise UsageError(f"{self.plan.options.script} has changed since the study began; choose another --study.")
+        runs = trial.user_attrs.get("runs", {})
+        todo = [job for job in jobs if f"{job.env_id} {job.seed}" not in runs]
+        todo.sort(key=lambda job: status_of(job, self.folder) != "running")  # a killed worker has left it running
+        self.flights.append(Flight(trial, jobs, runs, deque(todo)))
+        if runs:
+            self.judge(self.flights[-1])
+
+    def next_run(self) -> tuple[Flight, Job] | None:
+        """A run of the oldest trial. Trials that wait are taken first: runs of theirs may still be going on."""
+        waits = any(trial.state == TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
+        if waits and len(self.flights) < self.plan.options.workers or not any(flight.todo for flight in self.flights):
+            self.claim()
+        flight = next((flight for flight in self.flights if flight.todo), None)
+        return (flight, flight.todo.popleft()) if flight else None
+
+    def record(self, flight: Flight, job: Job, result: str) -> None:
+        """Takes down what came out of a run; one that failed, or finished no episode, has no value."""
+        run = self.folder / job.name
+        value = read_json(run / "summary.json").get("train_last100") if result == "done" else None
+        value = value if value is not None and math.isfinite(value) else None
+        if value is None:
+            end = "".join(f"\n    {line}" for line in end_of_log(job, self.folder).splitlines())
+            what = f"{flight} {job.env_id} seed {job.seed}"
+            self.say(f"FAILED   {what}: the end of {log_of(job, self.folder)}:{end}")
+        status = "refused" if result == "failed" and not run.exists() else result  # wrong usage creates nothing
+        known = dict(status=status, value=value, score=self.plan.score(job.env_id, value), run=job.name)
+        flight.runs[f"{job.env_id} {job.seed}"] = known
+        try:
+            flight.trial.set_user_attr("runs", flight.runs)
+            self.judge(flight)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            self.say(f"{flight} was taken over, because this process was silent for too long")
+            flight.end()
+
+    def judge(self, flight: Flight) -> None:
+        """Ends a trial that has all its runs, or is bad; raises UsageError where the script refuses to start at all."""
+        runs, whole, options = flight.runs, len(flight.runs) == len(flight.jobs), self.plan.options
+        if whole and all(run["status"] == "refused" for run in runs.values()) and not any(self.folder.glob("*__*")):
+            raise UsageError(f"no run of {flight} has started:\n{end_of_log(flight.jobs[-1], self.folder)}")
+        others = [trial.user_attrs["runs"] for trial in finished(self.study) if trial.state == TrialState.COMPLETE]
+        bad = not whole and options.prune > 0 and is_bad(runs, others, options.prune, len(options.env_ids))
+        flight.trial.report(mean_score(runs), step=len(runs))  # by which the sampler ranks those that are stopped early
+        if not whole and not bad:
+            return
+        if whole:
+            self.study.tell(flight.trial, mean_score(runs))
+        else:
+            self.study.tell(flight.trial, state=TrialState.PRUNED)
+        flight.end()
+        self.count = len(finished(self.study))
+        rate = (time.monotonic() - self.begun) / (self.count - self.before)
+        seconds, best = int(rate * max(options.trials - self.count, 0)), best_of(self.study)
+        line = f"{flight}: {show(mean_score(runs))}" + f", stopped after {len(runs)} of {len(flight.jobs)} runs" * bad
+        line += f" ({', '.join(f'{env_id} {show(value)}' for env_id, value in by_environment(runs, 'value').items())})"
+        line += f"; best {show(best.value)}, trial {number_of(best)}" if best else ""
+        line += f"; {self.count} of {options.trials}"
+        self.say(f"{line}, {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left")
+
+    def run(self) -> int:
+        """Works until all trials are finished, by whomever; 0, or 128 + the signal that stopped it."""
+        signals: list[int] = []
+        handlers = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+        pool, obeyed = ThreadPoolExecutor(self.plan.options.workers), 0
+        try:
+            while True:
+                if time.monotonic() - self.beaten > SILENCE / 10:
+                    self.study.set_user_attr(f"seen {OWNER}", time.time())
+                    self.beaten = time.monotonic()
+                while not signals and len(self.futures) < self.plan.options.workers and (found := self.next_run()):
+                    self.futures[pool.submit(execute, found[1], self.folder, found[0].children)] = found
+                    found[0].busy += 1
+                if len(signals) > obeyed:
+                    obeyed = len(signals)
+                    self.say("stops: every run finishes its iteration and saves; again, and they end at once")
+                    for flight in self.flights:
+                        flight.children.stop()
+                if not self.futures:
+                    if signals:
+                        return 128 + signals[0]
+                    if all(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False)):
+                        return 0
+                    time.sleep(0.5)  # others have the last trials
+                for future in wait(self.futures, 0.5, FIRST_COMPLETED).done:
+                    flight, job = self.futures.pop(future)
+                    flight.busy -= 1
+                    result = future.result()
+                    if result in ("done", "failed") and not flight.over:
+                        self.record(flight, job, result)
+                    elif not flight.over and not signals:  # somebody else stopped the process
+                        flight.todo.appendleft(job)
+                self.flights = [flight for flight in self.flights if flight.busy or not flight.over]
+                self.draw()
+        finally:
+            for flight in self.flights:
+                flight.children.stop()
+            pool.shutdown()
+            with locked(self.plan.runs_dir):
+                for flight in self.flights:
+                    if not flight.over:
+                        hand_back(self.study, flight.trial)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------------- main
+def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
+    """Searches, and checks the winner; 0, 1 when no trial or not every run of the check worked, 128 + signal."""
+    plan = make_plan(options)
+    if not options.export_wandb:
+        return sweep(plan, open_study(plan))
+    flags = help_of(command_of(options.script)[0], options.env_ids[0])
+    Path(options.export_wandb).write_text(
+        write_wandb(plan.space, flags, plan.shown[-1], options.study, list(options.env_ids), plan.seeds)
+    )
+    print(f"{options.export_wandb} is for: wandb sweep {options.export_wandb}, then wandb agent with what that prints")
+    return 0
+
+
+def sweep(plan: Plan, study: Any) -> int:
+    """Runs what is left of the trials, and draws the conclusions; the exit status."""
+    options = plan.options
+    runs = f"{len(options.env_ids) * options.seeds} runs"
+    print(f"study {options.study}: {options.trials} trials of {runs}; {plan.runs_dir}", flush=True)
+    try:
+        status = Sweep(plan, study).run()
+    except optuna.exceptions.StorageInternalError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        print(f"error: the storage fails, and the same command goes on when it works again: {reason}", file=sys.stderr)
+        return 1
+    if status:
+        print(f"{len(finished(study))} of {options.trials} trials are finished; the same command goes on")
+        return status
+    return conclude(plan, study)
