@@ -100,6 +100,10 @@ def as_flags(options: dict[str, Any]) -> tuple[str, ...]:
     return tuple(flags)
 
 
+def dashed(options: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", "-"): value for name, value in options.items()}
+
+
 # ------------------------------------------------------------------------------------------------------- suites
 @dataclass(frozen=True)
 class Suite:
@@ -121,6 +125,7 @@ class Suite:
     """whether the report aggregates scores over the environments"""
 
 
+RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp-name")  # flags that the harness sets
 KINDS = {  # of the values in a suite file
     "envs": ("a list of environment ids", list),
     "algos": ("a list of scripts, peers or variants", list),
@@ -151,59 +156,76 @@ def read_suite(name: str) -> Suite:
     if not path.is_file():
         shipped = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
         raise UsageError(f"there is no suite {name}; there are {shipped}, and any path/to/suite.toml.")
-    text = path.read_text()
     try:
+        text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}.") from None
 
-    def wrong(key: str, what: str) -> UsageError:
-        pattern = rf"\s*\[*(variants\.)?[\"']?{re.escape(key)}\b"
-        line = next((n for n, line in enumerate(text.splitlines(), 1) if re.match(pattern, line)), 1)
+    def lines_of(key: str) -> list[int]:
+        """Where it is set, or the header of a table."""
+        pattern = rf"(^\s*\[*\s*(variants\s*\.\s*)?|[{{,]\s*)[\"']?{re.escape(key)}[\"']?\s*[=.\]]"
+        return [number for number, line in enumerate(text.splitlines(), 1) if re.search(pattern, line)]
+
+    def wrong(key: str, what: str, start: int = 1) -> UsageError:
+        """start is the line where the table begins that has the key."""
+        line = next((line for line in lines_of(key) if line >= start), start)
         return UsageError(f"{path}, line {line}, {key}: {what}.")
 
-    def check(table: dict[str, Any], of: str = "") -> None:
+    def check(table: dict[str, Any], of: str = "", start: int = 1) -> None:
         for key, value in table.items():
             known = [key.removesuffix(of) for key in KINDS if key.endswith(of) and (of or " of " not in key)]
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                raise wrong(
-                    key, f"no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(known)}"
-                )
+                guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise wrong(key, f"no such key; {guess}", start)
             what, kind = KINDS[key + of]
-            if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-                raise wrong(key, f"must be {what}, but is {value!r}")
+            items = value if of and key != "flags" and isinstance(value, list) else []
+            is_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not is_kind or not all(isinstance(item, str) for item in items):
+                raise wrong(key, f"must be {what}, but is {value!r}", start)
+        for name in table["flags"] if of and "flags" in table else []:
+            if name.replace("_", "-") in RESERVED:
+                raise wrong("flags", f"{name.replace('_', '-')} is set for each run and cannot be a flag", start)
 
     check(content)
     for key in ("envs", "algos"):
         if not content.get(key) or not all(isinstance(item, str) for item in content[key]):
             raise wrong(key, "is missing or empty; a suite needs a list of texts here")
-    for rule in content.get("arguments", []):
-        check(rule, " of arguments")
+    starts = lines_of("arguments")
+    for number, rule in enumerate(content.get("arguments", [])):
+        start = starts[min(number, len(starts) - 1)]
+        if not isinstance(rule, dict):
+            raise wrong("arguments", f"must be {KINDS['arguments'][0]}, but is {content['arguments']!r}")
+        check(rule, " of arguments", start)
         if "flags" not in rule:
-            raise wrong("arguments", "has no flags")
+            raise wrong("arguments", "has no flags", start)
     for variant, table in content.get("variants", {}).items():
         if not isinstance(table, dict) or "algo" not in table:
             raise wrong(variant, "a variant needs algo = a script or a peer")
-        check(table, " of variants")
+        check(table, " of variants", (lines_of(variant) or [1])[0])
     seeds = content.get("seeds", 5)
-    numbers = [seeds] if isinstance(seeds, int) else seeds
-    for key, values in (("seeds", numbers), ("total_timesteps", [content.get("total_timesteps", 1)])):
-        if not values or not all(isinstance(value, int) and value >= (isinstance(seeds, int)) for value in values):
-            raise wrong(key, "must be whole numbers greater than 0")
+    numbers = dict(total_timesteps=[content.get("total_timesteps", 1)], eval_episodes=[content.get("eval_episodes", 0)])
+    numbers |= dict(seeds=[seeds] if isinstance(seeds, int) else seeds)
+    for key, values in numbers.items():
+        least = int(key == "total_timesteps" or values == [seeds])  # a list may name seed 0
+        if not values or not all(isinstance(value, int) and value >= least for value in values):
+            raise wrong(key, f"must be {'a whole number' if values != seeds else 'whole numbers'} of {least} or more")
     return Suite(name=path.stem, text=text, **content)
 
 
-def jobs_of(suite: Suite, threads: int = 0) -> list[Job]:
+def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Job]:
     """The matrix of a suite, seed by seed, so that every cell has a first result early.
 
-    threads is --num-threads of Atari runs; a run of an MLP takes one of its own accord. Raises UsageError for what is
-    neither script nor peer nor variant, and for environments that are not registered.
+    threads is --num-threads of Atari runs; a run of an MLP takes one of its own accord. total_timesteps wins over all
+    budgets of the suite. Raises UsageError for what is neither script nor peer nor variant, for two scripts of one name
+    and for environments that are not registered.
     """
     seeds = range(1, suite.seeds + 1) if isinstance(suite.seeds, int) else suite.seeds
     for env_id in suite.envs:
         check_environment(env_id)
-    jobs = []
+    jobs: dict[str, Job] = {}  # by their names: what is listed twice is one job
+    columns: dict[str, tuple[str, ...]] = {}
     for seed in seeds:
         for env_id in suite.envs:
             for algo in suite.algos:
@@ -215,8 +237,9 @@ def jobs_of(suite: Suite, threads: int = 0) -> list[Job]:
                     if any(fnmatchcase(env_id, pattern) for pattern in rule.get("envs", ["*"])) and any(
                         fnmatchcase(name, pattern) for pattern in rule.get("algos", ["*"]) for name in names
                     ):
-                        options |= rule["flags"]
-                options |= variant.get("flags", {})
+                        options |= dashed(rule["flags"])
+                options |= dashed(variant.get("flags", {}))
+                options |= {"total-timesteps": total_timesteps} if total_timesteps else {}
                 if algo in suite.variants:
                     options["exp-name"] = algo
                 atari = env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
@@ -229,12 +252,15 @@ def jobs_of(suite: Suite, threads: int = 0) -> list[Job]:
                     text=text,
                     env_id=env_id,
                     seed=seed,
-                    flags=as_flags({name.replace("_", "-"): value for name, value in options.items()}),
+                    flags=as_flags(options),
                     eval_episodes=suite.eval_episodes,
                     threads=threads if atari else 0,
                 )
-                jobs.append(job)
-    return jobs
+                if columns.setdefault(job.algo, command) != command:
+                    both = f"{columns[job.algo][-1]} and {command[-1]}"
+                    raise UsageError(f"{both} would be one column, {job.algo}; rename one, or make it a variant.")
+                jobs[job.name] = job
+    return list(jobs.values())
 
 
 def check_environment(env_id: str) -> None:
@@ -282,19 +308,24 @@ def lock(file: BinaryIO) -> bool:
 def is_orphan(job: Job, runs_dir: Path) -> bool:
     """Whether a job that is running was started by a harness on this machine that is dead."""
     try:
-        host, pid = log_of(job, runs_dir).read_text(errors="replace").rpartition(" # ")[2].split("\n")[0].split()
-        if host != OWNER.split()[0]:
-            return False
-        os.kill(int(pid), 0)
+        starts = re.findall(r"\$ .* # (\S*) (\d+)$", log_of(job, runs_dir).read_text(errors="replace"), re.MULTILINE)
+        host, pid = starts[-1]
+        if host == OWNER.split(" ")[0]:
+            os.kill(int(pid), 0)
         return False
     except ProcessLookupError:
         return True
-    except (OSError, ValueError):
+    except (OSError, IndexError):
         return False
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Its whole checkpoints, the newest last."""
+    return sorted(path for path in (run / "checkpoints").glob("step_*") if path.suffix != ".tmp")
+
+
 def has_checkpoint(run: Path) -> bool:
-    return any((run / "checkpoints").glob("step_*"))
+    return bool(checkpoints(run))
 
 
 def missing_evaluations(job: Job, run: Path) -> list[str]:
@@ -391,42 +422,44 @@ def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: b
         tries = 0
         while not lock(log):
             tries += 1  # whoever only looks holds the lock for an instant
-            if children.stopped or not wait and tries > 5:
+            if children.stopped or not wait and tries >= 5:
                 return "running"
             time.sleep(0.05 if tries < 5 else 1.0)
-
-        def process(command: list[str]) -> int:
+        if read_json(run / "summary.json").get("status") in ("failed", "diverged") and not retry:
+            return "failed"
+        kills, repeated = 0, False
+        while command := next_command(job, runs_dir):
+            if command == job.start(runs_dir) and run.exists():
+                shutil.rmtree(run)  # killed before its first checkpoint, which comes before the first iteration
             log.write(f"$ {shlex.join(command)} # {OWNER}\n".encode())
             log.flush()
-            return children.run(command, log)
-
-        for _ in range(1 + RESTARTS):
-            status = read_json(run / "summary.json").get("status")
-            if status == "completed":
-                break
-            if status in ("failed", "diverged") and not retry:
-                return "failed"
-            if has_checkpoint(run):
-                exit_status = process([*job.command, "--resume", str(run)])
-            else:
-                if run.exists():  # killed before its first checkpoint, which comes before the first iteration
-                    shutil.rmtree(run)
-                exit_status = process(job.start(runs_dir))
+            exit_status = children.run(command, log)
             if exit_status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or children.stopped:
                 return "interrupted"
             if exit_status > 0:
                 return "failed"
             if exit_status < 0:
-                log.write(f"killed by {signal.Signals(-exit_status).name}; goes on from its checkpoint\n".encode())
-        else:
-            log.write(f"killed {1 + RESTARTS} times; given up (out of memory?)\n".encode())
-            return "failed"
-        for kind in missing_evaluations(job, run):
-            stochastic = ["--eval-stochastic"] if kind == "stochastic" else []
-            command = [*job.command, "--evaluate", str(run), "--eval-episodes", str(job.eval_episodes), *stochastic]
-            exit_status = process(command)
-            if exit_status in (128 + signal.SIGINT, 128 + signal.SIGTERM) or children.stopped:
-                return "interrupted"
-            if exit_status or kind in missing_evaluations(job, run):
-                return "failed"
+                kills += 1
+                log.write(f"killed by {signal.Signals(-exit_status).name}, {kills} times\n".encode())
+                if kills > RESTARTS:
+                    log.write(b"given up (out of memory?)\n")
+                    return "failed"
+            elif next_command(job, runs_dir) == command:
+                if repeated or "--resume" not in command or len(checkpoints(run)) < 2:
+                    log.write(b"exit status 0, but summary.json does not have what this command was for\n")
+                    return "failed"
+                # It was killed between its last checkpoint and summary.json, and has nothing to do from the one.
+                repeated = True
+                checkpoints(run)[-1].unlink()
     return "done"
+
+
+def next_command(job: Job, runs_dir: Path) -> list[str] | None:
+    """What is to be run next for a job: to start, to go on or to evaluate; None when it is done."""
+    run = runs_dir / job.name
+    if read_json(run / "summary.json").get("status") != "completed":
+        return [*job.command, "--resume", str(run)] if has_checkpoint(run) else job.start(runs_dir)
+    for kind in missing_evaluations(job, run):
+        stochastic = ["--eval-stochastic"] if kind == "stochastic" else []
+        return [*job.command, "--evaluate", str(run), "--eval-episodes", str(job.eval_episodes), *stochastic]
+    return None

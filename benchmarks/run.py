@@ -76,18 +76,23 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
         for job in jobs:
             print(f"{status_of(job, runs_dir):8} {shlex.join(job.start(runs_dir))}")
         return 0
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    note_cells(suite, jobs, runs_dir)
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        note_cells(suite, jobs, runs_dir)
+    except OSError as error:
+        raise UsageError(
+            f"{runs_dir} cannot be a folder of runs ({error.strerror}); choose another --runs-dir."
+        ) from None
     return run_all(jobs, runs_dir, options)
 
 
 def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     """Writes suite.json: what was asked for, so that a report can say what is missing. Earlier cells stay."""
-    earlier = read_json(runs_dir / "suite.json").get("cells", [])
+    earlier = read_json(runs_dir / "suite.json")
     asked = [{"env_id": job.env_id, "algo": job.algo, "seed": job.seed, "name": job.name} for job in jobs]
-    cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier, *asked]}
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    note = {"name": suite.name, "description": suite.description, "command": command}
+    cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier.get("cells", []), *asked]}
+    commands = dict.fromkeys([*earlier.get("commands", []), shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])])
+    note = {"name": suite.name, "description": suite.description, "commands": list(commands)}
     note |= {"published": suite.published, "normalise": suite.normalise, "cells": list(cells.values())}
     temporary = runs_dir / f".suite.json.{os.getpid()}"
     temporary.write_text(json.dumps(note, indent=2) + "\n")
@@ -105,7 +110,6 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
     changes |= {"algos": list(options.algos)} if options.algos else {}
     changes |= {"envs": list(options.env_ids)} if options.env_ids else {}
     changes |= {"seeds": options.seeds} if options.seeds else {}
-    changes |= {"total_timesteps": options.total_timesteps} if options.total_timesteps else {}
     changes |= {"eval_episodes": options.eval_episodes} if options.eval_episodes >= 0 else {}
     suite = replace(suite, **changes)
     if options.backend == "local" and not options.backend_args:
@@ -115,7 +119,7 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
 
         backends.check(options)
         threads = options.threads or 1
-    return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs_of(suite, threads)
+    return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs_of(suite, threads, options.total_timesteps)
 
 
 class Local:
@@ -137,7 +141,11 @@ class Local:
                     if not (queue := self.queue or self.later):
                         return
                     job, wait = queue.popleft()
-                result = execute(job, runs_dir, self.children, options.retry, wait)
+                try:
+                    result = execute(job, runs_dir, self.children, options.retry, wait)
+                except OSError as error:  # a full disk, say
+                    print(f"error: {job.name}: {error}", file=sys.stderr)
+                    result = "failed"
                 with self.guard:
                     if result == "running" and not wait:
                         self.later.append((job, True))
@@ -194,7 +202,7 @@ class View:
                 continue
             self.known[job.name] = status
             what = f"{job.env_id} {job.algo} seed {job.seed}"
-            if status == "done" and before:  # and not before this command
+            if status == "done":
                 score = read_json(self.runs_dir / job.name / "summary.json").get("train_last100")
                 self.say(f"done     {what}: " + ("-" if score is None else f"{score:,.1f}"))
             elif status == "failed":
@@ -210,7 +218,7 @@ class View:
             return
         self.printed = time.monotonic()
         count, steps = Counter(self.known.values()), sum(self.steps.values())
-        rate = (steps - self.first) / (time.monotonic() - self.begun)
+        rate = max(steps - self.first, 0) / (time.monotonic() - self.begun)  # what resumes may go back at first
         line = f"{count['done']} of {len(self.jobs)} done, {len(running)} running, {count['failed']} failed"
         line += f"  {rate:,.0f} steps/s"
         budgets = {job.name: budget_of(job, self.runs_dir) for job in self.jobs}
@@ -224,9 +232,11 @@ class View:
             part = min(done / budgets[job.name], 1.0) if budgets[job.name] else 0.0
             bar = f"[{'#' * int(10 * part):.<10}] {part:4.0%} {sps:>7,.0f}/s"
             lines.append(f"  {bar}  {job.env_id} {job.algo} {job.seed}")
-        columns = shutil.get_terminal_size().columns - 1
+        if self.terminal:
+            columns, rows = shutil.get_terminal_size()
+            lines = [line[: columns - 1] for line in lines[: rows - 1]]
         self.erase()
-        print("\n".join(line[:columns] if self.terminal else line for line in lines), flush=True)
+        print("\n".join(lines), flush=True)
         self.drawn = len(lines) if self.terminal else 0
 
 
@@ -242,35 +252,36 @@ def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:
     over = ("done",) if options.retry else ("done", "failed")
     earlier = {job.name: status for job in jobs if (status := status_of(job, runs_dir)) in over}
     jobs_left = [job for job in jobs if job.name not in earlier]
-    if options.backend == "local":
-        backend = Local(jobs_left, runs_dir, options)
-    else:
-        from benchmarks import backends
+    signals: list[int] = []
+    handlers = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if options.backend == "local":
+            backend = Local(jobs_left, runs_dir, options)
+        else:
+            from benchmarks import backends
 
-        backend = backends.start(jobs_left, runs_dir, options)
-    view, signals = View(jobs, runs_dir), []
-
-    def stop(number: int, frame: Any) -> None:
-        signals.append(number)
-        backend.stop()
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    said = 0
-    while not backend.is_finished():
-        view.update(earlier | backend.results)
-        if len(signals) > said:
-            said = len(signals)
-            view.say("stops: every run finishes its iteration and saves; a second signal ends them at once")
-        time.sleep(1.0)
-    results = earlier | backend.results
-    view.update(results)
-    view.erase()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+            backend = backends.start(jobs_left, runs_dir, options)
+        view, heard = View(jobs, runs_dir), 0
+        view.known = {name: status for name, status in earlier.items() if status == "done"}  # no news
+        while not backend.is_finished():
+            view.update(earlier | backend.results)
+            while heard < len(signals):
+                heard += 1
+                view.say("stops: every run finishes its iteration and saves; a second signal ends them at once")
+                backend.stop()
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until and heard == len(signals) and not backend.is_finished():
+                time.sleep(0.05)
+        results = earlier | backend.results
+        view.update(results)
+        view.erase()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     count = Counter(results.values())
     left = len(jobs) - count["done"] - count["failed"]
     line = f"{count['done']} of {len(jobs)} runs are done"
     line += f", {count['failed']} failed" if count["failed"] else ""
     line += f", {left} are left, and the same command goes on" if left else ""
     print(f"{line}: {runs_dir}")
-    return 128 + signals[0] if signals else int(count["done"] < len(jobs))
+    return 128 + signals[0] if signals and left else int(count["done"] < len(jobs))

@@ -21,11 +21,6 @@ HEADER = "env_id algo seed status total_timesteps global_step train_last100 trai
 HEADER += " eval_stochastic sps wall_time key"
 
 
-@pytest.fixture(autouse=True)
-def verb(monkeypatch):
-    monkeypatch.setitem(__main__.VERBS, "check", check)
-
-
 def make_run(runs, env_id, algo, seed, score, status="completed", steps=1000, key="0123456789", episodes=100):
     """A run directory with this train_last100."""
     path = Path(runs) / f"{env_id.replace('/', '-')}__{algo.replace(':', '-')}__{seed}__{key}"

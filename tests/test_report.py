@@ -48,7 +48,9 @@ def row_of(text, *cells):
 
 
 def note(runs, cells, **more):
-    content = dict(name="a suite", description="what it is", commands=["python -m benchmarks run it"], cells=cells) | more
+    content = (
+        dict(name="a suite", description="what it is", commands=["python -m benchmarks run it"], cells=cells) | more
+    )
     (Path(runs) / "suite.json").write_text(json.dumps(content))
 
 
