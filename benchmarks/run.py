@@ -275,6 +275,11 @@ def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:
         results = earlier | backend.results
         view.update(results)
         view.erase()
+    except BrokenPipeError:  # nobody reads on; every run saves and ends
+        backend.stop()
+        while not backend.is_finished():
+            time.sleep(0.1)
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

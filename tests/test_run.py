@@ -1,0 +1,862 @@
+"""run: the matrix of a suite, and what becomes of it when processes fail, die or are stopped. The script is a fake."""
+
+import importlib
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections import Counter
+from dataclasses import replace
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+import tyro
+
+from benchmarks import jobs, run
+from benchmarks.__main__ import main
+from benchmarks.jobs import SUITES, UsageError, jobs_of, read_suite, status_of
+
+ROOT = Path(run.__file__).parent.parent
+
+# A script that keeps the contract and learns nothing: 500 steps, 100 an iteration, each with a checkpoint. FAKE is a
+# folder: processes write to FAKE/trace what they do, wait while there is FAKE/hold, and obey FAKE/<seed>.<order>.
+SCRIPT = """
+import argparse, fcntl, json, os, signal, sys, time
+from pathlib import Path
+
+parser = argparse.ArgumentParser(allow_abbrev=False)
+for name in "env-id seed runs-dir run-name resume evaluate eval-episodes num-threads exp-name speed".split():
+    parser.add_argument(f"--{name}", default="")
+parser.add_argument("--total-timesteps", default="500")
+parser.add_argument("--eval-stochastic", action="store_true")
+parser.add_argument("--turbo", action=argparse.BooleanOptionalAction)
+args, fake = parser.parse_args(), Path(os.environ["FAKE"])
+run = Path(args.resume or args.evaluate or f"{args.runs_dir}/{args.run_name}")
+saved = json.loads((run / "config.json").read_text())["args"] if args.resume or args.evaluate else vars(args)
+seed, total, signals = saved["seed"], int(saved["total_timesteps"]), []
+
+
+def told(order):
+    return (fake / f"{seed}.{order}").exists()
+
+
+def is_alive(pid):
+    try:
+        return b"fake" in Path(f"/proc/{pid}/cmdline").read_bytes()  # empty for a zombie
+    except OSError:
+        return False
+
+
+def trace(event):
+    with open(fake / "trace", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (fake / "pids" / str(os.getpid())).touch()
+        alive = sum(map(is_alive, os.listdir(fake / "pids")))
+        file.write(json.dumps([os.getpid(), run.name, event, alive]) + "\\n")
+
+
+def write(name, content):
+    (run / f"{name}.tmp").write_text(json.dumps(content))
+    os.replace(run / f"{name}.tmp", run / name)
+
+
+def append(name, row):
+    with open(run / name, "a") as file:
+        file.write(row + "\\n")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(number, frame):
+    if signals:
+        os._exit(128 + number)
+    signals.append(number)
+
+
+if told("usage"):
+    print("error: --speed is wrong", file=sys.stderr)
+    sys.exit(2)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+trace("evaluate" if args.evaluate else "resume" if args.resume else "start")
+if args.evaluate:
+    while told("hold-evaluation"):
+        time.sleep(0.01)
+    if told("kill-evaluation"):
+        (fake / f"{seed}.kill-evaluation").unlink()
+        die()
+    if told("fail-evaluation"):
+        sys.exit("no games left")
+    kind = "stochastic" if args.eval_stochastic else "deterministic"
+    summary = json.loads((run / "summary.json").read_text())
+    summary["eval"] = summary.get("eval", {}) | {kind: dict(mean=1.0, episodes=int(args.eval_episodes))}
+    write("summary.json", summary)
+    sys.exit(0)
+if not args.resume:
+    (run / "checkpoints").mkdir(parents=True)
+    write("config.json", dict(args=vars(args)))
+    if told("kill-early"):
+        (fake / f"{seed}.kill-early").unlink()
+        (run / "checkpoints" / "step_0000.pt.tmp").touch()
+        die()
+    (run / "checkpoints" / "step_0000.pt").touch()
+    append("episodes.csv", "global_step,wall_time,return,length")
+    append("progress.csv", "global_step,wall_time,sps")
+step = max(int(path.stem[5:]) for path in (run / "checkpoints").glob("step_*.pt"))
+if step >= total:
+    print("there is nothing left to train")
+    sys.exit(0)
+if told("crash"):
+    raise RuntimeError("no wheels")
+status = "completed"
+while step < total and status == "completed":
+    while ((fake / "hold").exists() or told("hold")) and not signals or told("deaf"):
+        time.sleep(0.01)
+    if told("fail") and step == 200:
+        write("summary.json", dict(status="failed", global_step=step, error="the wheels came off"))
+        sys.exit("error: the wheels came off")
+    step += 100
+    trace(f"step {step}")
+    append("episodes.csv", f"{step},0.1,{step},10")
+    append("progress.csv", f"{step},0.1,1234.5")
+    print(f"{step} steps # {seed}")
+    (run / "checkpoints" / f"step_{step:04}.pt").touch()
+    for old in sorted((run / "checkpoints").glob("step_*.pt"))[:-2]:
+        old.unlink()
+    if told("kills") and step <= 100 * int((fake / f"{seed}.kills").read_text()):
+        die()
+    if told("term") and step == 200:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if told("kill-at-end") and step == total:
+        (fake / f"{seed}.kill-at-end").unlink()
+        die()
+    status = "interrupted" if signals and step < total else status
+if not told("no-summary"):
+    write("summary.json", dict(status=status, global_step=step, train_last100=1234.5))
+sys.exit(128 + signals[0] if status == "interrupted" else 0)
+"""
+SHIPPED = {
+    "smoke": 16,
+    "classic": 160,
+    "mujoco": 100,
+    "mujoco-v4": 60,
+    "atari": 48,
+    "atari-sticky": 48,
+    "ppo-table1": 231,
+    "random": 34,
+}
+STEPS = [f"step {n}" for n in (100, 200, 300, 400, 500)]
+WHOLE = ["start", *STEPS, "evaluate", "evaluate"]
+SUITE = """
+envs = ["CartPole-v1"]
+algos = ["fake.py"]
+seeds = 3
+total_timesteps = 500
+eval_episodes = 2
+"""
+
+
+class Lab:
+    """A folder with a fake script, a suite of three runs of it, and what the processes have done."""
+
+    def __init__(self, path):
+        self.path, self.fake, self.runs, self.harnesses = path, path / "fake", path / "runs", []
+        (self.fake / "pids").mkdir(parents=True)
+        (path / "fake.py").write_text(SCRIPT)
+        (path / "suite.toml").write_text(SUITE)
+
+    def tell(self, order, content=""):
+        (self.fake / order).write_text(content)
+
+    def forget(self, order):
+        (self.fake / order).unlink()
+
+    def trace(self):
+        """Per seed, what was done in this order."""
+        events = {}
+        for _, name, event, _ in self.lines():
+            events.setdefault(int(name.split("__")[2]), []).append(event)
+        return events
+
+    def lines(self):
+        trace = self.fake / "trace"
+        return [json.loads(line) for line in trace.read_text().splitlines()] if trace.exists() else []
+
+    def most_at_once(self):
+        return max(alive for *_, alive in self.lines())
+
+    def pids(self, seed):
+        return [pid for pid, name, *_ in self.lines() if name.split("__")[2] == str(seed)]
+
+    def started(self):
+        return sum(event in ("start", "resume") for _, _, event, _ in self.lines())
+
+    def jobs(self):
+        return jobs_of(read_suite("suite.toml"))
+
+    def statuses(self):
+        return {job.seed: status_of(job, self.runs) for job in self.jobs()}
+
+    def start(self, *flags, **options):
+        """`run` as a process of its own, its output in a file."""
+        command = [sys.executable, "-m", "benchmarks", "run", "suite.toml", "--runs-dir", str(self.runs), *flags]
+        output = open(self.path / f"harness{len(self.harnesses)}", "w+")
+        options = dict(stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": str(ROOT)}) | options
+        process = subprocess.Popen(command, cwd=self.path, **options)
+        self.harnesses.append((process, output))
+        return process
+
+    def said(self, number=-1):
+        return Path(self.harnesses[number][1].name).read_text()
+
+
+def wait_for(condition, what="condition", seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"no {what} within {seconds} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lab = Lab(tmp_path)
+    monkeypatch.setenv("FAKE", str(lab.fake))
+    yield lab
+    for order in lab.fake.glob("*hold*"):
+        order.unlink()
+    for process, output in lab.harnesses:
+        process.kill()
+        process.wait()
+        output.close()
+    for pid in {pid for pid, *_ in lab.lines()}:
+        if b"fake" in (Path(f"/proc/{pid}/cmdline").read_bytes() if Path(f"/proc/{pid}").exists() else b""):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def go(lab, monkeypatch, capsys):
+    """go(*flags) is `run` in this process, without its naps: (exit status, stdout)."""
+    sleep = time.sleep
+    monkeypatch.setattr("time.sleep", lambda seconds: sleep(min(seconds, 0.02)))
+
+    def command(*flags):
+        status = main(["run", "suite.toml", "--runs-dir", str(lab.runs), *flags])
+        captured = capsys.readouterr()
+        assert not captured.err or captured.err.startswith("error: "), captured.err
+        return status, captured.out + captured.err
+
+    return command
+
+
+# ------------------------------------------------------------------------------------------------ what is left to do
+def test_every_cell_is_run_and_evaluated_once_and_then_never_again(lab, go):
+    status, out = go("--workers", "2")
+    assert status == 0 and lab.trace() == {1: WHOLE, 2: WHOLE, 3: WHOLE}
+    assert lab.most_at_once() <= 2
+    assert "done     CartPole-v1 fake seed 2: 1,234.5\n" in out and f"3 of 3 runs are done: {lab.runs}\n" in out
+    before = lab.lines()
+    status, out = go("--workers", "2")
+    assert status == 0 and lab.lines() == before and "3 of 3 runs are done" in out and "done     " not in out
+    assert go("--seeds", "4")[0] == 0
+    assert lab.trace() == {seed: WHOLE for seed in (1, 2, 3, 4)}
+
+
+def test_dry_run_starts_and_writes_nothing(lab, go):
+    status, out = go("--dry-run")
+    assert status == 0 and not lab.runs.exists() and not lab.lines()
+    lines = out.splitlines()
+    assert len(lines) == 3 and all(line.startswith("new ") for line in lines)
+    assert (
+        f"{sys.executable} {lab.path}/fake.py --env-id CartPole-v1 --seed 2 --total-timesteps 500 --runs-dir"
+        in lines[1]
+    )
+    lab.tell("2.fail")
+    assert go("--seeds", "2")[0] == 1
+    assert [line.split()[0] for line in go("--dry-run")[1].splitlines()] == ["done", "failed", "new"]
+
+
+def test_printed_commands_are_the_ones_that_run(lab, go):
+    (command, *_) = go("--dry-run")[1].splitlines()
+    subprocess.run(command.split()[1:], check=True)
+    assert lab.statuses() == {1: "partial", 2: "new", 3: "new"}
+    assert go()[0] == 0 and lab.trace()[1] == WHOLE  # trained by hand, evaluated by the harness
+
+
+def test_what_was_cut_off_goes_on(lab, go):
+    assert go("--seeds", "1", "--eval-episodes", "0")[0] == 0
+    (directory,) = lab.runs.glob("*__1__*")
+    (directory / "summary.json").unlink()
+    (directory / "checkpoints" / "step_0500.pt").unlink()
+    assert lab.statuses()[1] == "partial"
+    assert go("--seeds", "1")[0] == 0
+    assert lab.trace()[1] == ["start", *STEPS, "resume", "step 500", "evaluate", "evaluate"]
+
+
+def test_more_episodes_of_evaluation_are_played_without_training(lab, go):
+    assert go("--seeds", "1", "--eval-episodes", "0")[0] == 0
+    assert lab.trace()[1] == ["start", *STEPS]
+    assert go("--seeds", "1")[0] == 0 and lab.trace()[1] == WHOLE
+    assert go("--seeds", "1", "--eval-episodes", "5")[0] == 0
+    assert lab.trace()[1] == [*WHOLE, "evaluate", "evaluate"]
+    assert go("--seeds", "1", "--eval-episodes", "3")[0] == 0 and lab.trace()[1].count("evaluate") == 4
+
+
+def test_directory_without_a_checkpoint_starts_afresh(lab, go):
+    lab.tell("1.kill-early")  # leaves a folder and half a checkpoint
+    status, _ = go("--seeds", "1")
+    assert status == 0 and lab.trace()[1] == ["start", *WHOLE]
+    rows = (next(lab.runs.glob("*__1__*")) / "progress.csv").read_text().splitlines()
+    assert len(rows) == 6
+
+
+def test_other_text_or_flags_are_another_run(lab, go):
+    assert go("--seeds", "1", "--eval-episodes", "0")[0] == 0
+    first = {path.name for path in lab.runs.glob("CartPole*")}
+    (lab.path / "fake.py").write_text(SCRIPT + "\n# another learning rate\n")
+    assert go("--seeds", "1", "--eval-episodes", "0")[0] == 0
+    assert go("--seeds", "1", "--eval-episodes", "0", "--total-timesteps", "400")[0] == 0
+    names = {path.name for path in lab.runs.glob("CartPole*")}
+    assert len(names) == 3 and first < names
+    assert lab.trace()[1] == ["start", *STEPS, "start", *STEPS, "start", *STEPS[:4]]
+
+
+# ------------------------------------------------------------------------------------------------ failures and kills
+def test_failed_run_is_shown_and_counted_and_the_others_go_on(lab, go):
+    lab.tell("2.fail")
+    status, out = go()
+    assert status == 1 and lab.trace() == {1: WHOLE, 2: WHOLE[:3], 3: WHOLE}
+    log = next((lab.runs / "logs").glob("*__2__*"))
+    assert f"FAILED   CartPole-v1 fake seed 2: the end of {log}:\n" in out
+    assert "    200 steps # 2\n    error: the wheels came off\n" in out
+    assert "2 of 3 runs are done, 1 failed: " in out
+    status, out = go()  # it stays so, and is shown again
+    assert status == 1 and lab.trace()[2] == WHOLE[:3]
+    assert "error: the wheels came off" in out and "2 of 3 runs are done, 1 failed: " in out
+
+
+def test_retry_goes_on_with_what_failed(lab, go):
+    lab.tell("2.fail")
+    assert go()[0] == 1
+    assert go("--retry")[0] == 1 and lab.trace()[2] == ["start", *STEPS[:2], "resume"]
+    lab.forget("2.fail")
+    status, out = go("--retry")
+    assert status == 0 and "3 of 3 runs are done" in out
+    assert lab.trace()[2] == ["start", *STEPS[:2], "resume", "resume", *STEPS[2:], "evaluate", "evaluate"]
+
+
+@pytest.mark.parametrize("order, end", [("usage", "error: --speed is wrong"), ("crash", "RuntimeError: no wheels")])
+def test_run_that_cannot_start_is_tried_again_next_time(order, end, lab, go):
+    lab.tell(f"1.{order}")
+    status, out = go()
+    assert status == 1 and f"    {end}\n" in out and "2 of 3 runs are done, 1 failed" in out
+    lab.forget(f"1.{order}")
+    assert go()[0] == 0 and lab.statuses() == {1: "done", 2: "done", 3: "done"}
+
+
+def test_failed_evaluation_is_a_failure_and_is_repeated_next_time(lab, go):
+    lab.tell("1.fail-evaluation")
+    status, out = go("--seeds", "1")
+    assert status == 1 and "    no games left\n" in out and lab.trace()[1] == WHOLE[:-1]
+    lab.forget("1.fail-evaluation")
+    assert go("--seeds", "1")[0] == 0 and lab.trace()[1] == [*WHOLE[:-1], "evaluate", "evaluate"]
+
+
+def test_script_that_ends_well_without_saying_so_has_failed(lab, go):
+    lab.tell("1.no-summary")
+    status, out = go("--seeds", "1")
+    assert status == 1 and "summary.json" in out and "FAILED" in out and "killed" not in out
+    assert lab.started() <= 3
+
+
+def test_killed_runs_go_on_from_their_checkpoints(lab, go):
+    lab.tell("1.kills", "1")
+    lab.tell("2.kills", "3")  # and the fourth process ends well
+    lab.tell("3.kill-evaluation")
+    status, out = go()
+    assert status == 0, out
+    assert lab.trace()[1] == ["start", "step 100", "resume", *STEPS[1:], "evaluate", "evaluate"]
+    assert lab.trace()[2] == [
+        *["start", "step 100", "resume", "step 200", "resume", "step 300", "resume"],
+        *STEPS[3:],
+        *WHOLE[-2:],
+    ]
+    assert lab.trace()[3] == [*WHOLE, "evaluate"]
+
+
+def test_run_that_somebody_else_stops_is_left_for_next_time(lab, go):
+    lab.tell("2.term")
+    status, out = go()
+    assert status == 1 and lab.trace() == {1: WHOLE, 2: WHOLE[:3], 3: WHOLE}
+    assert "2 of 3 runs are done, 1 are left, and the same command goes on" in out and "FAILED" not in out
+    lab.forget("2.term")
+    assert go()[0] == 0 and lab.trace()[2] == [*WHOLE[:3], "resume", *WHOLE[3:]]
+
+
+def test_four_kills_are_enough(lab, go):
+    lab.tell("1.kills", "9")
+    status, out = go()
+    assert status == 1 and lab.trace() == {
+        1: ["start", "step 100", "resume", "step 200", "resume", "step 300", "resume", "step 400"],
+        2: WHOLE,
+        3: WHOLE,
+    }
+    assert "killed by SIGKILL" in out and "given up" in out and "2 of 3 runs are done, 1 failed" in out
+    lab.forget("1.kills")
+    assert go()[0] == 0 and lab.trace()[1][-4:] == ["resume", "step 500", "evaluate", "evaluate"]
+
+
+def test_killed_between_the_last_checkpoint_and_the_summary(lab, go):
+    lab.tell("1.kill-at-end")
+    status, out = go("--seeds", "1")
+    assert status == 0, out
+    assert lab.statuses()[1] == "done" and Counter(lab.trace()[1])["step 100"] == 1
+    assert lab.trace()[1][-4:] == ["resume", "step 500", "evaluate", "evaluate"]
+
+
+def test_job_that_cannot_be_worked_on_is_a_failure_and_the_others_go_on(lab, go, monkeypatch):
+    execute = run.execute
+
+    def broken(job, *args, **options):
+        if job.seed == 2:
+            raise OSError(28, "No space left on device")
+        return execute(job, *args, **options)
+
+    monkeypatch.setattr(run, "execute", broken)
+    status, out = go()
+    assert status == 1 and lab.trace() == {1: WHOLE, 3: WHOLE}
+    assert "FAILED   CartPole-v1 fake seed 2" in out and "No space left on device" in out
+    assert "2 of 3 runs are done, 1 failed" in out
+
+
+def test_same_cell_twice_is_one_run(lab, go):
+    status, out = go("--algos", "fake.py", str(lab.path / "fake.py"), "--env-ids", "CartPole-v1", "CartPole-v1")
+    assert status == 0 and "3 of 3 runs are done" in out and lab.trace() == {1: WHOLE, 2: WHOLE, 3: WHOLE}
+
+
+# ----------------------------------------------------------------------------------------------- harnesses that die
+def test_killed_harness_leaves_runs_that_the_next_one_waits_for(lab):
+    lab.tell("hold")
+    first = lab.start("--workers", "2")
+    wait_for(lambda: lab.started() == 2, "two runs")
+    first.kill()
+    first.wait()
+    second = lab.start("--workers", "2")
+    wait_for(lambda: lab.said().count("running") == 2, "orphans in the view")
+    time.sleep(1.0)
+    assert lab.started() == 2 and second.poll() is None  # no third run beside the two
+    lab.forget("hold")
+    assert second.wait(60) == 0, lab.said()
+    assert lab.trace() == {1: WHOLE, 2: WHOLE, 3: WHOLE} and lab.most_at_once() == 2
+    assert "3 of 3 runs are done" in lab.said()
+
+
+def test_harness_killed_during_an_evaluation_and_its_orphan_too(lab):
+    lab.tell("1.hold-evaluation")
+    lab.tell("2.hold")
+    first = lab.start("--workers", "2")
+    wait_for(lambda: "evaluate" in lab.trace().get(1, []) and lab.started() == 2, "an evaluation and a run")
+    first.kill()
+    first.wait()
+    second = lab.start("--workers", "2")
+    wait_for(lambda: lab.said().count("running") == 2, "orphans in the view")
+    os.kill(lab.pids(2)[-1], signal.SIGKILL)
+    wait_for(lambda: lab.trace()[2] == ["start", "resume"], "the run to go on")
+    lab.forget("1.hold-evaluation")
+    lab.forget("2.hold")
+    assert second.wait(60) == 0, lab.said()
+    assert lab.trace() == {1: WHOLE, 2: ["start", "resume", *WHOLE[1:]], 3: WHOLE} and lab.most_at_once() == 2
+
+
+def test_two_harnesses_share_the_work_and_no_run(lab):
+    lab.tell("hold")
+    harnesses = [lab.start("--workers", "1", "--seeds", "4") for _ in range(2)]
+    wait_for(lambda: lab.started() == 2, "a run of each")
+    lab.forget("hold")
+    assert [harness.wait(60) for harness in harnesses] == [0, 0], lab.said(0) + lab.said(1)
+    assert lab.trace() == {seed: WHOLE for seed in (1, 2, 3, 4)} and lab.most_at_once() == 2
+    logs = "".join(log.read_text() for log in (lab.runs / "logs").iterdir())
+    assert {int(pid) for pid in re.findall(r"--run-name \S+ # \S+ (\d+)", logs)} == {h.pid for h in harnesses}
+    assert all("4 of 4 runs are done" in lab.said(number) for number in (0, 1))
+
+
+def test_second_harness_takes_over_when_the_first_is_killed(lab):
+    lab.tell("1.hold")
+    first = lab.start("--seeds", "2")
+    wait_for(lambda: lab.started() == 1, "a run")
+    second = lab.start("--seeds", "2")
+    wait_for(lambda: lab.trace().get(2) == WHOLE, "the other run")  # while the first one's is left to it
+    first.kill()
+    lab.forget("1.hold")
+    assert second.wait(60) == 0, lab.said()
+    assert lab.trace() == {1: WHOLE, 2: WHOLE}
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_stops_the_runs_which_go_on_later(number, status, lab):
+    lab.tell("hold")
+    lab.tell("1.deaf")  # so that its iteration outlasts the signal
+    harness = lab.start("--workers", "2", start_new_session=True)
+    wait_for(lambda: lab.started() == 2, "two runs")
+    os.killpg(harness.pid, number)  # as a terminal does
+    wait_for(lambda: "stops:" in lab.said(), "answer")
+    time.sleep(0.2)
+    lab.forget("1.deaf")
+    assert harness.wait(60) == status
+    assert "stops: every run finishes its iteration and saves" in lab.said()
+    assert "0 of 3 runs are done, 3 are left, and the same command goes on" in lab.said()
+    assert lab.trace() == {1: WHOLE[:2], 2: WHOLE[:2]}
+    assert lab.statuses() == {1: "partial", 2: "partial", 3: "new"}
+    lab.forget("hold")
+    assert lab.start("--workers", "2").wait(60) == 0, lab.said()
+    resumed = [*WHOLE[:2], "resume", *WHOLE[2:]]
+    assert lab.trace() == {1: resumed, 2: resumed, 3: WHOLE}
+
+
+def test_second_ctrl_c_does_not_wait(lab):
+    lab.tell("1.deaf")  # in an iteration that never ends
+    harness = lab.start()
+    wait_for(lambda: lab.started() == 1, "a run")
+    harness.send_signal(signal.SIGINT)
+    wait_for(lambda: "stops:" in lab.said(), "answer")
+    assert harness.poll() is None
+    harness.send_signal(signal.SIGINT)
+    assert harness.wait(60) == 130 and lab.trace() == {1: ["start"]}
+    wait_for(lambda: lab.statuses()[1] == "partial", "end of the run")
+    lab.forget("1.deaf")
+    assert lab.start().wait(60) == 0 and lab.trace()[1] == ["start", "resume", *WHOLE[1:]]
+
+
+def test_signal_in_the_first_moment_is_heard(lab, go, monkeypatch):
+    lab.tell("hold")
+    monkeypatch.setattr(
+        run.View, "__init__", lambda *args, init=run.View.__init__: (signal.raise_signal(2), init(*args))[1]
+    )
+    status, out = go()
+    assert status == 130 and "3 are left" in out
+    assert set(lab.statuses().values()) <= {"new", "partial"} and lab.started() <= 1
+
+
+def test_handlers_are_put_back(lab, go):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert go("--seeds", "1")[0] == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# --------------------------------------------------------------------------------------------------------------- view
+def screen(text, columns):
+    """What a terminal shows after this text, of which no line may be longer than the terminal is wide."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[\d*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[J":
+            del lines[row + 1 :]
+            lines[row] = ""
+        elif move := re.fullmatch(r"\x1b\[(\d+)F", part):
+            row -= int(move[1])
+            assert row >= 0
+        elif part != "\r":
+            assert not lines[row], "written over"
+            lines[row] = part
+            assert len(part) < columns or part.startswith(("done    ", "3 of 3 runs")), part
+    return "\n".join(lines)
+
+
+def test_view_on_a_terminal_fits_and_leaves_nothing_behind(lab):
+    name = "a-variant-with-a-name-that-is-much-too-long-for-a-terminal-of-eighty-columns"
+    suite = SUITE.replace('"fake.py"', f'"{name}"') + f'[variants.{name}]\nalgo = "fake.py"\n'
+    (lab.path / "suite.toml").write_text(suite)
+    lab.tell("hold")
+    ours, theirs = pty.openpty()
+    ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    harness = lab.start("--workers", "2", stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text = ""
+    while True:
+        try:
+            text += os.read(ours, 65536).decode()
+        except OSError:  # the other end is closed
+            break
+        if "0 of 3 done, 2 running, 0 failed" in text and (lab.fake / "hold").exists():
+            lab.forget("hold")
+    os.close(ours)
+    assert harness.wait(60) == 0
+    assert re.search(r"\n  \[[#.]{10}\] +\d+% +[\d,]+/s  CartPole-v1 a-variant", text), text
+    shown = screen(text, 80).rstrip().splitlines()
+    assert [line[:8] for line in shown[:-1]] == ["done    "] * 3, shown
+    assert shown[-1].startswith("3 of 3 runs are done")
+
+
+def test_view_is_no_higher_than_the_terminal(lab, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 10)))
+    (job, *_) = lab.jobs()
+    view = run.View([replace(job, seed=seed) for seed in range(30)], lab.runs)
+    monkeypatch.setattr(run, "is_running", lambda *args: True)
+    view.update({})
+    view.update({})
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        len(lines) == 18
+        and lines[0].startswith("0 of 30 done, 30 running")
+        and lines[9].startswith("\x1b[9F\x1b[J0 of")
+    )
+
+
+def test_view_in_a_pipe_is_a_line_per_event(lab, go):
+    lab.tell("2.fail")
+    _, out = go("--workers", "2")
+    assert "\x1b" not in out and "\r" not in out
+    assert Counter(line.split()[0] for line in out.splitlines()) >= Counter(["done", "done", "FAILED"])
+    assert len(out.splitlines()) <= 12
+
+
+# ------------------------------------------------------------------------------------------------------------- suites
+@pytest.mark.parametrize("name, number", SHIPPED.items())
+def test_shipped_suite_has_its_runs_and_the_scripts_take_its_flags(name, number):
+    suite = read_suite(name)
+    matrix = jobs_of(suite, threads=2)
+    assert len(matrix) == number == len({job.name for job in matrix}) == len({job.key for job in matrix})
+    assert suite.description
+    first = matrix[: len(suite.envs) * len(suite.algos)]
+    assert {(job.env_id, job.algo) for job in first} == {(env, algo) for env in suite.envs for algo in suite.algos}
+    assert {job.seed for job in first} == {1}  # seed by seed
+    for job in first if name != "random" else ():
+        script = importlib.import_module(Path(job.command[-1]).stem)
+        args = script.parse_args(job.start(Path("runs"))[2:])
+        script.check_args(args)
+        getattr(script, "check_minibatches", lambda args: None)(args)
+        assert (args.env_id, args.seed, args.run_name, args.exp_name) == (job.env_id, 1, job.name, job.algo)
+        assert args.total_timesteps == suite.total_timesteps
+        assert args.num_threads == job.threads == (2 if name.startswith("atari") else 0)
+
+
+def test_every_shipped_suite_is_in_this_test():
+    assert set(SHIPPED) == {path.stem for path in SUITES.glob("*.toml")}
+
+
+def refusal(lab, text, suite=SUITE):
+    """What `run` says of a suite with this text behind (or instead)."""
+    (lab.path / "suite.toml").write_text(suite + text)
+    with pytest.raises(UsageError) as error:
+        jobs_of(read_suite("suite.toml"))
+    assert not lab.runs.exists()
+    return str(error.value)
+
+
+RULE = "[[arguments]]\nflags = { speed = 1 }\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed = 3", "suite.toml, line 7, seed: no such key; did you mean seeds?"),
+        ("colour = 3", "suite.toml, line 7, colour: no such key; there are envs, algos, "),
+        ("normalise = 3", "suite.toml, line 7, normalise: must be true or false, but is 3."),
+        ("description = [1]", "suite.toml, line 7, description: must be a text, but is [1]."),
+        ("published = 'x'", "suite.toml, line 7, published: must be a list of source keys, but is 'x'."),
+        ("envs = ['x']", "suite.toml: Cannot overwrite a value (at line 7"),
+        ("x = ", "suite.toml: Invalid value (at "),
+        ("arguments = [3]", "suite.toml, line 7, arguments: must be written as [[arguments]] tables"),
+        ("arguments = 3", "suite.toml, line 7, arguments: must be written as [[arguments]] tables"),
+        ("[[arguments]]\nenvs = ['*']", "suite.toml, line 7, arguments: has no flags"),
+        (RULE + "[[arguments]]\nenvs = 'x'", "suite.toml, line 10, envs: must be a list of patterns, but is 'x'."),
+        (RULE + "env = ['*']", "suite.toml, line 9, env: no such key; did you mean envs?"),
+        (RULE + "envs = [1]", "suite.toml, line 9, envs: must be a list of patterns, but is [1]."),
+        (RULE + RULE + "algo = ['*']", "suite.toml, line 11, algo: no such key; did you mean algos?"),
+        (RULE + "[[arguments]]\nflags = 3", "suite.toml, line 10, flags: must be a table of flags, but is 3."),
+        ("[[arguments]]\nflags = { seed = 5 }", "suite.toml, line 8, flags: seed is set for each run"),
+        ("[[arguments]]\nflags = { runs_dir = 'x' }", "suite.toml, line 8, flags: runs-dir is set for each run"),
+        ("[variants.x]\nflags = {}", "suite.toml, line 7, x: a variant needs algo"),
+        ("[variants]\nx = 3", "suite.toml, line 8, x: a variant needs algo"),
+        ("[variants.'x+y']\nflags = {}", "suite.toml, line 7, x+y: a variant needs algo"),
+        ("[variants.x]\nalgo = 3", "suite.toml, line 8, algo: must be a script or a peer, but is 3."),
+        ("[variants.x]\nalgo = 'ppo'\nflag = {}", "suite.toml, line 9, flag: no such key; did you mean flags?"),
+        (
+            "[variants.x]\nalgo = 'ppo'\n[variants.y]\nalgo = 'ppo'\nflags = 3",
+            "suite.toml, line 11, flags: must be a table of flags, but is 3.",
+        ),
+        ("[variants.x]\nalgo = 'ppo'\nflags.env-id = 'x'", "line 9, flags: env-id is set for each run"),
+    ],
+)
+def test_error_behind_a_suite_names_file_line_and_key(text, message, lab):
+    assert message in refusal(lab, text + "\n")
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("envs = ", "# ", "envs: is missing or empty"),
+        ("algos = ", "# ", "algos: is missing or empty"),
+        ('["CartPole-v1"]', "[]", "suite.toml, line 2, envs: is missing or empty"),
+        ('["CartPole-v1"]', "[1]", "suite.toml, line 2, envs: "),
+        ('["CartPole-v1"]', "'CartPole-v1'", "line 2, envs: must be a list of environment ids, but is 'CartPole-v1'."),
+        ('["CartPole-v1"]', "['CartPol-v1']", "CartPol-v1 is not registered in gymnasium; did you mean CartPole-v"),
+        ('["CartPole-v1"]', "['nowhere:CartPole-v1']", "environment nowhere:CartPole-v1: No module named 'nowhere'"),
+        ('"fake.py"', '"pppo"', "pppo is no script, no peer and no variant of the suite; did you mean ppo?"),
+        ('"fake.py"', '"sb3:pp"', "sb3:pp is no script, no peer and no variant of the suite; did you mean sb3:ppo?"),
+        ('"fake.py"', '"gone.py"', "gone.py is no script"),
+        ("seeds = 3", "seeds = 0", "suite.toml, line 4, seeds: must be"),
+        ("seeds = 3", "seeds = -1", "suite.toml, line 4, seeds: must be"),
+        ("seeds = 3", "seeds = []", "suite.toml, line 4, seeds: must be"),
+        ("seeds = 3", "seeds = [1, -1]", "suite.toml, line 4, seeds: must be"),
+        ("seeds = 3", "seeds = [1, 'x']", "suite.toml, line 4, seeds: must be"),
+        ("seeds = 3", "seeds = 2.5", "suite.toml, line 4, seeds: must be a number of seeds, or a list of them"),
+        ("seeds = 3", "seeds = true", "suite.toml, line 4, seeds: must be a number of seeds, or a list of them"),
+        ("timesteps = 500", "timesteps = 0", "suite.toml, line 5, total_timesteps: must be"),
+        ("timesteps = 500", "timesteps = 5e5", "suite.toml, line 5, total_timesteps: must be a whole number"),
+        ("seeds = 3\ntotal_timesteps = 500", "seeds = [1]\ntotal_timesteps = 0", "line 5, total_timesteps: must be"),
+        ("episodes = 2", "episodes = -2", "suite.toml, line 6, eval_episodes: must be"),
+    ],
+)
+def test_error_in_a_suite_names_file_line_and_key(old, new, message, lab):
+    assert message in refusal(lab, "", SUITE.replace(old, new))
+
+
+def test_files_that_are_no_suites(lab):
+    with pytest.raises(UsageError, match="there is no suite clasic; there are atari, .*classic"):
+        read_suite("clasic")
+    with pytest.raises(UsageError, match="there is no suite gone.toml"):
+        read_suite("gone.toml")
+    (lab.path / "suite.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="suite.toml: .*decode"):
+        read_suite("suite.toml")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--workers", "0"], "--workers is 0"),
+        (["--seeds", "-1"], "must be 0 or more"),
+        (["--total-timesteps", "-1"], "must be 0 or more"),
+        (["--eval-episodes", "-2"], "must be 0 or more"),
+        (["--env-ids", "CartPole"], "did you mean CartPole-v"),
+        (["--algos", "fakee.py"], "fakee.py is no script"),
+        (["--algos", "other/fake.py", "fake.py"], "would be one column, fake; rename one"),
+        (["--runs-dir", "fake.py"], "fake.py cannot be a folder of runs"),
+        (["--runs-dir", "/proc/nowhere"], "/proc/nowhere cannot be a folder of runs"),
+    ],
+)
+def test_wrong_usage_starts_nothing(flags, message, lab, go):
+    (lab.path / "other").mkdir()
+    (lab.path / "other" / "fake.py").write_text(SCRIPT + "# mine\n")
+    status, out = go(*flags)
+    assert status == 2 and out.startswith("error: ") and message in out and out.count("\n") == 1
+    assert not lab.runs.exists() and not lab.lines()
+
+
+def flags_of(lab, text, *flags):
+    """{(environment, algorithm): flags} of a suite."""
+    (lab.path / "suite.toml").write_text(text)
+    options = tyro.cli(run.Options, args=["suite.toml", *flags])
+    return {(job.env_id, job.algo): " ".join(job.flags) for job in run.plan(options)[2]}
+
+
+MATRIX = """
+envs = ["CartPole-v1", "Acrobot-v1"]
+algos = ["fake.py", "fast", "slow"]
+seeds = [7]
+total_timesteps = 500
+
+[[arguments]]
+flags = { speed = 1, turbo = true }
+
+[[arguments]]
+envs = ["Acro*", "Nothing-v0"]
+flags = { speed = 2, total-timesteps = 900 }
+
+[[arguments]]
+algos = ["slow"]
+flags = { turbo = false }
+
+[variants.fast]
+algo = "fake.py"
+flags = { speed = 3 }
+
+[variants.slow]
+algo = "fake.py"
+"""
+
+
+def test_later_rules_win_and_variants_come_last(lab):
+    assert flags_of(lab, MATRIX) == {
+        ("CartPole-v1", "fake"): "--speed 1 --total-timesteps 500 --turbo",
+        ("CartPole-v1", "fast"): "--exp-name fast --speed 3 --total-timesteps 500 --turbo",
+        ("CartPole-v1", "slow"): "--exp-name slow --speed 1 --total-timesteps 500 --no-turbo",
+        ("Acrobot-v1", "fake"): "--speed 2 --total-timesteps 900 --turbo",
+        ("Acrobot-v1", "fast"): "--exp-name fast --speed 3 --total-timesteps 900 --turbo",
+        ("Acrobot-v1", "slow"): "--exp-name slow --speed 2 --total-timesteps 900 --no-turbo",
+    }
+
+
+def test_rule_for_a_script_holds_for_its_variants(lab):
+    text = MATRIX.replace('algos = ["slow"]', 'algos = ["fake.py"]')
+    assert all(flags.endswith("--no-turbo") for flags in flags_of(lab, text).values())
+
+
+def test_command_line_wins_over_the_suite(lab):
+    changes = ["--env-ids", "Acrobot-v1", "--algos", "fast", "--total-timesteps", "200", "--seeds", "2"]
+    assert flags_of(lab, MATRIX, *changes) == {
+        ("Acrobot-v1", "fast"): "--exp-name fast --speed 3 --total-timesteps 200 --turbo"
+    }
+    options = tyro.cli(run.Options, args=["suite.toml", *changes])
+    assert [job.seed for job in run.plan(options)[2]] == [1, 2]
+    assert {job.eval_episodes for job in run.plan(options)[2]} == {100}
+    options = tyro.cli(run.Options, args=["suite.toml", "--eval-episodes", "0"])
+    assert {(job.seed, job.eval_episodes) for job in run.plan(options)[2]} == {(7, 0)}
+
+
+def test_underscores_are_dashes_when_flags_are_merged(lab):
+    text = MATRIX.replace("total-timesteps = 900", "total_timesteps = 900").replace(
+        "speed = 3", "total-timesteps = 100"
+    )
+    flags = flags_of(lab, text)
+    assert flags["Acrobot-v1", "fake"] == "--speed 2 --total-timesteps 900 --turbo"
+    assert flags["Acrobot-v1", "fast"] == "--exp-name fast --speed 2 --total-timesteps 100 --turbo"
+
+
+def test_seeds_may_be_listed(lab):
+    (lab.path / "suite.toml").write_text(SUITE.replace("seeds = 3", "seeds = [0, 12, 5]"))
+    assert [job.seed for job in lab.jobs()] == [0, 12, 5]
+
+
+def test_underscores_and_lists_and_numbers_in_flags():
+    assert jobs.as_flags({"b": [1, 2], "a-rate": 3e-4, "c": True, "d": False, "e": "x y"}) == (
+        *("--a-rate", "0.0003", "--b", "1", "2", "--c", "--no-d", "--e", "x y"),
+    )
+
+
+def test_suite_without_a_budget_leaves_it_to_the_script(lab, go):
+    (lab.path / "suite.toml").write_text(SUITE.replace("total_timesteps", "# total_timesteps"))
+    assert "--total-timesteps" not in go("--dry-run", "--seeds", "1")[1]
+    assert go("--seeds", "1")[0] == 0 and lab.trace() == {1: WHOLE}
+
+
+def test_key_depends_on_what_makes_the_result_and_on_nothing_else(lab):
+    (job, *_) = lab.jobs()
+    changes = dict(text="x", env_id="Acrobot-v1", seed=9, flags=("--speed", "1"))
+    keys = {replace(job, **{name: value}).key for name, value in changes.items()}
+    assert len(keys | {job.key}) == 5
+    same = dict(algo="other", command=("python3", "elsewhere/fake.py"), eval_episodes=7, threads=3)
+    assert {replace(job, **{name: value}).key for name, value in same.items()} == {job.key}
+    assert replace(job, env_id="ALE/Pong-v5", algo="sb3:ppo").name.startswith("ALE-Pong-v5__sb3-ppo__1__")
+
+
+def test_threads_are_for_atari_alone(lab):
+    options = tyro.cli(run.Options, args=["atari", "--env-ids", "ALE/Pong-v5", "CartPole-v1", "--workers", "1"])
+    threads = {job.env_id: job.threads for job in run.plan(options)[2]}
+    assert threads == {"ALE/Pong-v5": os.cpu_count(), "CartPole-v1": 0}
+    assert {job.threads for job in run.plan(replace(options, threads=3))[2]} == {3, 0}
+    assert {job.threads for job in run.plan(replace(options, workers=999))[2]} == {1, 0}
