@@ -237,7 +237,10 @@ def print_table(rows: list[list[str]]) -> None:
 
 
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
-    """Prints the comparison; 0 without a real drop, 1 with one or where runs failed or are missing."""
+    """Prints the comparison; 0 without a real drop, 1 with one or where runs failed or seeds are missing.
+
+    Environments and algorithms that RUNS does not have at all are named and not judged.
+    """
     if not options.runs:
         raise UsageError(
             "give run directories, or folders of them: python -m benchmarks check runs/classic --against DIR"

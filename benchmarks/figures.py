@@ -18,14 +18,15 @@ plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.righ
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # Safe for colour blindness (Okabe and Ito); an algorithm has the same colour in every figure.
 COLORS = dict(zip(ORDER, (*PALETTE[:6], "#94C973", "#888888")))
-OTHERS = ("#000000", "#F0E442", "#7A5195", "#8C564B", "#17BECF", "#BCBD22", "#56B4E9", "#E69F00")
+OTHERS = ("#000000", "#7A5195", "#8C564B", "#17BECF", "#B22222", "#6B8E23", "#FF7F7F", "#4B4BC3")
 
 
-def color_of(algo: str, algos: list[str]) -> str:
+def style_of(algo: str, algos: list[str]) -> dict[str, str]:
+    """Colour and line style of an algorithm in a report on algos; after eight unknown ones lines are dashed."""
     if algo in COLORS:
-        return COLORS[algo]
-    unknown = sorted(name for name in algos if name not in COLORS)
-    return OTHERS[unknown.index(algo) % len(OTHERS)]
+        return {"color": COLORS[algo], "linestyle": "-"}
+    place = sorted(name for name in algos if name not in COLORS).index(algo)
+    return {"color": OTHERS[place % len(OTHERS)], "linestyle": ("-", "--", ":")[place // len(OTHERS) % 3]}
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
@@ -57,7 +58,8 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
 
     for axis, env_id in zip(axes.flat, envs):
         for algo in algos:
-            color = color_of(algo, algos)
+            style = style_of(algo, algos)
+            color = style["color"]
             runs = [run for run in cells.get((env_id, algo), []) if len(run.returns)]
             for run in runs:
                 grid = np.linspace(run.steps[0], run.steps[-1], 300)
@@ -71,7 +73,7 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
             curves = np.array([stats.curve_on_grid(run.steps, run.returns, grid) for run in done])
             x = np.median([places(run, grid) for run in done], axis=0)
             centre = curves.mean(0) if statistic == "mean" else stats.iqm(curves, axis=0)
-            axis.plot(x, centre, color=color, linewidth=1.8, zorder=3)
+            axis.plot(x, centre, **style, linewidth=1.8, zorder=3)
             if len(done) > 1:
                 low, high = stats.bootstrap_curves(curves, rng, statistic, repetitions=1000)
                 axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
@@ -97,18 +99,20 @@ def add_legend(figure: Any, cells: dict, algos: list[str]) -> None:
         counts = sorted({sum(run.done for run in runs) for (_, name), runs in cells.items() if name == algo})
         seeds = "-".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
         label = f"{algo} ({seeds} seed{'s' * (seeds != '1')})"
-        handles.append(Line2D([], [], color=color_of(algo, algos), linewidth=2, label=label))
+        handles.append(Line2D([], [], **style_of(algo, algos), linewidth=2, label=label))
     columns = max(1, min(len(handles), 5 if max(map(len, algos)) < 25 else 2))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def draw_aggregates(by_algo: dict[str, list[np.ndarray]], aggregates: dict, intervals: dict, path: Path) -> None:
-    """Point and 95% interval of each aggregate for each algorithm."""
+def draw_aggregates(
+    by_algo: dict[str, list[np.ndarray]], aggregates: dict, intervals: dict, everyone: list[str], path: Path
+) -> None:
+    """Point and 95% interval of each aggregate for each algorithm; everyone is all algorithms of the report."""
     algos = sorted(by_algo, key=rank, reverse=True)
     figure, axes = new_figure(1, len(aggregates), 2.4, 0.9 + 0.28 * len(algos))
     for axis, (name, aggregate) in zip(axes[0], aggregates.items()):
         for place, algo in enumerate(algos):
-            value, color = aggregate(by_algo[algo]), color_of(algo, algos)
+            value, color = aggregate(by_algo[algo]), style_of(algo, everyone)["color"]
             low, high = intervals[algo, name]
             if np.isfinite(low):
                 axis.barh(place, high - low, left=low, height=0.6, color=color, alpha=0.35)
@@ -123,17 +127,19 @@ def draw_aggregates(by_algo: dict[str, list[np.ndarray]], aggregates: dict, inte
     save_figure(figure, path)
 
 
-def draw_profiles(by_algo: dict[str, list[np.ndarray]], path: Path, rng: np.random.Generator) -> None:
+def draw_profiles(
+    by_algo: dict[str, list[np.ndarray]], everyone: list[str], path: Path, rng: np.random.Generator
+) -> None:
     """Performance profiles: the share of runs above each normalised score, with 95% bands."""
     algos = sorted(by_algo, key=rank)
     highest = max(values.max() for runs in by_algo.values() for values in runs)
     taus = np.linspace(min(0.0, *(values.min() for runs in by_algo.values() for values in runs)), highest, 200)
     figure, axes = new_figure(1, 1, 5.0, 3.2)
     for algo in algos:
-        color = color_of(algo, algos)
-        axes[0, 0].plot(taus, stats.performance_profile(by_algo[algo], taus), color=color, linewidth=1.8, label=algo)
+        style = style_of(algo, everyone)
+        axes[0, 0].plot(taus, stats.performance_profile(by_algo[algo], taus), **style, linewidth=1.8, label=algo)
         low, high = stats.profile_band(by_algo[algo], taus, rng)
-        axes[0, 0].fill_between(taus, low, high, color=color, alpha=0.2, linewidth=0)
+        axes[0, 0].fill_between(taus, low, high, color=style["color"], alpha=0.2, linewidth=0)
     axes[0, 0].set_xlabel("normalised score")
     axes[0, 0].set_ylabel("share of runs above")
     axes[0, 0].grid(alpha=0.25)

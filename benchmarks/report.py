@@ -33,6 +33,21 @@ AGGREGATES = {  # by their titles
     "mean": stats.aggregate_mean,
     "optimality gap": stats.aggregate_optimality_gap,
 }
+ABOUT_CURVES = """\
+Thin lines are seeds, thick ones their {centre} with its 95% bootstrap interval over seeds, point by point. Every \
+point is the mean return of the last 100 training episodes. Against time, a thick line stands where the median seed \
+had got to those steps; times are those of the machine with whatever else ran on it. A cross ends a run that did not \
+complete.
+
+"""
+ABOUT_SCORES = """
+Mean over seeds and its 95% bootstrap interval, which with few seeds is too narrow: with 5 it holds the truth in about \
+82% of cases, with 10 in 89%. `train_last100` is the mean return of the last 100 training episodes; the area under \
+the curve is its average over the run; eval plays the last policy, normalisers frozen, with the most likely and with \
+sampled actions, on seeds that are the same for every run. Steps/s are the median and the range. Runs that failed or \
+did not end are counted, and are in no score.
+
+"""
 
 
 @dataclass
@@ -61,10 +76,17 @@ class Matrix(NamedTuple):
 
 
 def read_matrix(paths: list[Path]) -> Matrix:
-    notes = [note for path in paths if (note := read_json(path / "suite.json"))]
-    if len(notes) != 1:
-        return Matrix()
-    return Matrix(**{name: value for name, value in notes[0].items() if name in Matrix._fields})
+    """The notes of all folders in or below the paths as one; the title and the description only if it is one suite."""
+    files = {file for path in paths for depth in ("", "*/") for file in path.glob(f"{depth}suite.json")}
+    notes = [note for file in sorted(files) if (note := read_json(file))]
+    suites = sorted({str(note.get("name")) for note in notes})
+    if len(suites) == 1:
+        about = {name: notes[0].get(name, "") for name in ("name", "description")}
+    else:
+        about = {"description": f"Runs of the suites {', '.join(suites)}." if suites else ""}
+    lists = {name: [item for note in notes for item in note.get(name, [])] for name in ("commands", "cells")}
+    published = list(dict.fromkeys(source for note in notes for source in note.get("published", [])))
+    return Matrix(**about, **lists, published=published, normalise=all(note.get("normalise", True) for note in notes))
 
 
 # --------------------------------------------------------------------------------------------------- references
@@ -156,17 +178,19 @@ def score_table(cells: dict, expected: Counter, rng: np.random.Generator) -> str
         budgets = sorted({run.budget for run in runs})
         steps = " to ".join(f"{budget:,}" for budget in dict.fromkeys([*budgets[:1], *budgets[-1:]])) or "-"
         measures = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic")
-        sps = scores(runs, "sps")
+        sps = np.round(scores(runs, "sps"))
         row = [*key, steps, seeds_column(runs, expected[key])]
         row += [with_interval(scores(runs, measure), rng) for measure in measures]
-        rows.append([*row, f"{np.median(sps):,.0f}" if len(sps) else "-"])
+        rows.append([*row, f"{np.median(sps):,.0f} ({sps.min():,.0f} to {sps.max():,.0f})" if len(sps) else "-"])
     return table(header, rows)
 
 
 def published_table(cells: dict, sources: list[str]) -> str:
     """Our scores beside published ones, each with its own protocol; "" where there is nothing to put beside them.
 
-    A suite names the sources. Without one, only the same environment id and the same measure count.
+    A suite names the sources. Without one, only the same environment id and the same measure count. Of a source that
+    has a row for our number of steps, only that one is shown. A difference is taken only from the same measure after
+    the same number of steps.
     """
     protocols = {row["source_key"]: row for row in read_reference("sources")}
     rows = []
@@ -174,22 +198,33 @@ def published_table(cells: dict, sources: list[str]) -> str:
         ours = scores(runs, "train_last100")
         if not len(ours):
             continue
+        matching = []
         for row in read_reference("published"):
             same = row["algo"] == algo and game_of(row["env_id"]) == game_of(env_id)
             wanted = row["source_key"] in sources
             if not sources:
                 wanted = row["statistic"] == "train_last100" and row["env_id"] == env_id
-            if not (same and wanted):
+            matching += [row] if same and wanted else []
+        budget = runs[0].budget
+        equal = {row["source_key"] for row in matching if float(row["env_steps"] or 0) == budget}
+        for row in matching:
+            if row["source_key"] in equal and float(row["env_steps"] or 0) != budget:
                 continue
+            measured = np.nan
+            if row["source_key"] in equal and row["statistic"].startswith("train_last100"):
+                measured = ours.mean()
+            elif row["source_key"] in equal and row["statistic"] in ("final_eval", "eval_deterministic_single_run"):
+                measured = scores(runs, "eval_deterministic").mean()
+            difference = measured - float(row["score"])
             spread = f" ± {number(float(row['spread']))}" if row["spread"] else ""
             kind = row["spread_kind"].replace("_", " ")
             rows.append(
                 [
                     f"{env_id} {algo}",
-                    number(ours.mean()) + f" ({runs[0].budget:,} steps)",
+                    number(ours.mean()) + f" ({budget:,} steps)",
                     number(scores(runs, "eval_deterministic").mean()),
                     f"**{number(float(row['score']))}**{spread}" + (f" ({kind})" if spread else ""),
-                    ("+" if ours.mean() >= float(row["score"]) else "") + number(ours.mean() - float(row["score"])),
+                    "+" * bool(difference > 0) + number(difference),
                     row["statistic"],
                     f"{int(float(row['env_steps'])):,}" if row["env_steps"] else "-",
                     row["seeds"] or "-",
@@ -374,21 +409,8 @@ def write_report(
     for against, name in (("steps", "curves"), ("time", "curves_time")):
         figures.draw_curves(cells, out / f"{name}.png", against, options.statistic, rng)
         text += f"![Learning curves against {against}]({name}.png){below}\n"
-    text += (
-        f"Thin lines are seeds, thick ones their {centre} with its 95% bootstrap interval over seeds; every point is"
-    )
-    text += " the mean return of the last 100 training episodes. Against time, a thick line stands where the median"
-    text += " seed had got to those steps. A cross ends a run that did not complete.\n\n"
-    text += f"## Scores\n\n{score_table(cells, expected, rng)}\n"
-    text += (
-        "Mean over seeds and its 95% bootstrap interval, which with few seeds is too narrow: with 5 it holds the truth"
-    )
-    text += (
-        " in about 82% of cases, with 10 in 89%. `train_last100` is the mean return of the last 100 training episodes;"
-    )
-    text += " the area under the curve is its average over the run; eval plays the last policy with frozen normalisers"
-    text += " and own seeds, with the most likely and with sampled actions. Steps/s are the median, as measured while"
-    text += " other runs shared the machine. Runs that failed or did not end are counted, and are in no score.\n\n"
+    text += ABOUT_CURVES.format(centre=centre)
+    text += f"## Scores\n\n{score_table(cells, expected, rng)}\n{ABOUT_SCORES}"
     if beside := published_table(cells, matrix.published):
         text += (
             f"## Beside published numbers\n\n{beside}\nPublished numbers are other people's, under their protocol.\n\n"
@@ -413,8 +435,9 @@ def aggregates(cells: dict, out: Path, below: str, rng: np.random.Generator) -> 
         for name, aggregate in AGGREGATES.items()
     }
     algos = sorted(by_algo, key=rank)
-    figures.draw_aggregates(by_algo, AGGREGATES, intervals, out / "aggregates.png")
-    figures.draw_profiles(by_algo, out / "profiles.png", rng)
+    everyone = sorted({algo for _, algo in cells})
+    figures.draw_aggregates(by_algo, AGGREGATES, intervals, everyone, out / "aggregates.png")
+    figures.draw_profiles(by_algo, everyone, out / "profiles.png", rng)
 
     def cell(value: float, interval: tuple[float, float]) -> str:
         return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if np.isfinite(interval[0]) else "")

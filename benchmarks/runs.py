@@ -26,7 +26,8 @@ class Run:
     """exp_name, with the arguments in which runs of one name differ"""
     seed: int
     status: str
-    """completed, interrupted, diverged, failed, or unfinished: no summary.json, so killed or still running"""
+    """completed, interrupted, diverged, failed, unfinished: no summary.json, so killed or still running, or damaged:
+    completed, but its files do not agree"""
     config: dict[str, Any] = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
     steps: np.ndarray = field(repr=False)
@@ -69,6 +70,14 @@ def read_episodes(path: Path) -> tuple[np.ndarray, int]:
 
 def read_run(path: Path) -> tuple[Run | None, str]:
     """A run directory, or None, and a sentence about what is wrong with it, or ""."""
+    try:
+        return read_run_directory(path)
+    except (ValueError, TypeError, AttributeError) as error:
+        return None, f"{path} has a value that makes no sense ({error}); left out."
+
+
+def read_run_directory(path: Path) -> tuple[Run | None, str]:
+    """As read_run; raises ValueError, TypeError or AttributeError where a JSON file holds what it should not."""
     config = read_json(path / "config.json")
     arguments = config.get("args")
     if not isinstance(arguments, dict):
@@ -102,11 +111,18 @@ def read_run(path: Path) -> tuple[Run | None, str]:
         seconds=np.maximum.accumulate(rows[:, 1]),
         returns=rows[:, 2],
     )
-    if status in ("failed", "diverged"):
+    score, budget = summary.get("train_last100"), run.budget  # raises here, if ever
+    if run.done and score is not None and not np.isclose(run.train_last100, score, rtol=1e-3):
+        run.status = "damaged"
+        found = f"{run.train_last100:,.2f}" if len(run.returns) else "no episode"
+        problem = f"{path}: summary.json says train_last100 {score}, episodes.csv has {found}; it is in no score."
+    elif run.done and not len(run.returns):
+        problem = f"{path} completed without a finished episode."
+    elif status in ("failed", "diverged"):
         problem = f"{path} {status}: {summary.get('error', 'no reason given')}"
     elif not run.done:
         reached = int(summary.get("global_step") or (run.steps[-1] if len(run.steps) else 0))
-        problem = problem or f"{path} is {status}, at step {reached:,} of {run.budget:,}."
+        problem = problem or f"{path} is {status}, at step {reached:,} of {budget:,}."
     return run, problem
 
 
@@ -131,10 +147,12 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
     """All runs below the paths, and a sentence about each that is damaged, unfinished, failed or doubled.
 
     Runs of one name in one environment that differ in an argument are told apart by it: "ppo, learning_rate=0.001".
-    Of two runs with the same environment, algorithm and seed the later one counts.
+    Of two runs with the same environment, algorithm and seed the one counts that suite.json names, or the later one.
     """
-    runs, problems = [], []
-    for path in find_runs(paths):
+    runs, problems, found = [], [], find_runs(paths)
+    notes = [read_json(folder / "suite.json") for folder in {path.parent for path in found}]
+    named = {cell.get("name") for note in notes for cell in note.get("cells", [])}
+    for path in found:
         run, problem = read_run(path)
         runs += [run] if run else []
         problems += [problem] if problem else []
@@ -142,11 +160,13 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
         tell_apart(group)
     kept, older = [], []
     for group in group_by(runs, "env_id", "algo", "seed").values():
-        *others, last = sorted(group, key=lambda run: (run.done, (run.path / "config.json").stat().st_mtime))
+        *others, last = sorted(
+            group, key=lambda run: (run.path.name in named, (run.path / "config.json").stat().st_mtime)
+        )
         kept.append(last)
-        older += others
-    if older:
-        problems.append(f"Left out, because a later run is the same cell: {', '.join(run.path.name for run in older)}.")
+        older += [run.path.name for run in others]
+    if older:  # of another script text, other flags of the machine, or started twice by hand
+        problems.append(f"Left out, because another run is the same cell and was asked for later: {', '.join(older)}.")
     kept.sort(key=lambda run: (run.env_id, run.algo, run.seed))
     return kept, problems
 

@@ -332,7 +332,7 @@ def test_the_newest_of_two_runs_of_a_seed_counts(tmp_path, verdicts):
     for path in (tmp_path / "new").glob("*__0000000000"):
         os.utime(path / "config.json", (0, 0))
     status, verdict, said = verdicts()
-    assert status == 0 and verdict == {"CartPole-v1 ppo": "identical"} and "a later run is the same cell" in said
+    assert status == 0 and verdict == {"CartPole-v1 ppo": "identical"} and "another run is the same cell" in said
 
 
 @pytest.mark.parametrize(
