@@ -3,6 +3,7 @@ seed and flags; a suite is a TOML file that stands for a matrix of jobs; `execut
 its end, in processes of its own.
 """
 
+import csv
 import difflib
 import fcntl
 import hashlib
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -82,11 +84,19 @@ def command_of(algo: str) -> tuple[tuple[str, ...], Path]:
         return (sys.executable, "-m", "benchmarks.peers", algo), ROOT / "benchmarks" / "peers.py"
     path = Path(algo) if algo.endswith(".py") else ROOT / f"{algo}.py"
     if not path.is_file():
-        known = sorted(path.stem for path in ROOT.glob("*.py") if "--env-id" in path.read_text()) + list(PEERS)
+        known = sorted(path.stem for path in ROOT.glob("*.py") if keeps_contract(path)) + list(PEERS)
         near = difflib.get_close_matches(algo, known, n=1)
         guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}, and any path/to/script.py."
         raise UsageError(f"{algo} is no script, no peer and no variant of the suite; {guess}")
+    if not keeps_contract(path):
+        raise UsageError(f"{algo} is no script that can be run here: its text has no --env-id or no --run-name.")
     return (sys.executable, str(path.resolve())), path
+
+
+def keeps_contract(path: Path) -> bool:
+    """Whether a script may know the flags of every job, by its text: running it could do anything."""
+    text = path.read_text(errors="replace")
+    return all(re.search(rf"(?<![a-z]){flag}(?![a-z])", text) for flag in ("env[-_]id", "run[-_]name"))
 
 
 def as_flags(options: dict[str, Any]) -> tuple[str, ...]:
@@ -110,7 +120,6 @@ class Suite:
     """A suite file as it was read; benchmarks/suites/smoke.toml shows every key."""
 
     name: str
-    text: str = field(repr=False)
     envs: list[str]
     algos: list[str]
     description: str = ""
@@ -125,7 +134,15 @@ class Suite:
     """whether the report aggregates scores over the environments"""
 
 
-RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp-name")  # flags that the harness sets
+RESERVED = (
+    "env-id",
+    "seed",
+    "runs-dir",
+    "run-name",
+    "resume",
+    "evaluate",
+    "exp-name",
+)  # flags that the harness and sweeps set
 KINDS = {  # of the values in a suite file
     "envs": ("a list of environment ids", list),
     "algos": ("a list of scripts, peers or variants", list),
@@ -145,22 +162,32 @@ KINDS = {  # of the values in a suite file
 }
 
 
-def read_suite(name: str) -> Suite:
-    """The suite of a name in benchmarks/suites, or of a TOML file; raises UsageError with the line and the key."""
+def parse_toml(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a file and what it says; raises UsageError."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}.") from None
+
+
+def near_miss(name: str, known: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def read_suite(name: str) -> Suite:
+    """The suite of a name in benchmarks/suites, or of a TOML file; raises UsageError with the line and the key."""
     path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
     if not path.is_file():
         shipped = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
         raise UsageError(f"there is no suite {name}; there are {shipped}, and any path/to/suite.toml.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: {error}.") from None
+    text, content = parse_toml(path)
 
     def lines_of(key: str) -> list[int]:
         """Where it is set, or the header of a table."""
@@ -170,21 +197,22 @@ def read_suite(name: str) -> Suite:
     def wrong(key: str, what: str, start: int = 1) -> UsageError:
         """start is the line where the table begins that has the key."""
         line = next((line for line in lines_of(key) if line >= start), start)
-        return UsageError(f"{path}, line {line}, {key}: {what}.")
+        return UsageError(f"{path}, line {line}, {key}: {what.rstrip('.')}{'' if what.endswith('?') else '.'}")
 
     def check(table: dict[str, Any], of: str = "", start: int = 1) -> None:
         for key, value in table.items():
             known = [key.removesuffix(of) for key in KINDS if key.endswith(of) and (of or " of " not in key)]
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                raise wrong(key, f"no such key; {guess}", start)
+                raise wrong(key, f"no such key; {near_miss(key, known, 'there are ' + ', '.join(known))}", start)
             what, kind = KINDS[key + of]
             items = value if of and key != "flags" and isinstance(value, list) else []
             is_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
             if not is_kind or not all(isinstance(item, str) for item in items):
                 raise wrong(key, f"must be {what}, but is {value!r}", start)
-        for name in table["flags"] if of and "flags" in table else []:
+        for name, value in table.get("flags", {}).items() if of else []:
+            values = value if isinstance(value, list) else [value]
+            if not values or not all(isinstance(item, (str, int, float)) for item in values):
+                raise wrong(name, f"must be a number, a text, true, false or a list of them, but is {value!r}", start)
             if name.replace("_", "-") in RESERVED:
                 raise wrong("flags", f"{name.replace('_', '-')} is set for each run and cannot be a flag", start)
 
@@ -192,6 +220,12 @@ def read_suite(name: str) -> Suite:
     for key in ("envs", "algos"):
         if not content.get(key) or not all(isinstance(item, str) for item in content[key]):
             raise wrong(key, "is missing or empty; a suite needs a list of texts here")
+    with open(ROOT / "benchmarks" / "references" / "sources.csv", newline="", encoding="utf-8") as file:
+        sources = [row["source_key"] for row in csv.DictReader(file)]
+    for key in content.get("published", []):
+        if key not in sources:
+            guess = near_miss(str(key), sources, "benchmarks/references/sources.csv has them all")
+            raise wrong("published", f"there is no source {key}; {guess}")
     starts = lines_of("arguments")
     for number, rule in enumerate(content.get("arguments", [])):
         start = starts[min(number, len(starts) - 1)]
@@ -203,7 +237,19 @@ def read_suite(name: str) -> Suite:
     for variant, table in content.get("variants", {}).items():
         if not isinstance(table, dict) or "algo" not in table:
             raise wrong(variant, "a variant needs algo = a script or a peer")
-        check(table, " of variants", (lines_of(variant) or [1])[0])
+        start = (lines_of(variant) or [1])[0]
+        check(table, " of variants", start)
+        try:
+            command_of(table["algo"])
+        except UsageError as error:
+            raise wrong("algo", str(error), start) from None
+    suite = Suite(name=path.stem, **content)
+    columns = [*suite.algos, *suite.variants]
+    for number, rule in enumerate(suite.arguments):
+        if not any(applies(rule, suite, env_id, algo) for env_id in suite.envs for algo in columns):
+            raise wrong(
+                "arguments", "matches none of the suite's environments and algos", starts[min(number, len(starts) - 1)]
+            )
     seeds = content.get("seeds", 5)
     numbers = dict(total_timesteps=[content.get("total_timesteps", 1)], eval_episodes=[content.get("eval_episodes", 0)])
     numbers |= dict(seeds=[seeds] if isinstance(seeds, int) else seeds)
@@ -211,7 +257,15 @@ def read_suite(name: str) -> Suite:
         least = int(key == "total_timesteps" or values == [seeds])  # a list may name seed 0
         if not values or not all(isinstance(value, int) and value >= least for value in values):
             raise wrong(key, f"must be {'a whole number' if values != seeds else 'whole numbers'} of {least} or more")
-    return Suite(name=path.stem, text=text, **content)
+    return suite
+
+
+def applies(rule: dict[str, Any], suite: Suite, env_id: str, algo: str) -> bool:
+    """Whether a table of [[arguments]] is for an environment and an algo, or for the script of the variant algo."""
+    names = (algo, suite.variants.get(algo, {"algo": algo})["algo"])
+    return any(fnmatchcase(env_id, pattern) for pattern in rule.get("envs", ["*"])) and any(
+        fnmatchcase(name, pattern) for pattern in rule.get("algos", ["*"]) for name in names
+    )
 
 
 def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Job]:
@@ -233,10 +287,7 @@ def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Jo
                 command, script = command_of(variant["algo"])
                 options = {"total-timesteps": suite.total_timesteps} if suite.total_timesteps else {}
                 for rule in suite.arguments:
-                    names = (algo, variant["algo"])
-                    if any(fnmatchcase(env_id, pattern) for pattern in rule.get("envs", ["*"])) and any(
-                        fnmatchcase(name, pattern) for pattern in rule.get("algos", ["*"]) for name in names
-                    ):
+                    if applies(rule, suite, env_id, algo):
                         options |= dashed(rule["flags"])
                 options |= dashed(variant.get("flags", {}))
                 options |= {"total-timesteps": total_timesteps} if total_timesteps else {}

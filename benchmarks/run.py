@@ -4,8 +4,10 @@ The truth is in the run directories, so that the command can be killed and given
 on several that share the folder.
 """
 
+import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -30,11 +32,13 @@ from benchmarks.jobs import (
     is_running,
     jobs_of,
     log_of,
+    near_miss,
     progress_of,
     read_json,
     read_suite,
     status_of,
 )
+from benchmarks.space import Flags, help_of
 
 
 @dataclass
@@ -119,7 +123,40 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
 
         backends.check(options)
         threads = options.threads or 1
-    return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs_of(suite, threads, options.total_timesteps)
+    jobs = jobs_of(suite, threads, options.total_timesteps)
+    for package, peers in (("stable_baselines3", ("sb3:ppo", "sb3:a2c")), ("sb3_contrib", ("sb3:trpo",))):
+        needs = next((job.command[-1] for job in jobs if job.command[-1] in peers), None)
+        if needs and importlib.util.find_spec(package) is None:
+            raise UsageError(f'{needs} needs {package}: pip install -c constraints.txt -e ".[peers]"')
+    check_flags(options.suite, jobs)
+    return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs
+
+
+def check_flags(suite: str, jobs: list[Job]) -> None:
+    """Raises UsageError for a flag of the suite, or a choice of one, that a script has not.
+
+    Asks each script for its --help once: environments change the defaults in it, not the flags. Scripts without flags
+    in the suite are not asked.
+    """
+    known: dict[tuple[str, ...], Flags] = {}
+    for job in {(job.command, job.flags): job for job in jobs}.values():
+        given = re.findall(r"^--(.*)((?:\n(?!--).*)*)", "\n".join(job.flags), re.MULTILINE)
+        if {name for name, _ in given} <= {"total-timesteps", "exp-name"}:
+            continue
+        command = job.command
+        if (ours := ("hyperparameters", "\nours")) in given:  # a peer; its --help is then that of our script
+            command += ("--hyperparameters", "ours")
+            given.remove(ours)
+        flags = known[command] = known.get(command) or help_of(command, job.env_id)
+        script = Path(job.command[-1]).name
+        for name, values in given:
+            where = f"{suite}, flags of {job.algo}, {name}"
+            name = name if name in flags else name.removeprefix("no-")
+            if name not in flags:
+                raise UsageError(f"{where}: {script} has no such flag; {near_miss(name, flags, 'see its --help.')}")
+            for value in values.split("\n")[1:]:
+                if (choices := flags[name][1]) and value not in choices:
+                    raise UsageError(f"{where}: {value} is none of what {script} takes: {', '.join(choices)}.")
 
 
 class Local:
@@ -255,7 +292,7 @@ def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:
     signals: list[int] = []
     handlers = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if options.backend == "local":
+        if options.backend == "local" or not jobs_left:
             backend = Local(jobs_left, runs_dir, options)
         else:
             from benchmarks import backends

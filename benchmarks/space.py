@@ -1,21 +1,18 @@
 """What a sweep searches: a space file, checked against the flags that the script's --help names."""
 
-import difflib
 import os
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.jobs import ROOT, UsageError, as_flags
+from benchmarks.jobs import RESERVED, ROOT, UsageError, as_flags, near_miss, parse_toml
 
 SPACES = Path(__file__).resolve().parent / "spaces"
-OURS = ("env-id", "seed", "runs-dir", "run-name", "exp-name", "resume", "evaluate")  # flags that the sweep sets
 KEYS = ("low", "high", "log", "step", "choices")
 Flags = dict[str, tuple[str, list[str]]]  # of a script: default, as text, and choices, where it has some
 
@@ -42,25 +39,18 @@ class Space:
                 if re.match(rf"\s*\[?\s*[\"']?{spelled}[\"']?\s*[].=]", lines[n]):
                     found = n
                     break
-        return UsageError(f"{self.path}, line {found + 1}, {' '.join(filter(None, (table, key)))}: {what}.")
+        end = "" if what.endswith("?") else "."
+        return UsageError(f"{self.path}, line {found + 1}, {' '.join(filter(None, (table, key)))}: {what}{end}")
 
 
 def read_space(name: str) -> Space:
     """The space of a name in benchmarks/spaces, or of a TOML file; raises UsageError with the line and the key."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
     path = Path(name) if name.endswith(".toml") else SPACES / f"{name}.toml"
     if not path.is_file():
         shipped = ", ".join(sorted(path.stem for path in SPACES.glob("*.toml")))
         raise UsageError(f"there is no space {name}; give --space path/to/space.toml, or one of {shipped}.")
-    text = path.read_text()
-    try:
-        content = {key.replace("_", "-"): table for key, table in tomllib.loads(text).items()}
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: {error}.") from None
+    text, content = parse_toml(path)
+    content = {key.replace("_", "-"): table for key, table in content.items()}
     fixed, normalise = content.pop("fixed", {}), content.pop("normalise", {})
     for key, table in (("fixed", fixed), ("normalise", normalise)):
         if not isinstance(table, dict):
@@ -70,7 +60,7 @@ def read_space(name: str) -> Space:
         raise UsageError(f"{path} searches nothing; add a table such as [learning-rate] with low and high.")
     for flag, table in content.items():
         check_table(space, flag, table)
-    for flag in OURS:
+    for flag in RESERVED:
         if flag in content or flag in space.fixed:
             raise space.wrong("" if flag in content else "fixed", flag, "the sweep sets this flag itself")
     for flag in content.keys() & space.fixed.keys():
@@ -102,8 +92,7 @@ def check_table(space: Space, flag: str, table: Any) -> None:
         raise space.wrong("", flag, "must be a table with low and high, or with choices; one value belongs in [fixed]")
     for key in table:
         if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            raise space.wrong(flag, key, f"no such key; {f'did you mean {near[0]}?' if near else f'there are {KEYS}'}")
+            raise space.wrong(flag, key, f"no such key; {near_miss(key, KEYS, f'there are {KEYS}')}")
     if "choices" in table:
         choices = table["choices"]
         plain = isinstance(choices, list) and all(isinstance(choice, (bool, int, float, str)) for choice in choices)
@@ -152,7 +141,7 @@ def help_of(command: tuple[str, ...], env_id: str) -> Flags:
         raise UsageError(f"{shlex.join(asked)} fails: {' '.join((done.stderr or done.stdout).split())[-300:]}")
     flags: Flags = {}
     for entry in re.split(r"\n(?=-)", "\n".join(line.strip(" │") for line in done.stdout.splitlines())):
-        if found := re.match(r"(?:-\w,? )?--([\w-]+)(?:, --no-[\w-]+)?\s*(?:\{([^}]*)\}\s)?", entry):
+        if found := re.match(r"(?:-\w,? )?--([\w-]+)(?:, --no-[\w-]+)?\s*(?:\{([^}]*)\}(?:\s|$))?", entry):
             default = " ".join(entry.rpartition("(default: ")[2].split()).rpartition(")")[0]
             flags[found[1].replace("_", "-")] = (default, found[2].split(",") if found[2] else [])
     return flags
@@ -163,8 +152,7 @@ def check_flags(space: Space, script: str, known: Flags) -> None:
     searched = [("", flag, table.get("choices", [])) for flag, table in space.params.items()]
     for table, flag, values in searched + [("fixed", flag, [value]) for flag, value in space.fixed.items()]:
         if flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1)
-            guess = f"did you mean {near[0]}?" if near else "its --help names them"
+            guess = near_miss(flag, known, "its --help names them")
             raise space.wrong(table, flag, f"{script} has no such flag; {guess}")
         for value in values:
             if (choices := known[flag][1]) and str(value) not in choices:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import run, stats
+from benchmarks.check import interval
 from benchmarks.jobs import OWNER, UsageError, as_flags, jobs_of, read_json, read_suite, status_of
 from benchmarks.space import values_of
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from benchmarks.sweep import Plan
 
 TUNING = 1000  # seeds of tuning come after it, those of the final check before
+FAILURE, FLOOR = -1.0, -0.5  # normalised scores: of a run that failed, and the lowest of the others
 ENOUGH = 5  # finished trials, before one is stopped early
 SILENCE = 600.0  # seconds after which a worker that gives no sign of life is dead
 
@@ -223,16 +225,28 @@ def final_check(plan: "Plan", winner: Any) -> tuple[int, list[str]]:
     status = run.run_all(jobs, folder, run.Options(suite=str(suite), workers=workers))
     if status > 1:
         return status, []
-    values: dict[str, dict[str, list[float]]] = {"default": {}, "winner": {}}
-    for job in jobs:  # a run that failed counts as the lowest score, or makes the mean unknown where there is none
-        done = status_of(job, folder) == "done" and read_json(folder / job.name / "summary.json")["train_last100"]
-        value = plan.bounds.get(job.env_id, [math.nan])[0] if done is False or done is None else done
+    values: dict[str, dict[str, list[float | None]]] = {"default": {}, "winner": {}}
+    for job in jobs:
+        done = status_of(job, folder) == "done"
+        value = read_json(folder / job.name / "summary.json")["train_last100"] if done else None
         values[job.algo].setdefault(job.env_id, []).append(value)
     return status, compare(plan, values["default"], values["winner"])
 
 
-def compare(plan: "Plan", default: dict[str, list[float]], winner: dict[str, list[float]]) -> list[str]:
-    """Means, their difference, and 95% bootstrap intervals of them, as a table in Markdown."""
+def filled(plan: "Plan", default: list[float | None], winner: list[float | None], env_id: str) -> list[np.ndarray]:
+    """Returns of both with a number for the runs that failed: the lowest of all, and that which counts as 0 at most;
+    nan where no return counts as 0."""
+    known = [value for value in [*default, *winner] if value is not None]
+    lowest = min([plan.bounds[env_id][0], *known]) if env_id in plan.bounds else math.nan
+    return [np.array([lowest if value is None else value for value in values]) for values in (default, winner)]
+
+
+def compare(plan: "Plan", default: dict[str, list[float | None]], winner: dict[str, list[float | None]]) -> list[str]:
+    """Means, their difference, and 95% bootstrap intervals of them, as a table in Markdown; None is a failed run.
+
+    The interval of a difference, which the verdict is by, is stretched for few seeds (benchmarks.check). Over several
+    environments it is that of means over environments, one for each seed.
+    """
     rng, mean = np.random.default_rng(0), stats.aggregate_mean
 
     def row(name: str, old: list[np.ndarray], new: list[np.ndarray]) -> str:
@@ -240,7 +254,7 @@ def compare(plan: "Plan", default: dict[str, list[float]], winner: dict[str, lis
         for scores in (old, new):
             low, high = stats.bootstrap(scores, mean, rng)
             cells.append(f"{show(mean(scores))} [{show(low)}, {show(high)}]")
-        low, high = stats.bootstrap([*old, *new], lambda drawn: mean(drawn[len(old) :]) - mean(drawn[: len(old)]), rng)
+        low, high = interval(np.mean(old, axis=0), np.mean(new, axis=0), 0.95, 0)
         verdict = (
             "better" if low > 0 else "worse" if high < 0 else "unknown" if math.isnan(low) else "not shown to differ"
         )
@@ -249,11 +263,15 @@ def compare(plan: "Plan", default: dict[str, list[float]], winner: dict[str, lis
         )
 
     lines = ["| environment | default | winner | difference | the winner is |", "|---|---|---|---|---|"]
-    lines += [row(env_id, [np.array(default[env_id])], [np.array(winner[env_id])]) for env_id in default]
+    pairs = {env_id: filled(plan, default[env_id], winner[env_id], env_id) for env_id in default}
+    lines += [row(env_id, [old], [new]) for env_id, (old, new) in pairs.items()]
     if len(default) > 1:
-        sides = [[np.array([plan.score(e, x) for x in values]) for e, values in s.items()] for s in (default, winner)]
+        sides = [
+            [np.array([plan.score(env_id, value) for value in values]) for env_id, values in side.items()]
+            for side in (default, winner)
+        ]
         lines.append(row("all, normalised", *sides))
-    return lines
+    return [*lines, "", "Intervals of means of few seeds are too narrow; those of the differences make up for it."]
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -285,15 +303,15 @@ def write_report(plan: "Plan", study: Any, check: list[str]) -> None:
     ]
     lines += [f"environments and over the seeds {TUNING + 1} to {TUNING + options.seeds}."]
     lines += [
-        f"Scores are normalised ({scale}); a failed run scores 0." if scale else "A failed run scores lowest of all."
+        f"Scores are normalised ({scale}) and cut off at {FLOOR:g}; a failed run scores {FAILURE:g}."
+        if scale
+        else "A failed run scores lowest of all."
     ]
+    again = ["python", "-m", "benchmarks", "run", str(plan.out / "winner.toml")]
+    again += ["--runs-dir", str(plan.runs_dir / "winner")]
     lines += ["", f"## Winner: trial {number_of(winner)}", "", "```"]
     lines += [shlex.join([*plan.shown, "--env-id", env_id, *flags]) for env_id in options.env_ids]
-    lines += [
-        "```",
-        "",
-        "Or both, default and winner: `python -m benchmarks run winner.toml`. The winner's score is the highest",
-    ]
+    lines += ["```", "", f"Or both, default and winner: `{shlex.join(again)}`. The winner's score is the highest"]
     lines += ["of many noisy ones, and so too high; the final check, on fresh seeds, is what to believe.", ""]
     lines += [f"## Final check: {options.final_seeds} seeds each, 95% bootstrap intervals", "", *check, ""] * bool(
         check

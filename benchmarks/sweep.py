@@ -55,6 +55,8 @@ from benchmarks.space import (
     write_wandb,
 )
 from benchmarks.study import (
+    FAILURE,
+    FLOOR,
     SILENCE,
     TUNING,
     best_of,
@@ -151,22 +153,26 @@ class Plan:
         return list(range(TUNING + 1, TUNING + 1 + self.options.seeds))
 
     def score(self, env_id: str, value: float | None) -> float:
-        """The score of a return; None, that of a run that failed, is the lowest."""
+        """The score of a return; None, that of a run that failed, is lower than any other.
+
+        Normalised scores are FLOOR or more, for returns have no lower end in some environments, and one run below the
+        random policy must not drown the others in the mean of a trial.
+        """
         if env_id not in self.bounds:
             return -math.inf if value is None else value
         low, high = self.bounds[env_id]
-        return 0.0 if value is None else (value - low) / (high - low)
+        return FAILURE if value is None else max((value - low) / (high - low), FLOOR)
 
     def jobs(self, name: str, values: dict[str, Any]) -> list[Job]:
         """The runs of a trial, seed by seed."""
         variants = {name: {"algo": self.algo, "flags": self.space.fixed | values}}
-        suite = Suite(name, "", [*self.options.env_ids], [name], seeds=self.seeds, eval_episodes=0, variants=variants)
+        suite = Suite(name, [*self.options.env_ids], [name], seeds=self.seeds, eval_episodes=0, variants=variants)
         return jobs_of(suite, self.threads)
 
 
 def make_plan(options: Options) -> Plan:
     """Checks all that can be checked before anything is created; raises UsageError."""
-    for package, extra in (("optuna", "sweep"), ("matplotlib", "bench")):
+    for package, extra in (("optuna", "sweep"), ("matplotlib", "bench")) if not options.export_wandb else ():
         if importlib.util.find_spec(package) is None:
             raise UsageError(f'a sweep needs {package}: pip install -c constraints.txt -e ".[{extra}]"')
     if (

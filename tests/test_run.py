@@ -689,6 +689,19 @@ RULE = "[[arguments]]\nflags = { speed = 1 }\n"
             "suite.toml, line 11, flags: must be a table of flags, but is 3.",
         ),
         ("[variants.x]\nalgo = 'ppo'\nflags.env-id = 'x'", "line 9, flags: env-id is set for each run"),
+        (
+            "[variants.x]\nalgo = 'ppo'\nflags = { speed = { fast = 1 } }",
+            "line 9, speed: must be a number, a text, true",
+        ),
+        ("[variants.x]\nalgo = 'ppo'\nflags = { speed = [[1]] }", "line 9, speed: must be a number, a text, true"),
+        ("[variants.x]\nalgo = 'ppo'\n[variants.y]\nalgo = 'pppo'", "line 10, algo: pppo is no script, no peer and no"),
+        ("[variants.x]\nalgo = 'gone.py'", "suite.toml, line 8, algo: gone.py is no script"),
+        ("published = ['slm_lib']", "suite.toml, line 7, published: there is no source slm_lib; did you mean slm_lab?"),
+        (RULE + "[[arguments]]\nenvs = ['CartPol-*']\nflags = {}", "line 9, arguments: matches none of the suite's"),
+        (
+            RULE + "algos = ['fake']",
+            "suite.toml, line 7, arguments: matches none of the suite's environments and algos.",
+        ),
     ],
 )
 def test_error_behind_a_suite_names_file_line_and_key(text, message, lab):
@@ -708,6 +721,12 @@ def test_error_behind_a_suite_names_file_line_and_key(text, message, lab):
         ('"fake.py"', '"pppo"', "pppo is no script, no peer and no variant of the suite; did you mean ppo?"),
         ('"fake.py"', '"sb3:pp"', "sb3:pp is no script, no peer and no variant of the suite; did you mean sb3:ppo?"),
         ('"fake.py"', '"gone.py"', "gone.py is no script"),
+        ('"fake.py"', '"grpo_toy"', "grpo_toy is no script that can be run here: its text has no --env-id or no --run"),
+        (
+            '"fake.py"',
+            f'"{ROOT}/benchmarks/run.py"',
+            "run.py is no script that can be run here: its text has no --env-id",
+        ),
         ("seeds = 3", "seeds = 0", "suite.toml, line 4, seeds: must be"),
         ("seeds = 3", "seeds = -1", "suite.toml, line 4, seeds: must be"),
         ("seeds = 3", "seeds = []", "suite.toml, line 4, seeds: must be"),
@@ -755,6 +774,60 @@ def test_wrong_usage_starts_nothing(flags, message, lab, go):
     status, out = go(*flags)
     assert status == 2 and out.startswith("error: ") and message in out and out.count("\n") == 1
     assert not lab.runs.exists() and not lab.lines()
+
+
+@pytest.mark.parametrize("variant", [False, True])
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("speeed = 1", "speeed: fake.py has no such flag; did you mean speed?"),
+        ("colour = 'red'", "colour: fake.py has no such flag; see its --help."),
+        ("no_turb = true", "no-turb: fake.py has no such flag; did you mean turbo?"),
+        ("mode = ['quick', 'slo']", "mode: slo is none of what fake.py takes: quick, slow."),
+    ],
+)
+def test_flag_that_a_script_has_not_starts_nothing(variant, flag, message, lab, go):
+    line = 'parser.add_argument("--mode", choices=["quick", "slow"])\n'
+    (lab.path / "fake.py").write_text(SCRIPT.replace("args, fake = ", line + "args, fake = "))
+    suite = SUITE.replace('"fake.py"', '"fake.py", "fast"' if variant else '"fake.py"')
+    table = "[variants.fast]\nalgo = 'fake.py'\n" if variant else "[[arguments]]\n"
+    (lab.path / "suite.toml").write_text(f"{suite}{table}flags = {{ turbo = false, {flag}, speed = -1 }}\n")
+    status, out = go()
+    assert status == 2 and out == f"error: suite.toml, flags of {'fast' if variant else 'fake'}, {message}\n"
+    assert not lab.runs.exists() and not lab.lines()
+
+
+def test_scripts_without_flags_in_the_suite_are_not_asked_for_their_help(lab, monkeypatch):
+    asked = []
+    help_of = run.help_of
+    monkeypatch.setattr(run, "help_of", lambda command, env_id: asked.append(command) or help_of(command, env_id))
+    flags_of(lab, SUITE + "[variants.same]\nalgo = 'fake.py'\n", "--algos", "fake.py", "same")
+    assert not asked
+    flags_of(lab, MATRIX)
+    assert len(asked) == 1
+
+
+def test_peer_with_the_arguments_of_our_script_takes_its_flags(lab, monkeypatch):
+    asked = []
+    help_of = {"clip-coef": ("0.2", []), "total-timesteps": ("1", [])}
+    monkeypatch.setattr(run, "help_of", lambda command, env_id: asked.append(command[-2:]) or help_of)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    text = (
+        SUITE.replace("fake.py", "sb3:ppo") + "[[arguments]]\nflags = { hyperparameters = 'ours', clip-coef = 0.1 }\n"
+    )
+    flags_of(lab, text)
+    assert asked == [("--hyperparameters", "ours")]
+
+
+@pytest.mark.parametrize(
+    "peer, package", [("sb3:ppo", "stable_baselines3"), ("sb3:a2c", "stable_baselines3"), ("sb3:trpo", "sb3_contrib")]
+)
+def test_peer_without_its_package_starts_nothing(peer, package, lab, go, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, out = go("--algos", "fake.py", peer)
+    assert status == 2 and out == f'error: {peer} needs {package}: pip install -c constraints.txt -e ".[peers]"\n'
+    assert not lab.runs.exists() and not lab.lines()
+    assert go("--algos", "random", "--dry-run")[0] == 0
 
 
 def flags_of(lab, text, *flags):
