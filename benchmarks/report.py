@@ -241,6 +241,27 @@ def published_table(cells: dict, sources: list[str]) -> str:
     return text + "\n" + "".join(f"- {note['title']}: {note['protocol_in_one_sentence']}\n" for note in notes)
 
 
+def table_of_ppo_paper(cells: dict) -> str:
+    """Table 1 of the PPO paper (arXiv 1707.06347) with ours beside it; "" for runs that are not of its settings.
+
+    As there, 0 is the random policy and 1 the best run in an environment, so the scale depends on who is compared.
+    """
+    paper = {row["setting"]: row["normalized_score"] for row in read_reference("ppo_paper_table1")}
+    runs = {key: scores(group, "train_last100") for key, group in cells.items() if key[1] in paper}
+    runs = {key: values for key, values in runs.items() if len(values) and score_range(key[0])}
+    ours: dict[str, list[float]] = {}
+    for (env_id, setting), values in runs.items():
+        low = score_range(env_id)[0]
+        best = max(other.max() for (env, _), other in runs.items() if env == env_id)
+        ours.setdefault(setting, []).extend((values - low) / (best - low) if best > low else values * np.nan)
+    rows = [
+        [setting, f"{np.mean(ours[setting]):.2f}", str(len(ours[setting])), paper[setting]]
+        for setting in paper
+        if setting in ours
+    ]
+    return table(["setting", "ours", "runs", "paper, 21 runs"], rows) if rows else ""
+
+
 def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], list[str], list[str]]:
     """(algorithm -> scores (seeds,) per environment, environments, what is left out and why), on the fixed 0-1 scale.
 
@@ -414,6 +435,10 @@ def write_report(
     if beside := published_table(cells, matrix.published):
         text += (
             f"## Beside published numbers\n\n{beside}\nPublished numbers are other people's, under their protocol.\n\n"
+        )
+    if beside := table_of_ppo_paper(cells):
+        text += (
+            f"## Table 1 of the PPO paper\n\n{beside}\n0 is a random policy, 1 the best run in each environment.\n\n"
         )
     text += aggregates(cells, out, below, rng) if matrix.normalise else ""
     if problems:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import figures, report, stats
 from benchmarks.__main__ import main
-from benchmarks.jobs import UsageError
+from benchmarks.jobs import UsageError, read_suite
 from benchmarks.runs import find_runs, read_runs
 
 
@@ -206,6 +206,19 @@ def test_published_numbers_stand_beside_ours_with_their_protocol(tmp_path):
     assert "490.0" not in text and "- SLM-Lab v5 benchmark (2026): total_reward_ma" in text
 
 
+def test_table_1_is_scaled_as_in_the_paper(tmp_path):
+    low = report.score_range("Hopper-v4")[0]
+    for setting, returns in (("clipping, eps=0.2", [low + 100, low + 50]), ("fixed KL, beta=1", [low + 20, low])):
+        for seed, value in enumerate(returns):
+            make_run(tmp_path, "Hopper-v4", setting, seed, returns=[value] * 100)
+    text = report_of(tmp_path)
+    assert row_of(text, "clipping, eps=0.2", "0.75", "2", "0.82") and row_of(
+        text, "fixed KL, beta=1", "0.10", "2", "0.71"
+    )
+    paper = {row["setting"] for row in report.read_reference("ppo_paper_table1")}
+    assert set(read_suite("ppo-table1").algos) == paper
+
+
 def test_atari_is_normalised_by_a_human_player(tmp_path):
     low, high, _ = report.score_range("ALE/Pong-v5")
     assert (low, high) == report.score_range("PongNoFrameskip-v4")[:2] == (-20.7, 14.6)
@@ -296,7 +309,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_every_published_source_of_a_suite_exists_and_every_scale_is_one():
-    from benchmarks.jobs import SUITES, read_suite
+    from benchmarks.jobs import SUITES
 
     known = {row["source_key"] for row in report.read_reference("sources")}
     for file in SUITES.glob("*.toml"):
