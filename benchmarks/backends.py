@@ -113,7 +113,7 @@ class Task:
         if self.children.stopped:
             return
         self.save(signum)
-        with contextlib.suppress(UsageError):
+        with contextlib.suppress(UsageError):  # without squeue the task ends, and the front end submits it again
             if signum == signal.SIGTERM and "RUNNING" in queue(f"--jobs={os.environ['SLURM_JOB_ID']}").values():
                 signal.raise_signal(signal.SIGUSR2)  # not scancel, so submitit shall put it back
         sys.exit(128 + signum)
@@ -174,11 +174,16 @@ class Slurm:
         self.thread.start()
 
     def watch(self, left: bool) -> None:
+        said = ""
         while left:
             self.wake.wait(SECONDS)
             self.wake.clear()
-            with contextlib.suppress(UsageError):  # Slurm is busy, or at the limit of what a user may submit
-                left = self.look()
+            try:
+                left, said = self.look(), ""
+            except UsageError as error:  # Slurm is busy, or at the limit of what a user may submit
+                if str(error) != said:
+                    said = str(error)
+                    print(f"{said} Tries again every {SECONDS:g} s.", file=sys.stderr)
 
     def look(self) -> bool:
         """Gathers what has ended and submits what is not in the queue; whether there is anything left to wait for."""

@@ -85,8 +85,7 @@ def command_of(algo: str) -> tuple[tuple[str, ...], Path]:
     path = Path(algo) if algo.endswith(".py") else ROOT / f"{algo}.py"
     if not path.is_file():
         known = sorted(path.stem for path in ROOT.glob("*.py") if keeps_contract(path)) + list(PEERS)
-        near = difflib.get_close_matches(algo, known, n=1)
-        guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}, and any path/to/script.py."
+        guess = near_miss(algo, known, f"there are {', '.join(known)}, and any path/to/script.py.")
         raise UsageError(f"{algo} is no script, no peer and no variant of the suite; {guess}")
     if not keeps_contract(path):
         raise UsageError(f"{algo} is no script that can be run here: its text has no --env-id or no --run-name.")
@@ -134,15 +133,8 @@ class Suite:
     """whether the report aggregates scores over the environments"""
 
 
-RESERVED = (
-    "env-id",
-    "seed",
-    "runs-dir",
-    "run-name",
-    "resume",
-    "evaluate",
-    "exp-name",
-)  # flags that the harness and sweeps set
+# flags that the harness and sweeps set themselves
+RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp-name")
 KINDS = {  # of the values in a suite file
     "envs": ("a list of environment ids", list),
     "algos": ("a list of scripts, peers or variants", list),
@@ -293,7 +285,6 @@ def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Jo
                 options |= {"total-timesteps": total_timesteps} if total_timesteps else {}
                 if algo in suite.variants:
                     options["exp-name"] = algo
-                atari = env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
                 text = script.read_text()
                 if options.get("hyperparameters") == "ours":  # a peer with the arguments of our script
                     text += (ROOT / f"{variant['algo'].removeprefix('sb3:')}.py").read_text()
@@ -305,13 +296,18 @@ def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Jo
                     seed=seed,
                     flags=as_flags(options),
                     eval_episodes=suite.eval_episodes,
-                    threads=threads if atari else 0,
+                    threads=threads if is_atari(env_id) else 0,
                 )
                 if columns.setdefault(job.algo, command) != command:
                     both = f"{columns[job.algo][-1]} and {command[-1]}"
                     raise UsageError(f"{both} would be one column, {job.algo}; rename one, or make it a variant.")
                 jobs[job.name] = job
     return list(jobs.values())
+
+
+def is_atari(env_id: str) -> bool:
+    """Whether an environment is a game, by the two protocols' names."""
+    return env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
 
 
 def check_environment(env_id: str) -> None:
@@ -328,8 +324,10 @@ def check_environment(env_id: str) -> None:
     except ImportError as error:
         raise UsageError(f"environment {env_id}: {error}; install it, or drop the prefix.") from None
     except gymnasium.error.Error:
-        near = (difflib.get_close_matches(name, gymnasium.registry, n=1) or ["one of gymnasium.registry"])[0]
-        raise UsageError(f"environment {env_id} is not registered in gymnasium; did you mean {near}?") from None
+        guess = near_miss(
+            name, gymnasium.registry, "python -c 'import gymnasium; gymnasium.pprint_registry()' lists all."
+        )
+        raise UsageError(f"environment {env_id} is not registered in gymnasium; {guess}") from None
 
 
 # ---------------------------------------------------------------------------------------------- run directories

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from benchmarks import stats
-from benchmarks.jobs import UsageError, read_json
+from benchmarks.jobs import UsageError, is_atari, read_json
 from benchmarks.runs import Run, group_by, rank, read_runs
 
 REFERENCES = Path(__file__).resolve().parent / "references"
@@ -90,6 +90,7 @@ def read_matrix(paths: list[Path]) -> Matrix:
 
 
 # --------------------------------------------------------------------------------------------------- references
+@cache
 def read_reference(name: str) -> list[dict[str, str]]:
     with open(REFERENCES / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -98,10 +99,6 @@ def read_reference(name: str) -> list[dict[str, str]]:
 def game_of(env_id: str) -> str:
     """ALE/Pong-v5 and PongNoFrameskip-v4 -> Pong, Hopper-v4 -> Hopper: what different versions have in common."""
     return re.sub(r"(NoFrameskip)?-v\d+$", "", env_id.removeprefix("ALE/"))
-
-
-def is_atari(env_id: str) -> bool:
-    return env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
 
 
 def score_range(env_id: str) -> tuple[float, float, str] | None:

@@ -6,7 +6,6 @@ and after a kill goes on. A free worker takes the next run of the oldest trial i
 trials end early, and the sampler has seen their scores when it proposes the next.
 """
 
-import csv
 import hashlib
 import importlib.util
 import json
@@ -44,6 +43,7 @@ from benchmarks.jobs import (
     read_json,
     status_of,
 )
+from benchmarks.report import score_range
 from benchmarks.space import (
     Space,
     check_flags,
@@ -195,8 +195,7 @@ def make_plan(options: Options) -> Plan:
     command, path = command_of(options.script)
     space = read_space(options.space or Path(options.script).stem)
     space.fixed.update({"total-timesteps": options.total_timesteps} if options.total_timesteps else {})
-    with open(ROOT / "benchmarks" / "references" / "normalisation.csv", newline="") as file:
-        known = {row["env_id"]: [float(row["low"]), float(row["high"])] for row in csv.DictReader(file)}
+    known = {env_id: list(scale[:2]) for env_id in options.env_ids if (scale := score_range(env_id))}
     bounds = {env_id: pair for env_id, pair in (known | space.normalise).items() if env_id in options.env_ids}
     if missing := [env_id for env_id in options.env_ids if env_id not in bounds and len(options.env_ids) > 1]:
         raise UsageError(

@@ -312,6 +312,11 @@ def test_a_failed_run_scores_lower_than_the_worst_one_that_worked(here):
     assert plan.score("CartPole-v1", 22.0) == 0.0 and plan.score("CartPole-v1", 500.0) == 1.0
 
 
+def test_games_are_scored_between_a_random_and_a_human_player(here):
+    plan = make_plan(options(env_ids=("PongNoFrameskip-v4", "ALE/Breakout-v5")))
+    assert plan.bounds == {"PongNoFrameskip-v4": [-20.7, 14.6], "ALE/Breakout-v5": [1.7, 30.5]}
+
+
 def test_a_script_that_never_starts_ends_the_study_with_its_message(here):
     Path("space.toml").write_text("[learning-rate]\nlow = 0.1\nhigh = 0.2\n[fixed]\nwidth = 13\n")
     done = run("--trials", "4", "--workers", "2", envs="CartPole-v1")
