@@ -728,6 +728,14 @@ def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
         ) from None
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary.json of a run directory; {} while there is none, or none that can be read."""
+    try:
+        return json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def versions() -> dict[str, str]:
     packages = ("torch", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
@@ -763,7 +771,7 @@ def create_run_dir(args: Args) -> Path:
     return path
 
 
-KEPT = "iteration earlier_time last_returns best evaluations csv_bytes"  # of a Run, in a checkpoint
+KEPT = "iteration tokens earlier_time last_returns best evaluations csv_bytes"  # of a Run, in a checkpoint
 
 
 class Run:
@@ -832,7 +840,7 @@ class Run:
         status = "interrupted" if kind is Stopped else getattr(error, "status", "failed") if error else "completed"
         summary = dict(status=status, global_step=self.iteration, wall_time=self.wall_time(), sps=self.sps())
         summary |= dict(startup_time=self.startup_time, train_last100=self.score())
-        summary |= dict(tokens_per_second=self.tokens / (time.perf_counter() - self.begun))
+        summary |= dict(tokens_per_second=self.tokens / self.wall_time())
         for values in self.evaluations[1:]:
             summary |= {tag.removeprefix("eval/"): value for tag, value in values.items()}
         for values in self.evaluations[:1]:
@@ -869,7 +877,9 @@ class Run:
         return self.earlier_time + time.perf_counter() - self.begun
 
     def sps(self) -> float:
-        """Steps per second of this session."""
+        """Steps per second of this session, or of those before it where this one had nothing left to train."""
+        if self.first_step == self.args.max_steps:
+            return self.first_step / self.earlier_time
         return (self.iteration - self.first_step) / (time.perf_counter() - self.begun)
 
     def log(self, episodes: list[tuple[float, int]], values: dict[str, float]) -> None:
@@ -1057,9 +1067,9 @@ def evaluate(args: Args) -> dict[str, float]:
     values = {tag.removeprefix("eval/"): value for tag, value in evaluation(model, args).items()}
     result = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
     print(f"iteration {state['iteration']}, {args.eval_prompts} held-out prompts: {result}")
-    if (file := run_dir_of(path) / "summary.json").exists():
+    if summary := read_summary(run_dir_of(path)):
         result = values | dict(prompts=args.eval_prompts, seed=EVAL_SEED, iteration=state["iteration"])
-        write_json(file, json.loads(file.read_text()) | dict(eval=result))
+        write_json(run_dir_of(path) / "summary.json", summary | dict(eval=result))
     return values
 
 
@@ -1078,7 +1088,8 @@ def train(args: Args) -> Path:
     reference = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     state = load_checkpoint(Path(args.resume)) if args.resume else None
-    if state and state["iteration"] == args.max_steps:
+    complete = read_summary(Path(args.resume)).get("status") == "completed"  # not if killed just before it was written
+    if state and state["iteration"] == args.max_steps and complete:
         print(f"{args.resume} is complete; there is nothing left to train.")
         return Path(args.resume)
     if state:

@@ -930,6 +930,14 @@ def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
         ) from None
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary.json of a run directory; {} while there is none, or none that can be read."""
+    try:
+        return json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def versions() -> dict[str, str]:
     packages = ("torch", "gymnasium", "numpy", "mujoco", "ale-py")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
@@ -1009,8 +1017,7 @@ class Run:
                 else "validly, but not bit for bit as without the stop"
             )
             print(f"goes on from step {self.global_step:,}, {how}")
-        ended = self.path / "summary.json"
-        self.evaluations = json.loads(ended.read_text()).get("eval") if ended.exists() else None
+        self.evaluations = read_summary(self.path).get("eval")
         self.begun = time.perf_counter()
         self.startup_time = self.begun - started
 
@@ -1068,7 +1075,9 @@ class Run:
         return self.earlier_time + time.perf_counter() - self.begun
 
     def sps(self) -> float:
-        """Steps per second of this session."""
+        """Steps per second of this session, or of those before it where this one had nothing left to train."""
+        if self.first_step >= self.total:
+            return self.first_step / self.earlier_time
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
     def log(self, steps: int, episodes: list[tuple[int, float, int, int]], values: dict[str, float]) -> None:
@@ -1249,8 +1258,7 @@ def evaluate(args: Args) -> list[float]:
     kind = "stochastic" if args.eval_stochastic else "deterministic"
     result = {name: float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
     print(f"{len(returns)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
-    if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text())
+    if summary := read_summary(folder):
         result |= dict(episodes=len(returns), seed=args.eval_seed, iteration=state["iteration"])
         summary["eval"] = summary.get("eval", {}) | {kind: result}
         write_json(folder / "summary.json", summary)
@@ -1278,7 +1286,8 @@ def train(args: Args) -> Path:
     batch_size = args.num_envs * args.num_steps  # at least: the last episodes are longer
     num_iterations = args.total_timesteps // batch_size  # at most
     state = load_checkpoint(Path(args.resume)) if args.resume else None
-    if state and state["global_step"] >= num_iterations * batch_size:
+    complete = read_summary(Path(args.resume)).get("status") == "completed"  # not if killed just before it was written
+    if state and state["global_step"] >= num_iterations * batch_size and complete:
         print(f"{args.resume} is complete; there is nothing left to train.")
         return Path(args.resume)
     if state:

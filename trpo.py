@@ -983,6 +983,14 @@ def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
         ) from None
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary.json of a run directory; {} while there is none, or none that can be read."""
+    try:
+        return json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def versions() -> dict[str, str]:
     packages = ("torch", "gymnasium", "numpy", "mujoco", "ale-py")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
@@ -1062,8 +1070,7 @@ class Run:
                 else "validly, but not bit for bit as without the stop"
             )
             print(f"goes on from step {self.global_step:,}, {how}")
-        ended = self.path / "summary.json"
-        self.evaluations = json.loads(ended.read_text()).get("eval") if ended.exists() else None
+        self.evaluations = read_summary(self.path).get("eval")
         self.begun = time.perf_counter()
         self.startup_time = self.begun - started
 
@@ -1121,7 +1128,9 @@ class Run:
         return self.earlier_time + time.perf_counter() - self.begun
 
     def sps(self) -> float:
-        """Steps per second of this session."""
+        """Steps per second of this session, or of those before it where this one had nothing left to train."""
+        if self.first_step >= self.total:
+            return self.first_step / self.earlier_time
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
     def log(self, steps: int, episodes: list[tuple[int, float, int, int]], values: dict[str, float]) -> None:
@@ -1302,8 +1311,7 @@ def evaluate(args: Args) -> list[float]:
     kind = "stochastic" if args.eval_stochastic else "deterministic"
     result = {name: float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
     print(f"{len(returns)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
-    if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text())
+    if summary := read_summary(folder):
         result |= dict(episodes=len(returns), seed=args.eval_seed, iteration=state["iteration"])
         summary["eval"] = summary.get("eval", {}) | {kind: result}
         write_json(folder / "summary.json", summary)
@@ -1331,7 +1339,8 @@ def train(args: Args) -> Path:
     num_iterations, done = args.total_timesteps // (args.num_envs * args.num_steps), 0
     interval = args.checkpoint_interval or max(10, math.ceil(num_iterations / 20))
     state = load_checkpoint(Path(args.resume)) if args.resume else None
-    if state and state["iteration"] == num_iterations:
+    complete = read_summary(Path(args.resume)).get("status") == "completed"  # not if killed just before it was written
+    if state and state["iteration"] == num_iterations and complete:
         print(f"{args.resume} is complete; there is nothing left to train.")
         return Path(args.resume)
     if state:
@@ -1354,7 +1363,7 @@ def train(args: Args) -> Path:
             run.log(len(batch.values), finished, values)
             boundary, last, stop = iteration % interval == 0, iteration == num_iterations, bool(run.signals)
             if boundary or last or stop:
-                save_checkpoint(run, agent, boundary, optimizer=optimizer.state_dict())
+                save_checkpoint(run, agent, boundary or last, optimizer=optimizer.state_dict())
             if stop and not last:
                 raise Stopped(run.signals[0])
     return run.path

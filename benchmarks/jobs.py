@@ -368,13 +368,9 @@ def is_orphan(job: Job, runs_dir: Path) -> bool:
         return False
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Its whole checkpoints, the newest last."""
-    return sorted(path for path in (run / "checkpoints").glob("step_*") if path.suffix != ".tmp")
-
-
 def has_checkpoint(run: Path) -> bool:
-    return bool(checkpoints(run))
+    """Whether it has a whole checkpoint to go on from."""
+    return any(path.suffix != ".tmp" for path in (run / "checkpoints").glob("step_*"))
 
 
 def missing_evaluations(job: Job, run: Path) -> list[str]:
@@ -476,7 +472,7 @@ def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: b
             time.sleep(0.05 if tries < 5 else 1.0)
         if read_json(run / "summary.json").get("status") in ("failed", "diverged") and not retry:
             return "failed"
-        kills, repeated = 0, False
+        kills = 0
         while command := next_command(job, runs_dir):
             if command == job.start(runs_dir) and run.exists():
                 shutil.rmtree(run)  # killed before its first checkpoint, which comes before the first iteration
@@ -494,12 +490,8 @@ def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: b
                     log.write(b"given up (out of memory?)\n")
                     return "failed"
             elif next_command(job, runs_dir) == command:
-                if repeated or "--resume" not in command or len(checkpoints(run)) < 2:
-                    log.write(b"exit status 0, but summary.json does not have what this command was for\n")
-                    return "failed"
-                # It was killed between its last checkpoint and summary.json, and has nothing to do from the one.
-                repeated = True
-                checkpoints(run)[-1].unlink()
+                log.write(b"exit status 0, but summary.json does not have what this command was for\n")
+                return "failed"
     return "done"
 
 

@@ -564,7 +564,9 @@ class Run:
         return self.earlier_time + time.perf_counter() - self.begun
 
     def sps(self) -> float:
-        """Steps per second of this session."""
+        """Steps per second of this session, or of those before it where this one had nothing left to train."""
+        if self.first_step >= self.args.total_timesteps:
+            return self.first_step / self.earlier_time
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
     def step(self, steps: int, ended: list[tuple[int, float, int]]) -> None:
@@ -735,7 +737,8 @@ def train(args: Namespace, unmapped: dict[str, Any]) -> Path:
     started = time.perf_counter()
     check_args(args)
     checkpoint, state = load_checkpoint(Path(args.resume)) if args.resume else (None, None)
-    if state and state["global_step"] >= args.total_timesteps:
+    complete = read_json(Path(args.resume) / "summary.json").get("status") == "completed"
+    if state and state["global_step"] >= args.total_timesteps and complete:
         print(f"{args.resume} is complete; there is nothing left to train.")
         return Path(args.resume)
     seed = args.seed
@@ -750,7 +753,7 @@ def train(args: Namespace, unmapped: dict[str, Any]) -> Path:
     with Run(args, unmapped, state, model, started) as run, failing(model):
         if not state:
             run.save()
-        if model:
+        if model and run.global_step < args.total_timesteps:
             learn(model, run)
         while run.global_step < args.total_timesteps:
             for _ in range(args.n_steps):

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import SCRIPT, assert_same_run, here, newest, process, rows, scalars, summary, wait_for_the_next_second
+from test_runs import (
+    SCRIPT,
+    assert_same_run,
+    checkpoints,
+    here,
+    newest,
+    process,
+    rows,
+    scalars,
+    summary,
+    wait_for_the_next_second,
+)
 
 __all__ = ["here"]  # a fixture
 ROOT = SCRIPT.parent
@@ -66,6 +77,20 @@ def test_run_that_was_killed_and_resumed_equals_one_that_was_not(name, env_id, i
     assert script(name).main(["--resume", str(run)]) == 0
     assert "exactly as if it had never stopped" in capsys.readouterr().out
     assert_same_run(here / "runs" / "whole", run)
+
+
+@every_script
+@pytest.mark.parametrize("content", [None, "{damaged"])
+def test_run_without_a_summary_is_completed_by_a_resume(name, content, here):
+    assert script(name).main([*small(name), "--run-name", "run", "--total-timesteps", "1000"]) == 0
+    run, told = here / "runs" / "run", summary(here / "runs" / "run")
+    before = [rows(run, kind) for kind in ("episodes", "progress")], checkpoints(run)
+    (run / "summary.json").unlink() if content is None else (run / "summary.json").write_text(content)
+    assert script(name).main(["--resume", str(run)]) == 0
+    for key in ("status", "global_step", "train_last100"):
+        assert summary(run)[key] == told[key], key
+    assert 0 < summary(run)["sps"] < 3 * told["sps"]
+    assert ([rows(run, kind) for kind in ("episodes", "progress")], checkpoints(run)) == before
 
 
 @every_script

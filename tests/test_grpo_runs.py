@@ -314,6 +314,19 @@ def test_resume_of_a_completed_run_changes_nothing(here, capsys):
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 
 
+def test_run_that_was_killed_before_its_summary_was_written_is_completed_by_a_resume(here):
+    start(steps=3)
+    run, told = Path("runs/run"), summary(Path("runs/run"))
+    (run / "summary.json").unlink()
+    assert grpo_toy.main(["--resume", str(run)]) == 0
+    session = {"wall_time", "startup_time", "peak_memory_mb", "sps", "tokens_per_second"}
+    assert {key: told[key] for key in told.keys() - session} == {
+        key: summary(run)[key] for key in summary(run).keys() - session
+    }
+    assert summary(run)["sps"] == pytest.approx(told["sps"], rel=0.5)
+    assert summary(run)["tokens_per_second"] == pytest.approx(told["tokens_per_second"], rel=0.5)
+
+
 # ---------------------------------------------------------------------------------------------------- warm start
 def test_cached_warm_start_gives_the_same_run_and_is_left_alone(here, capsys):
     start(name="first")

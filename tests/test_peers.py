@@ -189,6 +189,13 @@ def test_resume_continues_the_files(algo, capsys):
     if linear:  # the schedule of the whole budget
         assert [row["charts/learning_rate"] for row in again] == [row["charts/learning_rate"] for row in whole]
     assert read(run, "summary")["status"] == "completed" and read(run, "summary")["global_step"] == steps
+    told, after = read(run, "summary"), [rows(run, name) for name in ("episodes", "progress")]
+    (run / "summary.json").unlink()  # as if it had been killed just before
+    assert peers.main(["--resume", str(run)]) == 0
+    assert [rows(run, name) for name in ("episodes", "progress")] == after
+    for key in ("status", "global_step", "train_last100"):
+        assert read(run, "summary")[key] == told[key], key
+    assert read(run, "summary")["sps"] > 0
     assert peers.main(["--resume", str(run)]) == 0
     assert "nothing left to train" in capsys.readouterr().out
 

@@ -647,6 +647,22 @@ def test_resume_of_a_completed_run_changes_nothing(here, capsys):
         assert summary(run).get(key) == told[key], key
 
 
+def test_run_that_was_killed_before_its_summary_was_written_is_completed_by_a_resume(here, capsys):
+    start(name="whole", iterations=5)  # the last checkpoint is not one of the regular ones
+    assert killed("--total-timesteps", str(5 * BATCH), target="summary.json") == -signal.SIGKILL
+    run = here / "runs" / "killed"
+    assert newest(run)["iteration"] == 5 and not (run / "summary.json").exists()
+    assert ppo.main(["--resume", str(run)]) == 0
+    assert "exactly as if it had never stopped" in capsys.readouterr().out
+    assert_same_run(here / "runs" / "whole", run)
+    told, whole = summary(run), summary(here / "runs" / "whole")
+    for key in ("status", "global_step", "train_last100"):
+        assert told[key] == whole[key], key
+    assert told["sps"] == pytest.approx(5 * BATCH / newest(run)["wall_time"])
+    assert ppo.main(["--resume", str(run)]) == 0
+    assert "nothing left to train" in capsys.readouterr().out and summary(run) == told
+
+
 def test_evaluation_stays_in_the_summary_of_a_run_that_goes_on(here, monkeypatch):
     with monkeypatch.context() as patch:
         before_update(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
