@@ -11,7 +11,6 @@ one sample). In simulations of 12 cells, the same code on fresh seeds raises a f
 5 seeds against 5 (without the stretching in one of four), of 40 with 10 against 10, of eight with 3 against 10.
 """
 
-import csv
 import functools
 import math
 from collections import defaultdict
@@ -26,7 +25,7 @@ import tyro
 
 from benchmarks.jobs import UsageError
 from benchmarks.report import game_of, number, score_range
-from benchmarks.runs import Run, rank, read_runs
+from benchmarks.runs import Run, rank, read_runs, read_scores
 from benchmarks.stats import difference
 
 FAILED = ("failed", "diverged")
@@ -65,37 +64,10 @@ Cells = dict[tuple[str, str], dict[int, Score]]  # (environment, algorithm) -> s
 
 
 # ------------------------------------------------------------------------------------------------------ reading
-def read_scores(path: Path) -> list[Score]:
-    """The rows of a scores.csv as the report writes it; raises UsageError with file, line and column."""
-    path = path / "scores.csv" if path.is_dir() else path
-    if not path.is_file():
-        raise UsageError(f"there is no {path}; python -m benchmarks report RUNS --out DIR writes one.")
-    scores = []
-    with open(path, newline="", errors="replace") as file:
-        rows = csv.DictReader(file)
-        for row in rows:
-            name = ""
-            try:
-                values = {}
-                for name, kind in dict(
-                    env_id=str, algo=str, seed=int, status=str, total_timesteps=int, key=str
-                ).items():
-                    values[name] = kind(row[name] if row[name] is not None else "")
-                name = "train_last100"
-                score = float(row[name] or "nan") if values["status"] == "completed" else math.nan
-            except (KeyError, ValueError):
-                raise UsageError(f"{path}, line {rows.line_num}: {name} is {row.get(name)!r}.") from None
-            scores.append(Score(**values, score=score))
-    if not scores:
-        raise UsageError(f"{path} has no rows.")
-    return scores
-
-
 def score_of(run: Run) -> Score:
-    """The score of a run directory, with the seven digits of a scores.csv."""
-    score = float(f"{run.train_last100:.7g}") if run.done else math.nan
-    key = run.path.name.rpartition("__")[2] if run.path.name.count("__") == 3 else ""
-    return Score(run.env_id, run.algo, run.seed, run.status, run.budget, score, key)
+    """The score of a run, with the seven digits of a scores.csv."""
+    score = float(f"{run.scores['train_last100']:.7g}") if run.done else math.nan
+    return Score(run.env_id, run.algo, run.seed, run.status, run.budget, score, run.key)
 
 
 def cells_of(scores: Iterable[Score]) -> Cells:
@@ -249,7 +221,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
         raise UsageError(f"--tolerance is {options.tolerance}, but must be at least 0 and less than 1.")
     if options.seed < 0:
         raise UsageError(f"--seed is {options.seed}, but must be 0 or more.")
-    stored = cells_of(read_scores(Path(options.against)))
+    stored = cells_of(map(score_of, read_scores(Path(options.against))))
     runs, problems = read_runs([Path(path) for path in options.runs])
     fresh = cells_of(map(score_of, runs))
     names, others = match(stored, fresh)

@@ -63,14 +63,14 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
             runs = [run for run in cells.get((env_id, algo), []) if len(run.returns)]
             for run in runs:
                 grid = np.linspace(run.steps[0], run.steps[-1], 300)
-                curve = stats.curve_on_grid(run.steps, run.returns, grid)
+                curve = run.curve(grid)
                 axis.plot(places(run, grid), curve, color=color, alpha=0.25, linewidth=0.6)
                 if not run.done:
                     axis.plot(places(run, grid)[-1], curve[-1], "x", color=color, markersize=6)
             if not (done := [run for run in runs if run.done]):
                 continue
             grid = np.linspace(max(run.steps[0] for run in done), min(run.steps[-1] for run in done), 300)
-            curves = np.array([stats.curve_on_grid(run.steps, run.returns, grid) for run in done])
+            curves = np.array([run.curve(grid) for run in done])
             x = np.median([places(run, grid) for run in done], axis=0)
             centre = curves.mean(0) if statistic == "mean" else stats.iqm(curves, axis=0)
             axis.plot(x, centre, **style, linewidth=1.8, zorder=3)

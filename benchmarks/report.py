@@ -12,7 +12,6 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
@@ -24,7 +23,7 @@ import tyro
 
 from benchmarks import stats
 from benchmarks.jobs import UsageError, is_atari, read_json
-from benchmarks.runs import Run, group_by, rank, read_runs
+from benchmarks.runs import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_runs
 
 REFERENCES = Path(__file__).resolve().parent / "references"
 AGGREGATES = {  # by their titles
@@ -53,7 +52,7 @@ did not end are counted, and are in no score.
 @dataclass
 class Options:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """run directories, or folders of them"""
+    """run directories, folders of them, or what an earlier report has stored, such as benchmarks/results/classic"""
     out: str = ""
     """folder of the report (default: "report" in the folder of the runs)"""
     statistic: Literal["mean", "iqm"] = "mean"
@@ -85,6 +84,8 @@ def read_matrix(paths: list[Path]) -> Matrix:
     else:
         about = {"description": f"Runs of the suites {', '.join(suites)}." if suites else ""}
     lists = {name: [item for note in notes for item in note.get(name, [])] for name in ("commands", "cells")}
+    stored = [read_json(path / "provenance.json").get("started by", []) for path in paths if is_stored(path)]
+    lists["commands"] = list(dict.fromkeys(sum(stored, lists["commands"])))
     published = list(dict.fromkeys(source for note in notes for source in note.get("published", [])))
     return Matrix(**about, **lists, published=published, normalise=all(note.get("normalise", True) for note in notes))
 
@@ -125,15 +126,8 @@ def cells_of(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def scores(runs: list[Run], measure: str) -> np.ndarray:
-    """Scores (seeds,) of the completed runs: train_last100, train_auc, eval_deterministic, eval_stochastic, sps."""
-    done = [run for run in runs if run.done]
-    if measure == "train_auc":
-        return np.array([stats.area_under_curve(run.steps, run.returns, run.budget) for run in done])
-    if measure.startswith("eval_"):
-        return np.array([run.evaluation(measure.removeprefix("eval_")) for run in done])
-    if measure == "sps":
-        return np.array([float(run.summary.get("sps") or np.nan) for run in done])
-    return np.array([run.train_last100 for run in done])
+    """Scores (seeds,) of the completed runs by one of MEASURES."""
+    return np.array([run.scores[measure] for run in runs if run.done])
 
 
 def number(value: float) -> str:
@@ -292,30 +286,14 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
 def provenance(runs: list[Run], matrix: Matrix) -> dict[str, Any]:
     """What ran: commits, versions, hardware, threads and commands, each with the number of runs."""
 
-    def count(of: Callable[[Run], Any]) -> dict[str, int]:
-        return dict(Counter(str(of(run)) for run in runs).most_common())
-
-    def commit(run: Run) -> str:
-        return f"{(run.config.get('git_commit') or 'unknown')[:10]}{' (changed)' * bool(run.config.get('git_dirty'))}"
-
-    def versions(run: Run) -> str:
-        return ", ".join(f"{name} {version}" for name, version in (run.config.get("versions") or {}).items())
-
-    return {
-        "runs": len(runs),
-        "started by": matrix.commands,
-        "commit": count(commit),
-        "versions": count(versions),
-        "hardware": count(lambda run: run.config.get("hardware")),
-        "threads": count(lambda run: run.config.get("threads")),
-        "example": next((plain_command(run) for run in runs), ""),
-    }
+    origin = {name: dict(Counter(run.origin[name] for run in runs).most_common()) for name in ORIGIN}
+    facts = {"runs": len(runs), "started by": matrix.commands} | origin
+    return facts | next(({"example": plain_command(run)} for run in runs if run.command), {})
 
 
 def plain_command(run: Run) -> str:
     """The command that started a run, without the folders of interpreter and script."""
-    command = [str(part) for part in run.config.get("command") or []]
-    return shlex.join(["python", *(Path(part).name for part in command[1:2]), *command[2:]])
+    return shlex.join(["python", *(Path(part).name for part in run.command[1:2]), *run.command[2:]])
 
 
 def caption(facts: dict[str, Any]) -> str:
@@ -330,19 +308,15 @@ def caption(facts: dict[str, Any]) -> str:
 
 
 def write_scores(runs: list[Run], path: Path) -> None:
-    """One row per run, for `check` and for whoever wants the numbers."""
-    header = "env_id algo seed status total_timesteps global_step train_last100 train_auc eval_deterministic"
-    header += " eval_stochastic sps wall_time key"
+    """One row per run, for `check`, for later reports and for whoever wants the numbers."""
+    header = ["env_id", "algo", "seed", "status", "total_timesteps", "global_step", *MEASURES, "key", *ORIGIN]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(header.split())
+        writer.writerow(header)
         for run in runs:
-            area = stats.area_under_curve(run.steps, run.returns, run.budget) if len(run.returns) else np.nan
-            measured = [run.train_last100, area, run.evaluation("deterministic"), run.evaluation("stochastic")]
-            measured += [float(run.summary.get(name) or np.nan) for name in ("sps", "wall_time")]
-            row = [run.env_id, run.algo, run.seed, run.status, run.budget, run.summary.get("global_step", "")]
-            key = run.path.name.rpartition("__")[2] if run.path.name.count("__") == 3 else ""
-            writer.writerow([*row, *["" if np.isnan(value) else f"{value:.7g}" for value in measured], key])
+            measured = ["" if np.isnan(run.scores[name]) else f"{run.scores[name]:.7g}" for name in MEASURES]
+            row = [run.env_id, run.algo, run.seed, run.status, run.budget, run.global_step]
+            writer.writerow([*row, *measured, run.key, *run.origin.values()])
 
 
 def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
@@ -354,8 +328,8 @@ def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
             if not len(run.returns):
                 continue
             grid = np.linspace(run.budget / points, run.budget, points).round()
-            grid = grid[grid <= max(run.steps[-1], run.summary.get("global_step") or 0)]
-            values = stats.curve_on_grid(run.steps, run.returns, grid)
+            grid = grid[grid <= max(run.steps[-1], run.global_step or 0)]
+            values = run.curve(grid)
             times = np.interp(grid, run.steps, run.seconds)
             for step, seconds, value in zip(grid, times, values):
                 if np.isfinite(value):
@@ -423,7 +397,10 @@ def write_report(
     below = f"\n\n{caption(facts)}\n"
     centre = {"mean": "mean", "iqm": "interquartile mean"}[options.statistic]
     text = f"# {options.title or matrix.name or 'Learning curves'}\n\n{matrix.description}\n\n"
-    text += f"{len(runs)} runs ({ended}), {date.today()}.\n\n## Learning curves\n\n"
+    text += f"{len(runs)} runs ({ended}), {date.today()}."
+    stored = Counter(str(run.path) for run in runs if run.stored)
+    text += "".join(f" {n} of them are those stored in {folder}." for folder, n in stored.items())
+    text += "\n\n## Learning curves\n\n"
     for against, name in (("steps", "curves"), ("time", "curves_time")):
         figures.draw_curves(cells, out / f"{name}.png", against, options.statistic, rng)
         text += f"![Learning curves against {against}]({name}.png){below}\n"

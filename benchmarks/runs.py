@@ -1,26 +1,34 @@
-"""Reads run directories for report and check, and takes what is damaged for what it is: said, left out, never fatal."""
+"""Reads runs for report and check, from run directories and from what an earlier report has stored of them.
+
+What is damaged is taken for what it is: said, left out, never fatal.
+"""
 
 import csv
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import stats
 from benchmarks.jobs import UsageError, read_json
 
 # arguments that do not make another algorithm of a script
 SECONDARY = "seed runs_dir run_name resume evaluate capture_video checkpoint_interval track wandb_project_name"
 SECONDARY += " wandb_entity device num_threads compile bf16 env_id exp_name eval_episodes eval_seed eval_stochastic"
 ORDER = ("ppo", "trpo", "a2c", "reinforce", "sb3:ppo", "sb3:trpo", "sb3:a2c", "random")  # in tables and figures
+MEASURES = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic", "sps", "wall_time")
+ORIGIN = ("commit", "versions", "hardware", "threads")
 
 
 @dataclass
 class Run:
-    """One run directory: what it is, how it ended, and its training episodes in the order in which they ended."""
+    """A run: what it is, how it ended, its scores and its learning curve."""
 
     path: Path
+    """run directory, or folder of stored results"""
     env_id: str
     algo: str
     """exp_name, with the arguments in which runs of one name differ"""
@@ -28,29 +36,37 @@ class Run:
     status: str
     """completed, interrupted, diverged, failed, unfinished: no summary.json, so killed or still running, or damaged:
     completed, but its files do not agree"""
-    config: dict[str, Any] = field(repr=False)
-    summary: dict[str, Any] = field(repr=False)
-    steps: np.ndarray = field(repr=False)
-    seconds: np.ndarray = field(repr=False)
-    returns: np.ndarray = field(repr=False)
-
-    @property
-    def budget(self) -> int:
-        """Environment steps that were asked for."""
-        return int(self.config["args"].get("total_timesteps") or 0)
+    budget: int
+    """environment steps that were asked for"""
+    global_step: int | None
+    key: str
+    """the harness's hash of script text, environment, seed and flags; "" for a run that was started by hand"""
+    scores: dict[str, float] = field(repr=False)
+    """MEASURES -> value, nan where there is none. train_last100 is the mean return of the last 100 training episodes,
+    train_auc its average over the run, eval_... the mean return of the last policy in the two evaluations"""
+    origin: dict[str, str] = field(repr=False)
+    """ORIGIN -> text"""
+    steps: np.ndarray = field(default_factory=partial(np.empty, 0), repr=False)
+    seconds: np.ndarray = field(default_factory=partial(np.empty, 0), repr=False)
+    returns: np.ndarray = field(default_factory=partial(np.empty, 0), repr=False)
+    """of the training episodes in the order in which they ended; of stored results, the points of the curve"""
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False)
+    command: list[str] = field(default_factory=list, repr=False)
+    stored: bool = False
 
     @property
     def done(self) -> bool:
         return self.status == "completed"
 
-    def evaluation(self, kind: str) -> float:
-        """Mean return of the evaluation of the last policy, "deterministic" or "stochastic"; nan if there is none."""
-        return float(((self.summary.get("eval") or {}).get(kind) or {}).get("mean", np.nan))
-
     @property
-    def train_last100(self) -> float:
-        """Mean return of the last 100 training episodes; nan if none has ended."""
-        return float(self.returns[-100:].mean()) if len(self.returns) else np.nan
+    def name(self) -> str:
+        return f"{self.env_id} {self.algo} seed {self.seed} of {self.path}" if self.stored else self.path.name
+
+    def curve(self, grid: np.ndarray) -> np.ndarray:
+        """Mean return of the last 100 training episodes at each step of the grid (points,); nan before the first."""
+        if self.stored:  # a hundred points of it
+            return np.interp(grid, self.steps, self.returns, left=np.nan)
+        return stats.curve_on_grid(self.steps, self.returns, grid)
 
 
 def read_episodes(path: Path) -> tuple[np.ndarray, int]:
@@ -99,23 +115,38 @@ def read_run_directory(path: Path) -> tuple[Run | None, str]:
             f"{path}: episodes.csv is out of order and was sorted.",
             rows[np.argsort(rows[:, 0], kind="stable")],
         )
+    steps, returns, budget = rows[:, 0], rows[:, 2], int(arguments.get("total_timesteps") or 0)
+    evaluations = summary.get("eval") or {}
+    scores = dict.fromkeys(MEASURES, np.nan)
+    if len(rows):
+        scores |= dict(train_last100=returns[-100:].mean(), train_auc=stats.area_under_curve(steps, returns, budget))
+    for kind in ("deterministic", "stochastic"):
+        scores[f"eval_{kind}"] = (evaluations.get(kind) or {}).get("mean", np.nan)
+    scores |= {name: summary.get(name) or np.nan for name in ("sps", "wall_time")}
+    versions = ", ".join(f"{name} {version}" for name, version in (config.get("versions") or {}).items())
+    commit = (config.get("git_commit") or "unknown")[:10] + " (changed)" * bool(config.get("git_dirty"))
     run = Run(
         path=path,
         env_id=arguments["env_id"],
         algo=str(arguments.get("exp_name") or "?"),
         seed=int(arguments["seed"]),
         status=status,
-        config=config,
-        summary=summary,
-        steps=rows[:, 0],
+        budget=budget,
+        global_step=summary.get("global_step"),
+        key=path.name.rpartition("__")[2] if path.name.count("__") == 3 else "",
+        scores={name: float(value) for name, value in scores.items()},
+        origin=dict(zip(ORIGIN, (commit, versions, str(config.get("hardware")), str(config.get("threads"))))),
+        steps=steps,
         seconds=np.maximum.accumulate(rows[:, 1]),
-        returns=rows[:, 2],
+        returns=returns,
+        arguments=arguments,
+        command=[str(part) for part in config.get("command") or []],
     )
-    score, budget = summary.get("train_last100"), run.budget  # raises here, if ever
-    if run.done and score is not None and not np.isclose(run.train_last100, score, rtol=1e-3):
+    told, found = summary.get("train_last100"), scores["train_last100"]
+    if run.done and told is not None and not np.isclose(found, told, rtol=1e-3):
         run.status = "damaged"
-        found = f"{run.train_last100:,.2f}" if len(run.returns) else "no episode"
-        problem = f"{path}: summary.json says train_last100 {score}, episodes.csv has {found}; it is in no score."
+        found = f"{found:,.2f}" if len(returns) else "no episode"
+        problem = f"{path}: summary.json says train_last100 {told}, episodes.csv has {found}; it is in no score."
     elif run.done and not len(run.returns):
         problem = f"{path} completed without a finished episode."
     elif status in ("failed", "diverged"):
@@ -126,45 +157,113 @@ def read_run_directory(path: Path) -> tuple[Run | None, str]:
     return run, problem
 
 
+def read_scores(path: Path) -> list[Run]:
+    """The runs of a scores.csv as the report writes it, without curves; raises UsageError with line and column."""
+    path = path / "scores.csv" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"there is no {path}; python -m benchmarks report RUNS --out DIR writes one.")
+
+    def steps(text: str) -> int | None:
+        return int(text) if text else None
+
+    columns = dict(env_id=str, algo=str, seed=int, status=str, total_timesteps=int, global_step=steps, key=str)
+    runs = []
+    with open(path, newline="", errors="replace") as file:
+        rows = csv.DictReader(file)
+        for row in rows:
+            name = ""
+            try:
+                values, scores = {}, {}
+                for name, kind in columns.items():
+                    values[name] = kind(row[name] if row[name] is not None else "")
+                for name in MEASURES:
+                    scores[name] = float(row[name] or "nan")
+            except (KeyError, ValueError):
+                raise UsageError(f"{path}, line {rows.line_num}: {name} is {row.get(name)!r}.") from None
+            origin = {name: row.get(name) or "unknown" for name in ORIGIN}
+            values["budget"] = values.pop("total_timesteps")
+            runs.append(Run(path.parent, **values, scores=scores, origin=origin, stored=True))
+    if not runs:
+        raise UsageError(f"{path} has no rows.")
+    return runs
+
+
+def read_stored(folder: Path) -> list[Run]:
+    """The runs that a report has stored in a folder, with their curves; raises UsageError with file and line."""
+    runs, path, points = read_scores(folder), folder / "curves.csv", defaultdict(list)
+    if not path.is_file():
+        raise UsageError(f"there is no {path}, which belongs to {folder / 'scores.csv'}.")
+    with open(path, newline="", errors="replace") as file:
+        rows = csv.DictReader(file)
+        for row in rows:
+            try:
+                point = [float(row[name]) for name in ("step", "wall_time", "return_last100")]
+                points[row["env_id"], row["algo"], row["seed"]].append(point)
+            except (KeyError, ValueError, TypeError):
+                raise UsageError(f"{path}, line {rows.line_num} is no point of a curve.") from None
+    for run in runs:
+        curve = np.array(points[run.env_id, run.algo, str(run.seed)], dtype=float).reshape(-1, 3)
+        run.steps, run.seconds, run.returns = curve.T
+    return runs
+
+
+def is_stored(path: Path) -> bool:
+    """Whether a folder is what a report has written, and no run directory."""
+    return (path / "scores.csv").is_file() and not (path / "config.json").exists()
+
+
 def find_runs(paths: list[Path]) -> list[Path]:
-    """The run directories that the paths are, or that lie one or two folders below them; raises UsageError."""
+    """The run directories that the paths are, or that lie one or two folders below them, and the paths that are folders
+    of stored results; raises UsageError."""
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise UsageError(f"{path} is no folder; give run directories, or folders of them.")
+            raise UsageError(f"{path} is no folder; give run directories, folders of them, or stored results.")
         if (path / "config.json").exists():
             found.append(path)
             continue
         marks = ("config.json", "summary.json", "episodes.csv")
         below = {file.parent for mark in marks for depth in ("*", "*/*") for file in path.glob(f"{depth}/{mark}")}
-        found += sorted(below)
+        found += sorted(below) or [path] * is_stored(path)
     if not found:
         raise UsageError(f"there is no run directory in {', '.join(map(str, paths))}.")
     return list(dict.fromkeys(found))
 
 
 def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
-    """All runs below the paths, and a sentence about each that is damaged, unfinished, failed or doubled.
+    """All runs of the paths, and a sentence about each that is damaged, unfinished, failed or doubled.
 
     Runs of one name in one environment that differ in an argument are told apart by it: "ppo, learning_rate=0.001".
-    Of two runs with the same environment, algorithm and seed the one counts that suite.json names, or the later one.
+    Stored runs of an algorithm that the run directories have too are another column, "ppo, stored", unless they are the
+    same by their keys. Of two runs with the same environment, algorithm and seed the one counts that suite.json names,
+    or the later one.
     """
-    runs, problems, found = [], [], find_runs(paths)
+    runs, stored, problems, found = [], [], [], find_runs(paths)
     notes = [read_json(folder / "suite.json") for folder in {path.parent for path in found}]
     named = {cell.get("name") for note in notes for cell in note.get("cells", [])}
     for path in found:
+        if is_stored(path):
+            stored += read_stored(path)
+            continue
         run, problem = read_run(path)
         runs += [run] if run else []
         problems += [problem] if problem else []
     for group in group_by(runs, "env_id", "algo").values():
         tell_apart(group)
+    here, keys = {run.algo for run in runs}, {run.key for run in runs}
+    stored = [run for run in stored if not run.key or run.key not in keys]
+    for run in stored:
+        run.algo += ", stored" * (run.algo in here)
+
+    def later(run: Run) -> tuple[bool, float]:
+        file = run.path / ("scores.csv" if run.stored else "config.json")
+        return run.path.name in named, file.stat().st_mtime
+
     kept, older = [], []
-    for group in group_by(runs, "env_id", "algo", "seed").values():
-        *others, last = sorted(
-            group, key=lambda run: (run.path.name in named, (run.path / "config.json").stat().st_mtime)
-        )
+    for group in group_by([*runs, *stored], "env_id", "algo", "seed").values():
+        *others, last = sorted(group, key=later)
         kept.append(last)
-        older += [run.path.name for run in others]
+        older += [run.name for run in others]
     if older:  # of another script text, other flags of the machine, or started twice by hand
         problems.append(f"Left out, because another run is the same cell and was asked for later: {', '.join(older)}.")
     kept.sort(key=lambda run: (run.env_id, run.algo, run.seed))
@@ -188,8 +287,8 @@ def tell_apart(group: list[Run]) -> None:
     """Adds to the names of the runs the arguments in which they differ from most of the group."""
 
     def identity(run: Run) -> tuple:
-        arguments = run.config["args"]
-        return tuple(sorted((name, str(value)) for name, value in arguments.items() if name not in SECONDARY.split()))
+        arguments = run.arguments.items()
+        return tuple(sorted((name, str(value)) for name, value in arguments if name not in SECONDARY.split()))
 
     count = Counter(map(identity, group))
     usual = dict(count.most_common(1)[0][0])

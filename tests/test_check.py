@@ -174,7 +174,7 @@ def test_random_policy_in_the_environment_fails(tmp_path, verdicts):
 @pytest.mark.parametrize("folder", sorted({path.parent for path in RESULTS.glob("*/scores.csv")}), ids=lambda p: p.name)
 def test_random_policy_fails_every_threshold_of_the_stored_results(folder, tmp_path, capsys):
     """Or check itself says that the cell is blind, which hangs on the stored scores alone."""
-    stored = check.cells_of(check.read_scores(folder))
+    stored = check.cells_of(map(check.score_of, check.read_scores(folder)))
     for (env_id, algo), runs in stored.items():
         for seed, run in runs.items():
             score = (score_range(env_id) or (0.0,))[0]
@@ -342,7 +342,7 @@ def test_the_newest_of_two_runs_of_a_seed_counts(tmp_path, verdicts):
         (["--against", "{old}"], "give run directories"),
         (["{new}", "--against", "{old}/nowhere"], "there is no .*nowhere"),
         (["{old}/nowhere", "--against", "{old}"], "nowhere is no folder"),
-        (["{old}", "--against", "{old}"], "there is no run directory in"),
+        (["{old}", "--against", "{old}"], "there is no .*curves.csv, which belongs to"),
         (["{new}", "--against", "{old}", "--tolerance", "1"], "--tolerance is 1.0, but must be"),
         (["{new}", "--against", "{old}", "--seed", "-1"], "--seed is -1, but must be"),
         (["{other}", "--against", "{old}"], "nothing in RUNS can be compared with .*Acrobot-v1 ppo: nothing is stored"),

@@ -4,7 +4,9 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +162,7 @@ def test_of_two_runs_of_one_cell_the_later_counts(tmp_path):
     later = make_run(tmp_path / "b", seed=1, returns=[2.0] * 100)
     (later / "config.json").touch()
     runs, problems = read_runs([tmp_path])
-    assert [run.train_last100 for run in runs] == [2.0]
+    assert [run.scores["train_last100"] for run in runs] == [2.0]
     assert problems == ["Left out, because another run is the same cell and was asked for later: CartPole-v1__ppo__1."]
 
 
@@ -179,6 +181,104 @@ def test_folders_of_several_suites_keep_what_is_missing(tmp_path):
     text = report_of(tmp_path)
     assert "Runs of the suites one, two." in text
     assert row_of(text, "CartPole-v1", "ppo")[3] == row_of(text, "CartPole-v1", "a2c")[3] == "1 of 2 (1 missing)"
+
+
+def keyed(run, key):
+    """The run directory under a name as the harness gives it."""
+    return run.rename(run.with_name("__".join([*run.name.split("__")[:3], key])))
+
+
+def stored(folder, name):
+    with open(folder / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_stored_results_are_read_as_they_were_written(tmp_path):
+    runs, out, again = tmp_path / "runs", tmp_path / "out", tmp_path / "again"
+    for algo in ("ppo", "a2c, learning_rate=0.5"):
+        for seed in (1, 2, 3):
+            returns = np.random.default_rng(seed).normal(50, 100, 230 + seed)
+            keyed(make_run(runs, "Hopper-v4", algo, seed, returns, evaluation=seed / 3), f"{algo[0]}{seed}")
+    make_run(runs, "Hopper-v4", "trpo", 1, returns=[1.0] * 130, status="interrupted", total_timesteps=10_000)
+    note(runs, [])
+    assert main(["report", str(runs), "--out", str(out)]) == 0
+    assert main(["report", str(out), "--out", str(again)]) == 0
+    for name in ("scores", "curves"):
+        assert stored(again, name) == stored(out, name)
+    old, new = (json.loads((folder / "provenance.json").read_text()) for folder in (out, again))
+    assert old.pop("example").startswith("python ppo.py") and old == new
+    assert old["commit"] == {"0123456789": 7} and old["started by"] == ["python -m benchmarks run it"]
+    old, new = ((folder / "report.md").read_text() for folder in (out, again))
+    assert row_of(old, "Hopper-v4", "ppo") == row_of(new, "Hopper-v4", "ppo")
+    assert row_of(new, "Hopper-v4", "trpo")[3] == "0 of 1 (1 interrupted)"
+    assert f"7 runs (6 completed, 1 interrupted), {date.today()}. 7 of them are those stored in {out}.\n" in new
+
+
+def test_a_stored_curve_is_drawn_between_its_points(tmp_path):
+    run = make_run(tmp_path / "runs", returns=np.linspace(0, 1000, 1000))
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    (here,), (there,) = read_runs([run])[0], read_runs([tmp_path / "out"])[0]
+    grid = np.linspace(200, 9_900, 77)
+    np.testing.assert_allclose(there.curve(grid), here.curve(grid), atol=2.0)  # rises by 1 an episode
+    assert np.isnan(there.curve(np.array([50.0])))
+    assert there.curve(np.array([10_000.0])) == pytest.approx(here.returns[-100:].mean(), rel=1e-4)
+
+
+def test_runs_beside_stored_results(tmp_path):
+    """Another algorithm is another column; what is stored of the same one stays apart, unless it is the same runs."""
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    for env_id in ("CartPole-v1", "Acrobot-v1"):
+        for algo in ("ppo", "a2c"):
+            for seed in (1, 2):
+                keyed(make_run(old, env_id, algo, seed, returns=[seed] * 120), f"{env_id[0]}{algo}{seed}")
+    assert main(["report", str(old), "--out", str(out)]) == 0
+    text = report_of_both(new, out, keyed(make_run(new, algo="mine", seed=1, returns=[7.0] * 120), "m1"))
+    assert row_of(text, "CartPole-v1", "mine")[3] == "1" and row_of(text, "CartPole-v1", "ppo")[3] == "2"
+    assert "9 runs (9 completed)" in text and f"8 of them are those stored in {out}." in text
+    text = report_of_both(new, out, keyed(make_run(new, algo="ppo", seed=1, returns=[7.0] * 120), "p1"))
+    assert row_of(text, "CartPole-v1", "ppo")[3:5] == ["1", "7.00"]
+    assert row_of(text, "CartPole-v1", "ppo, stored")[3] == row_of(text, "Acrobot-v1", "ppo, stored")[3] == "2"
+    assert row_of(text, "CartPole-v1", "a2c")[3] == "2" and "Left out" not in text
+    for run in new.iterdir():
+        shutil.rmtree(run)
+    same = keyed(make_run(new, algo="ppo", seed=1, returns=[1] * 120), "Cppo1")
+    text = report_of_both(new, out, same)
+    assert row_of(text, "CartPole-v1", "ppo")[3] == "1"
+    assert row_of(text, "CartPole-v1", "ppo, stored")[3] == "1" and "8 runs (8 completed)" in text
+    for run in old.iterdir():
+        if run.is_dir() and run.name != same.name:
+            shutil.copytree(run, new / run.name)
+    text = report_of_both(new, out)
+    assert "stored" not in text and "8 runs (8 completed)" in text and "Left out" not in text
+
+
+def report_of_both(new, out, *_):
+    assert main(["report", str(new), str(out), "--out", str(new.parent / "both")]) == 0
+    return (new.parent / "both" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name, line, says",
+    [
+        ("scores", "CartPole-v1,ppo,1,completed,1000,1000,high,,,,,,", "scores.csv, line 2: train_last100 is 'high'"),
+        ("scores", "CartPole-v1,ppo,one", "scores.csv, line 2: seed is 'one'"),
+        ("curves", "CartPole-v1,ppo,1,10,x", "curves.csv, line 2 is no point of a curve"),
+        ("curves", None, "curves.csv, which belongs to"),
+    ],
+)
+def test_damaged_stored_results_are_one_sentence(tmp_path, capsys, name, line, says):
+    make_run(tmp_path / "runs")
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    file = tmp_path / "out" / f"{name}.csv"
+    if line:
+        file.write_text(file.read_text().splitlines()[0] + f"\n{line}\n")
+    else:
+        file.unlink()
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_difference_is_taken_only_from_the_same_measure_after_the_same_steps(tmp_path):
