@@ -14,7 +14,7 @@ from benchmarks.runs import ORDER, Run, rank
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False})
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # Safe for colour blindness (Okabe and Ito); an algorithm has the same colour in every figure.
 COLORS = dict(zip(ORDER, (*PALETTE[:6], "#94C973", "#888888")))
@@ -100,7 +100,10 @@ def add_legend(figure: Any, cells: dict, algos: list[str]) -> None:
         seeds = "-".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
         label = f"{algo} ({seeds} seed{'s' * (seeds != '1')})"
         handles.append(Line2D([], [], **style_of(algo, algos), linewidth=2, label=label))
-    columns = max(1, min(len(handles), 5 if max(map(len, algos)) < 25 else 2))
+    inches = 0.55 + 0.075 * max(len(handle.get_label()) for handle in handles)  # of an entry
+    figure.set_figwidth(max(figure.get_figwidth(), inches))
+    columns = min(len(handles), int(figure.get_figwidth() / inches))
+    figure.set_figheight(figure.get_figheight() + 0.18 * (-(-len(handles) // columns) - 1))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 

@@ -90,6 +90,14 @@ def read_matrix(paths: list[Path]) -> Matrix:
     return Matrix(**about, **lists, published=published, normalise=all(note.get("normalise", True) for note in notes))
 
 
+def missing_cells(matrix: Matrix, runs: list[Run]) -> list[dict[str, Any]]:
+    """The cells of which no run directory can be read."""
+    there = {name for run in runs if not run.stored for name in (run.name, (run.env_id, run.algo, run.seed))}
+    return [
+        cell for cell in matrix.cells if not there & {cell.get("name"), (cell["env_id"], cell["algo"], cell["seed"])}
+    ]
+
+
 # --------------------------------------------------------------------------------------------------- references
 @cache
 def read_reference(name: str) -> list[dict[str, str]]:
@@ -100,6 +108,12 @@ def read_reference(name: str) -> list[dict[str, str]]:
 def game_of(env_id: str) -> str:
     """ALE/Pong-v5 and PongNoFrameskip-v4 -> Pong, Hopper-v4 -> Hopper: what different versions have in common."""
     return re.sub(r"(NoFrameskip)?-v\d+$", "", env_id.removeprefix("ALE/"))
+
+
+def same_protocol(env_id: str, published: str) -> bool:
+    """Whether both are the same game or task and, of a game, both have sticky actions (ALE/) or both have not."""
+    sticky = env_id.startswith("ALE/") == published.startswith("ALE/")
+    return game_of(env_id) == game_of(published) and (sticky or not is_atari(env_id))
 
 
 def score_range(env_id: str) -> tuple[float, float, str] | None:
@@ -148,7 +162,8 @@ def with_interval(values: np.ndarray, rng: np.random.Generator) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; every column but the first is aligned to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    lines = [rows[0], ["---", *["---:"] * (len(header) - 1)], *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -180,8 +195,8 @@ def published_table(cells: dict, sources: list[str]) -> str:
     """Our scores beside published ones, each with its own protocol; "" where there is nothing to put beside them.
 
     A suite names the sources. Without one, only the same environment id and the same measure count. Of a source that
-    has a row for our number of steps, only that one is shown. A difference is taken only from the same measure after
-    the same number of steps.
+    has a row for our number of steps, only that one is shown. A difference is taken only from the same measure in the
+    same version of the environment after the same number of steps.
     """
     protocols = {row["source_key"]: row for row in read_reference("sources")}
     rows = []
@@ -191,7 +206,7 @@ def published_table(cells: dict, sources: list[str]) -> str:
             continue
         matching = []
         for row in read_reference("published"):
-            same = row["algo"] == algo and game_of(row["env_id"]) == game_of(env_id)
+            same = row["algo"] == algo and same_protocol(env_id, row["env_id"])
             wanted = row["source_key"] in sources
             if not sources:
                 wanted = row["statistic"] == "train_last100" and row["env_id"] == env_id
@@ -201,10 +216,10 @@ def published_table(cells: dict, sources: list[str]) -> str:
         for row in matching:
             if row["source_key"] in equal and float(row["env_steps"] or 0) != budget:
                 continue
-            measured = np.nan
-            if row["source_key"] in equal and row["statistic"].startswith("train_last100"):
+            measured, alike = np.nan, row["source_key"] in equal and row["env_id"] in (env_id, game_of(env_id))
+            if alike and row["statistic"].startswith("train_last100"):
                 measured = ours.mean()
-            elif row["source_key"] in equal and row["statistic"] in ("final_eval", "eval_deterministic_single_run"):
+            elif alike and row["statistic"] in ("final_eval", "eval_deterministic_single_run"):
                 measured = scores(runs, "eval_deterministic").mean()
             difference = measured - float(row["score"])
             spread = f" ± {number(float(row['spread']))}" if row["spread"] else ""
@@ -268,6 +283,9 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
         values = scores(runs, measure)
         if (known := ranges[env_id]) and len(values) and np.isfinite(values).all():
             have.setdefault(algo, {})[env_id] = (values - known[0]) / (known[1] - known[0])
+    for algo in dict.fromkeys(algo for _, algo in cells):
+        if algo not in have:
+            notes.append(f"{algo} has no score in any of these environments and is in no aggregate.")
     everywhere = sorted({env_id for per_env in have.values() for env_id in per_env})
     for algo in list(have):
         if 2 * len(have[algo]) < len(everywhere):
@@ -362,21 +380,28 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     paths = [Path(path) for path in options.runs]
     if not paths:
         raise UsageError("give run directories, or folders of them: python -m benchmarks report runs/smoke")
+    out = Path(options.out) if options.out else (paths[0] if len(paths) == 1 else Path()) / "report"
+    if (out / "trials.csv").exists():
+        raise UsageError(f"{out} is the report of a sweep; choose another --out.")
     matrix = read_matrix(paths)
     runs, problems = read_runs(paths)
     if not runs:
         print("\n".join(problems), file=sys.stderr)
         print("error: none of these run directories can be read.", file=sys.stderr)
         return 1
-    out = Path(options.out) if options.out else (paths[0] if len(paths) == 1 else Path()) / "report"
-    out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(options.seed)
-    text = write_report(runs, problems, matrix, options, out, rng)
-    (out / "report.md").write_text(text)
-    (out / "report.html").write_text(to_html(text, out, options.title or matrix.name or "Learning curves"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        text = write_report(runs, problems, matrix, options, out, rng)
+        (out / "report.md").write_text(text)
+        (out / "report.html").write_text(to_html(text, out, options.title or matrix.name or "Learning curves"))
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
     for problem in problems:
         print(problem)
-    print(f"{sum(run.done for run in runs)} of {len(runs)} runs are complete; {out / 'report.html'}")
+    done, missing = sum(run.done for run in runs), len(missing_cells(matrix, runs))
+    line = f"{done} of {len(runs) + missing} runs are complete"
+    print(f"{line}{f', {missing} are missing' * bool(missing)}; {out / 'report.html'}")
     return 0
 
 
@@ -392,7 +417,7 @@ def write_report(
     write_curves(runs, out / "curves.csv")
     (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
     status = Counter(run.status for run in runs)
-    missing = sum(max(0, n - len(cells.get(key, []))) for key, n in expected.items())
+    missing = len(missing_cells(matrix, runs))
     ended = ", ".join(f"{n} {name}" for name, n in status.items()) + f", {missing} missing" * bool(missing)
     below = f"\n\n{caption(facts)}\n"
     centre = {"mean": "mean", "iqm": "interquartile mean"}[options.statistic]

@@ -4,6 +4,7 @@ What is damaged is taken for what it is: said, left out, never fatal.
 """
 
 import csv
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,6 +79,8 @@ def read_episodes(path: Path) -> tuple[np.ndarray, int]:
                 continue
             try:
                 step, seconds, ret, length = map(float, row)
+                if not math.isfinite(step + seconds):
+                    raise ValueError
                 rows.append((step, seconds, ret, length))
             except ValueError:
                 damaged += 1
@@ -132,7 +135,7 @@ def read_run_directory(path: Path) -> tuple[Run | None, str]:
         seed=int(arguments["seed"]),
         status=status,
         budget=budget,
-        global_step=summary.get("global_step"),
+        global_step=int(summary["global_step"]) if "global_step" in summary else None,
         key=path.name.rpartition("__")[2] if path.name.count("__") == 3 else "",
         scores={name: float(value) for name, value in scores.items()},
         origin=dict(zip(ORIGIN, (commit, versions, str(config.get("hardware")), str(config.get("threads"))))),
@@ -235,19 +238,30 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
 
     Runs of one name in one environment that differ in an argument are told apart by it: "ppo, learning_rate=0.001".
     Stored runs of an algorithm that the run directories have too are another column, "ppo, stored", unless they are the
-    same by their keys. Of two runs with the same environment, algorithm and seed the one counts that suite.json names,
-    or the later one.
+    same by their keys. Where suite.json says which run of a cell was asked for last, others that the harness has made
+    do not stand in for it, and others made by hand only if it is missing. Else the later one of a cell counts.
     """
-    runs, stored, problems, found = [], [], [], find_runs(paths)
-    notes = [read_json(folder / "suite.json") for folder in {path.parent for path in found}]
-    named = {cell.get("name") for note in notes for cell in note.get("cells", [])}
+    runs, stored, problems, replaced, found = [], [], [], [], find_runs(paths)
+    asked = {
+        (folder, cell.get("env_id"), cell.get("algo"), cell.get("seed")): cell.get("name")
+        for folder in {path.parent for path in found}
+        for cell in read_json(folder / "suite.json").get("cells", [])
+    }
+    named = set(asked.values())
     for path in found:
         if is_stored(path):
             stored += read_stored(path)
             continue
         run, problem = read_run(path)
+        cell = (path.parent, run.env_id, run.algo, run.seed) if run else None
+        if run and run.key and asked.get(cell, path.name) != path.name:
+            replaced.append(path.name)
+            continue
         runs += [run] if run else []
         problems += [problem] if problem else []
+    if replaced:
+        names = ", ".join(replaced[:3]) + f" and {len(replaced) - 3} more" * (len(replaced) > 3)
+        problems.append(f"Left out, because another script text or other flags were asked for later: {names}.")
     for group in group_by(runs, "env_id", "algo").values():
         tell_apart(group)
     here, keys = {run.algo for run in runs}, {run.key for run in runs}

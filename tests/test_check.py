@@ -387,3 +387,14 @@ def test_key_is_the_one_of_the_job(tmp_path):
     make_run(tmp_path, "CartPole-v1", "ppo", 1, 5.0, key=job.key)
     (run,) = read_runs([tmp_path])[0]
     assert check.score_of(run) == check.Score("CartPole-v1", "ppo", 1, "completed", 1000, 5.0, job.key)
+
+
+def test_what_was_asked_for_and_never_started_is_missing(tmp_path, verdicts):
+    make_cell(tmp_path / "old", "CartPole-v1", "ppo", [480, 490])
+    new = make_cell(tmp_path / "new", "CartPole-v1", "ppo", [480, 490])
+    cells = [dict(env_id="CartPole-v1", algo="ppo", seed=n, name=run.name) for n, run in enumerate(new, 1)]
+    cells += [dict(env_id="CartPole-v1", algo="a2c", seed=n, name=f"CartPole-v1__a2c__{n}__x") for n in (1, 2)]
+    (tmp_path / "new" / "suite.json").write_text(json.dumps(dict(cells=cells)))
+    status, _, said = verdicts()
+    assert status == 1 and "CartPole-v1 a2c: seeds 1, 2 asked for, absent" in said
+    assert verdicts("--fewer-seeds")[0] == 0

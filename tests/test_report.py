@@ -46,6 +46,14 @@ def set_argument(run, **values):
     (run / "config.json").write_text(json.dumps(config))
 
 
+def set_config(run, **values):
+    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | values))
+
+
+def set_summary(run, **values):
+    (run / "summary.json").write_text(json.dumps(json.loads((run / "summary.json").read_text()) | values))
+
+
 def shuffle(file):
     header, first, second, *rest = file.read_text().splitlines()
     file.write_text("\n".join([header, second, first, *rest]) + "\n")
@@ -136,6 +144,13 @@ def test_what_is_missing_or_failed_is_shown_and_counted(tmp_path, capsys):
         (lambda run: shuffle(run / "episodes.csv"), "out of order", 2),
         (lambda run: (run / "episodes.csv").write_text(""), "episodes.csv has no episode", 1),
         (lambda run: os.truncate(run / "episodes.csv", 400), "summary.json says train_last100", 1),
+        (lambda run: (run / "episodes.csv").open("a").write("nan,1,2,3\n"), "1 rows of episodes.csv cannot be read", 2),
+        (lambda run: set_summary(run, eval=[1]), "has a value that makes no sense", 1),
+        (lambda run: set_summary(run, eval={"stochastic": {"mean": None}}), "has a value that makes no sense", 1),
+        (lambda run: set_summary(run, sps="fast"), "has a value that makes no sense", 1),
+        (lambda run: set_summary(run, global_step="many"), "has a value that makes no sense", 1),
+        (lambda run: set_config(run, versions=[1]), "has a value that makes no sense", 1),
+        (lambda run: set_config(run, git_commit=7), "has a value that makes no sense", 1),
         (lambda run: set_argument(run, seed="x"), "has a value that makes no sense", 1),
         (lambda run: set_argument(run, total_timesteps=[1]), "has a value that makes no sense", 1),
     ],
@@ -172,6 +187,20 @@ def test_what_was_asked_for_last_counts_even_if_it_failed(tmp_path):
     make_run(tmp_path, seed=1).joinpath("config.json").touch()
     note(tmp_path, [dict(env_id="CartPole-v1", algo="ppo", seed=1, name=asked.name)])
     assert row_of(report_of(tmp_path), "CartPole-v1", "ppo")[3] == "0 of 1 (1 diverged)"
+
+
+def test_runs_of_another_script_text_do_not_stand_in_for_what_was_asked_for(tmp_path, capsys):
+    """A script that no longer starts must not hide behind the runs of the text before."""
+    for seed in (1, 2):
+        keyed(make_run(tmp_path, seed=seed), f"old{seed}")
+    new = keyed(make_run(tmp_path, seed=1, returns=[7.0] * 120), "new1")
+    cells = [dict(env_id="CartPole-v1", algo="ppo", seed=seed) for seed in (1, 2)]
+    note(tmp_path, [cell | dict(name=new.name.replace("1__new1", f"{n}__new{n}")) for n, cell in enumerate(cells, 1)])
+    text = report_of(tmp_path)
+    assert row_of(text, "CartPole-v1", "ppo")[3:5] == ["1 of 2 (1 missing)", "7.00"]
+    said = "other flags were asked for later: CartPole-v1__ppo__1__old1, CartPole-v1__ppo__2__old2."
+    assert said in text and said in (out := capsys.readouterr().out)
+    assert "1 of 2 runs are complete, 1 are missing" in out
 
 
 def test_folders_of_several_suites_keep_what_is_missing(tmp_path):
@@ -290,7 +319,7 @@ def test_a_difference_is_taken_only_from_the_same_measure_after_the_same_steps(t
     rows = [row for row in rows if "**" in row[3]]
     differences = {(row[0], row[5]): row[4] for row in rows}
     assert differences["HalfCheetah-v4 ppo", "train_last100"] == "+2,557"  # 4,000 - 1,442.64
-    assert differences["HalfCheetah-v4 trpo", "final_eval"] == "+3,197"  # 5,000 - 1,803
+    assert differences["HalfCheetah-v4 trpo", "final_eval"] == "-"  # of -v3
     assert differences["HalfCheetah-v4 ppo", "max_over_training"] == "-"
     assert {row[6] for row in rows} == {"1,000,000"}
 
@@ -317,6 +346,17 @@ def test_table_1_is_scaled_as_in_the_paper(tmp_path):
     )
     paper = {row["setting"] for row in report.read_reference("ppo_paper_table1")}
     assert set(read_suite("ppo-table1").algos) == paper
+
+
+def test_sticky_and_other_games_are_not_put_beside_each_other(tmp_path):
+    for env_id in ("ALE/Pong-v5", "PongNoFrameskip-v4"):
+        make_run(tmp_path, env_id, total_timesteps=10_000_000)
+    note(tmp_path, [], published=["slm_lab", "cleanrl_ppo_atari"])
+    lines = [
+        line.strip("| ").split(" | ") for line in report_of(tmp_path).splitlines() if "Pong" in line and "**" in line
+    ]
+    versions = {(line[0].split()[0], line[8]) for line in lines}
+    assert versions == {("ALE/Pong-v5", "ALE/Pong-v5"), ("PongNoFrameskip-v4", "PongNoFrameskip-v4")}
 
 
 def test_atari_is_normalised_by_a_human_player(tmp_path):
@@ -348,6 +388,13 @@ def test_aggregates_are_over_environments_that_all_have(tmp_path):
     assert f"{stats.aggregate_iqm(by_algo['ppo']):.2f} [" in row_of(text, "ppo")[2]
 
 
+def test_who_has_no_score_is_said_to_be_in_no_aggregate(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, algo="ppo", seed=seed)
+        make_run(tmp_path, algo="a2c", seed=seed, status="diverged")
+    assert "a2c has no score in any of these environments and is in no aggregate." in report_of(tmp_path)
+
+
 def test_the_scale_does_not_depend_on_who_else_is_there(tmp_path):
     """Adding an algorithm must not change the others' normalised scores."""
     make_run(tmp_path, algo="ppo", seed=1)
@@ -377,6 +424,36 @@ def test_an_algorithm_has_the_same_colour_whatever_stands_beside_it():
     many = [*figures.COLORS, *(f"variant {n}" for n in range(20))]
     styles = [tuple(figures.style_of(name, many).values()) for name in many]
     assert len({*styles}) == len(many)
+
+
+LEGENDS = [["a", "bb", "ccc", "dddd"], ["ppo, learning_rate=0.0001, num_envs=16"] * 3, [*"abcdefg"]]
+
+
+@pytest.mark.parametrize("algos", LEGENDS)
+@pytest.mark.parametrize("envs", [1, 2, 3])
+def test_legends_stay_inside_the_figure(algos, envs):
+    figure, _ = figures.new_figure(1, envs, 4.0, 2.9)
+    algos = [f"{algo}$_{n}" for n, algo in enumerate(algos)]
+    cells = {("CartPole-v1", algo): [] for algo in algos}
+    figures.add_legend(figure, cells, algos)
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1 and legend.y0 >= 0
+    figures.plt.close(figure)
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    make_run(tmp_path / "runs")
+    (tmp_path / "file").touch()
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "file")]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'file'} cannot be written (File exists); choose another --out.\n"
+    )
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "trials.csv").touch()
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep")]) == 2
+    assert "is the report of a sweep; choose another --out." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], [], ["."]])
