@@ -123,7 +123,7 @@ def draw_aggregates(
         axis.set_title(name + (" (less is better)" if name == "optimality gap" else ""), fontsize=9)
         axis.set_yticks(range(len(algos)), algos if axis is axes[0][0] else [""] * len(algos))
         axis.grid(alpha=0.25, axis="x")
-        axis.locator_params(axis="x", nbins=5)
+        axis.locator_params(axis="x", nbins=4)
         axis.use_sticky_edges = False
         axis.margins(x=0.06)
     figure.supxlabel("normalised score", fontsize=9)

@@ -173,9 +173,13 @@ def near_miss(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {near[0]}?" if near else otherwise
 
 
+def suite_file(name: str) -> Path:
+    return Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
+
+
 def read_suite(name: str) -> Suite:
     """The suite of a name in benchmarks/suites, or of a TOML file; raises UsageError with the line and the key."""
-    path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
+    path = suite_file(name)
     if not path.is_file():
         shipped = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
         raise UsageError(f"there is no suite {name}; there are {shipped}, and any path/to/suite.toml.")
@@ -246,9 +250,10 @@ def read_suite(name: str) -> Suite:
     numbers = dict(total_timesteps=[content.get("total_timesteps", 1)], eval_episodes=[content.get("eval_episodes", 0)])
     numbers |= dict(seeds=[seeds] if isinstance(seeds, int) else seeds)
     for key, values in numbers.items():
-        least = int(key == "total_timesteps" or values == [seeds])  # a list may name seed 0
-        if not values or not all(isinstance(value, int) and value >= least for value in values):
-            raise wrong(key, f"must be {'a whole number' if values != seeds else 'whole numbers'} of {least} or more")
+        listed = key == "seeds" and isinstance(seeds, list)
+        least = int(key != "eval_episodes" and not listed)  # a list may name seed 0
+        if not values or not all(type(value) is int and value >= least for value in values):
+            raise wrong(key, f"must be {'whole numbers' if listed else 'a whole number'} of {least} or more")
     return suite
 
 

@@ -4,6 +4,7 @@ The truth is in the run directories, so that the command can be killed and given
 on several that share the folder.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -37,6 +38,7 @@ from benchmarks.jobs import (
     read_json,
     read_suite,
     status_of,
+    suite_file,
 )
 from benchmarks.space import Flags, help_of
 
@@ -92,6 +94,12 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
 
 def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     """Writes suite.json: what was asked for, so that a report can say what is missing. Earlier cells stay."""
+    with open(runs_dir / ".suite.lock", "w") as guard:  # of two terminals, neither loses the other's cells
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        write_cells(suite, jobs, runs_dir)
+
+
+def write_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     earlier = read_json(runs_dir / "suite.json")
     asked = [{"env_id": job.env_id, "algo": job.algo, "seed": job.seed, "name": job.name} for job in jobs]
     cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier.get("cells", []), *asked]}
@@ -133,12 +141,13 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
 
 
 def check_flags(suite: str, jobs: list[Job]) -> None:
-    """Raises UsageError for a flag of the suite, or a choice of one, that a script has not.
+    """Raises UsageError for a flag of the suite that a script has not, or a value that it does not take.
 
     Asks each script for its --help once: environments change the defaults in it, not the flags. Scripts without flags
     in the suite are not asked.
     """
     known: dict[tuple[str, ...], Flags] = {}
+    lines = suite_file(suite).read_text().splitlines()
     for job in {(job.command, job.flags): job for job in jobs}.values():
         given = re.findall(r"^--(.*)((?:\n(?!--).*)*)", "\n".join(job.flags), re.MULTILINE)
         if {name for name, _ in given} <= {"total-timesteps", "exp-name"}:
@@ -150,13 +159,14 @@ def check_flags(suite: str, jobs: list[Job]) -> None:
         flags = known[command] = known.get(command) or help_of(command, job.env_id)
         script = Path(job.command[-1]).name
         for name, values in given:
-            where = f"{suite}, flags of {job.algo}, {name}"
+            spelled = re.compile(rf"(^\s*|[{{,]\s*)[\"']?{name.replace('-', '[-_]')}[\"']?\s*=")
+            found = next((f"line {n}, " for n, line in enumerate(lines, 1) if spelled.search(line)), "")
+            where = f"{suite}, {found}flags of {job.algo}, {name}"
             name = name if name in flags else name.removeprefix("no-")
             if name not in flags:
                 raise UsageError(f"{where}: {script} has no such flag; {near_miss(name, flags, 'see its --help.')}")
-            for value in values.split("\n")[1:]:
-                if (choices := flags[name][1]) and value not in choices:
-                    raise UsageError(f"{where}: {value} is none of what {script} takes: {', '.join(choices)}.")
+            if problem := flags[name].misfit(values.split("\n")[1:]):
+                raise UsageError(f"{where}: {script} {problem}.")
 
 
 class Local:
@@ -324,6 +334,7 @@ def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:
     left = len(jobs) - count["done"] - count["failed"]
     line = f"{count['done']} of {len(jobs)} runs are done"
     line += f", {count['failed']} failed" if count["failed"] else ""
+    line += " (--retry goes on with those)" if "failed" in earlier.values() else ""
     line += f", {left} are left, and the same command goes on" if left else ""
     print(f"{line}: {runs_dir}")
     return 128 + signals[0] if signals and left else int(count["done"] < len(jobs))

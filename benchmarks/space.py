@@ -1,12 +1,13 @@
 """What a sweep searches: a space file, checked against the flags that the script's --help names."""
 
+import math
 import os
 import re
 import shlex
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,31 @@ from benchmarks.jobs import RESERVED, ROOT, UsageError, as_flags, near_miss, par
 
 SPACES = Path(__file__).resolve().parent / "spaces"
 KEYS = ("low", "high", "log", "step", "choices")
-Flags = dict[str, tuple[str, list[str]]]  # of a script: default, as text, and choices, where it has some
+
+
+class Flag(NamedTuple):
+    """What a script's --help says of a flag."""
+
+    default: str
+    choices: list[str] = []
+    kind: str = ""
+    """INT, FLOAT, "bool" for a pair --flag and --no-flag; "" for all others"""
+
+    def misfit(self, words: list[str]) -> str:
+        """What the flag takes, where the words that follow it on a command line are not that; else ""."""
+        if self.kind == "bool":
+            return f"takes true or false, not {' '.join(words)}" if words else ""
+        for word in words or ["true"] * bool(self.choices or self.kind):
+            if self.choices and word not in self.choices:
+                return f"takes {', '.join(self.choices)}, not {word}"
+            try:
+                {"INT": int, "FLOAT": float}.get(self.kind, str)(word)
+            except ValueError:
+                return f"takes a {'whole ' * (self.kind == 'INT')}number, not {word}"
+        return ""
+
+
+Flags = dict[str, Flag]
 
 
 @dataclass(frozen=True)
@@ -50,6 +75,9 @@ def read_space(name: str) -> Space:
         shipped = ", ".join(sorted(path.stem for path in SPACES.glob("*.toml")))
         raise UsageError(f"there is no space {name}; give --space path/to/space.toml, or one of {shipped}.")
     text, content = parse_toml(path)
+    for key in content:
+        if key.replace("-", "_") in content and "-" in key:
+            raise Space(path, text, {}, {}, {}).wrong("", key, "is there twice, with - and with _; keep one of the two")
     content = {key.replace("_", "-"): table for key, table in content.items()}
     fixed, normalise = content.pop("fixed", {}), content.pop("normalise", {})
     for key, table in (("fixed", fixed), ("normalise", normalise)):
@@ -79,7 +107,7 @@ def read_space(name: str) -> Space:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def is_whole(table: dict[str, Any]) -> bool:
@@ -141,9 +169,11 @@ def help_of(command: tuple[str, ...], env_id: str) -> Flags:
         raise UsageError(f"{shlex.join(asked)} fails: {' '.join((done.stderr or done.stdout).split())[-300:]}")
     flags: Flags = {}
     for entry in re.split(r"\n(?=-)", "\n".join(line.strip(" │") for line in done.stdout.splitlines())):
-        if found := re.match(r"(?:-\w,? )?--([\w-]+)(?:, --no-[\w-]+)?\s*(?:\{([^}]*)\}(?:\s|$))?", entry):
+        pattern = r"(?:-\w,? )?--([\w-]+)(, --no-[\w-]+)?\s*(?:\{([^}]*)\}(?:\s|$)|(INT|FLOAT)(?:\s|$))?"
+        if found := re.match(pattern, entry):
             default = " ".join(entry.rpartition("(default: ")[2].split()).rpartition(")")[0]
-            flags[found[1].replace("_", "-")] = (default, found[2].split(",") if found[2] else [])
+            kind = "bool" if found[2] else found[4] or ""
+            flags[found[1].replace("_", "-")] = Flag(default, found[3].split(",") if found[3] else [], kind)
     return flags
 
 
@@ -154,10 +184,11 @@ def check_flags(space: Space, script: str, known: Flags) -> None:
         if flag not in known:
             guess = near_miss(flag, known, "its --help names them")
             raise space.wrong(table, flag, f"{script} has no such flag; {guess}")
+        if not table and known[flag].kind == "INT" and "low" in space.params[flag] and not is_whole(space.params[flag]):
+            raise space.wrong(flag, "low", f"{script} takes whole numbers; low, high and step must be whole")
         for value in values:
-            if (choices := known[flag][1]) and str(value) not in choices:
-                key = (table, flag) if table else (flag, "choices")
-                raise space.wrong(*key, f"{value} is none of what {script} takes: {', '.join(choices)}")
+            if problem := known[flag].misfit(as_flags({flag: value})[1:]):
+                raise space.wrong(*((table, flag) if table else (flag, "choices")), f"{script} {problem}")
 
 
 def default_of(space: Space, known: Flags) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def plan(options: Speed) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     if options.device == "cuda" and not (cuda and peers):
         raise UsageError("--device cuda: torch sees no CUDA device here, or these rows run on the CPU only.")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise UsageError(f'{missing[0]} is missing; install it with: pip install -c constraints.txt -e ".[peers]"')
+        raise UsageError(f'speed needs {missing[0]}: pip install -c constraints.txt -e ".[bench,peers]"')
     try:
         table = json.loads(path.read_text()) if path.exists() else {}
         markdown(table)

@@ -82,6 +82,7 @@ def open_study(plan: "Plan") -> Any:
         except Exception as error:  # of the URL, a driver that is not installed, the server, the file
             if attempt == 2 or isinstance(error, (ImportError, OSError)):
                 reason = " ".join(str(error.__cause__ or error).split())[:300]
+                reason += f"; install {error.name}" * isinstance(error, ImportError)
                 raise UsageError(f"the storage {options.storage or folder} cannot be used: {reason}") from None
             time.sleep(1.0)  # several machines at once may be creating the tables
     with locked(folder):
@@ -271,7 +272,13 @@ def compare(plan: "Plan", default: dict[str, list[float | None]], winner: dict[s
             for side in (default, winner)
         ]
         lines.append(row("all, normalised", *sides))
-    return [*lines, "", "Intervals of means of few seeds are too narrow; those of the differences make up for it."]
+    lines += ["", "Intervals of means of few seeds are too narrow; those of the differences make up for it."]
+    for env_id in default:
+        failed = [f"{side[env_id].count(None)} of {len(side[env_id])}" for side in (default, winner)]
+        if None in default[env_id] + winner[env_id]:
+            lines += [f"On {env_id} {failed[0]} runs of the default and {failed[1]} of the winner failed and count as"]
+            lines += [f"{show(min(map(np.min, pairs[env_id])))}."]
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -308,7 +315,7 @@ def write_report(plan: "Plan", study: Any, check: list[str]) -> None:
         else "A failed run scores lowest of all."
     ]
     again = ["python", "-m", "benchmarks", "run", str(plan.out / "winner.toml")]
-    again += ["--runs-dir", str(plan.runs_dir / "winner")]
+    again += ["--runs-dir", str(plan.runs_dir / f"final-{number_of(winner):04}")]  # what the check has done stays done
     lines += ["", f"## Winner: trial {number_of(winner)}", "", "```"]
     lines += [shlex.join([*plan.shown, "--env-id", env_id, *flags]) for env_id in options.env_ids]
     lines += ["```", "", f"Or both, default and winner: `{shlex.join(again)}`. The winner's score is the highest"]

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ import tyro
 
 from benchmarks.jobs import (
     OWNER,
+    PEERS,
     ROOT,
     Children,
     Job,
@@ -184,6 +186,10 @@ def make_plan(options: Options) -> Plan:
         )
     if min(options.total_timesteps, options.eval_episodes, options.sampler_seed) < 0 or not 0 <= options.prune <= 1:
         raise UsageError("--total-timesteps, --eval-episodes, --sampler-seed must be 0 or more, --prune from 0 to 1.")
+    if not re.fullmatch(r"\w[\w.-]*", options.study):
+        raise UsageError(f"--study is {options.study!r}, but must be a name of letters, digits, dots and dashes.")
+    if options.export_wandb and options.script in PEERS:
+        raise UsageError(f"{options.script} cannot log to Weights & Biases; --export-wandb is for scripts.")
     if options.storage.startswith("sqlite") and options.workers > 1:
         raise UsageError(
             "SQLite locks its whole file for a writer, so that several workers fail with 'database is locked'; leave"
@@ -419,9 +425,11 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     if not options.export_wandb:
         return sweep(plan, open_study(plan))
     flags = help_of(command_of(options.script)[0], options.env_ids[0])
-    Path(options.export_wandb).write_text(
-        write_wandb(plan.space, flags, plan.shown[-1], options.study, list(options.env_ids), plan.seeds)
-    )
+    content = write_wandb(plan.space, flags, plan.shown[-1], options.study, list(options.env_ids), plan.seeds)
+    try:
+        Path(options.export_wandb).write_text(content)
+    except OSError as error:
+        raise UsageError(f"{options.export_wandb} cannot be written ({error.strerror}).") from None
     print(f"{options.export_wandb} is for: wandb sweep {options.export_wandb}, then wandb agent with what that prints")
     return 0
 

@@ -22,6 +22,7 @@ import tyro
 from benchmarks import jobs, run
 from benchmarks.__main__ import main
 from benchmarks.jobs import SUITES, UsageError, jobs_of, read_suite, status_of
+from benchmarks.space import Flag
 
 ROOT = Path(run.__file__).parent.parent
 
@@ -338,7 +339,8 @@ def test_failed_run_is_shown_and_counted_and_the_others_go_on(lab, go):
     assert "2 of 3 runs are done, 1 failed: " in out
     status, out = go()  # it stays so, and is shown again
     assert status == 1 and lab.trace()[2] == WHOLE[:3]
-    assert "error: the wheels came off" in out and "2 of 3 runs are done, 1 failed: " in out
+    assert "error: the wheels came off" in out
+    assert "2 of 3 runs are done, 1 failed (--retry goes on with those): " in out
 
 
 def test_retry_goes_on_with_what_failed(lab, go):
@@ -724,7 +726,9 @@ def test_error_behind_a_suite_names_file_line_and_key(text, message, lab):
             f'"{ROOT}/benchmarks/run.py"',
             "run.py is no script that can be run here: its text has no --env-id",
         ),
-        ("seeds = 3", "seeds = 0", "suite.toml, line 4, seeds: must be"),
+        ("seeds = 3", "seeds = 0", "suite.toml, line 4, seeds: must be a whole number of 1 or more"),
+        ("3\ntotal_timesteps = 500\neval_episodes = 2", "0\neval_episodes = 0", "line 4, seeds: must be a whole number"),
+        ("seeds = 3", "seeds = [true]", "suite.toml, line 4, seeds: must be whole numbers of 0 or more"),
         ("seeds = 3", "seeds = -1", "suite.toml, line 4, seeds: must be"),
         ("seeds = 3", "seeds = []", "suite.toml, line 4, seeds: must be"),
         ("seeds = 3", "seeds = [1, -1]", "suite.toml, line 4, seeds: must be"),
@@ -780,17 +784,22 @@ def test_wrong_usage_starts_nothing(flags, message, lab, go):
         ("speeed = 1", "speeed: fake.py has no such flag; did you mean speed?"),
         ("colour = 'red'", "colour: fake.py has no such flag; see its --help."),
         ("no_turb = true", "no-turb: fake.py has no such flag; did you mean turbo?"),
-        ("mode = ['quick', 'slo']", "mode: slo is none of what fake.py takes: quick, slow."),
+        ("width = 'wide'", "width: fake.py takes a whole number, not wide."),
+        ("width = true", "width: fake.py takes a whole number, not true."),
+        ("turbo = 'false'", "turbo: fake.py takes true or false, not false."),
+        ("mode = ['quick', 'slo']", "mode: fake.py takes quick, slow, not slo."),
     ],
 )
 def test_flag_that_a_script_has_not_starts_nothing(variant, flag, message, lab, go):
     line = 'parser.add_argument("--mode", choices=["quick", "slow"])\n'
+    line += 'parser.add_argument("--width", type=int, metavar="INT")\n'
     (lab.path / "fake.py").write_text(SCRIPT.replace("args, fake = ", line + "args, fake = "))
     suite = SUITE.replace('"fake.py"', '"fake.py", "fast"' if variant else '"fake.py"')
     table = "[variants.fast]\nalgo = 'fake.py'\n" if variant else "[[arguments]]\n"
-    (lab.path / "suite.toml").write_text(f"{suite}{table}flags = {{ turbo = false, {flag}, speed = -1 }}\n")
+    (lab.path / "suite.toml").write_text(f"{suite}{table}flags = {{ {flag}, speed = -1 }}\n")
     status, out = go()
-    assert status == 2 and out == f"error: suite.toml, flags of {'fast' if variant else 'fake'}, {message}\n"
+    line = f"line {len((lab.path / 'suite.toml').read_text().splitlines())}"
+    assert status == 2 and out == f"error: suite.toml, {line}, flags of {'fast' if variant else 'fake'}, {message}\n"
     assert not lab.runs.exists() and not lab.lines()
 
 
@@ -806,7 +815,7 @@ def test_scripts_without_flags_in_the_suite_are_not_asked_for_their_help(lab, mo
 
 def test_peer_with_the_arguments_of_our_script_takes_its_flags(lab, monkeypatch):
     asked = []
-    help_of = {"clip-coef": ("0.2", []), "total-timesteps": ("1", [])}
+    help_of = {"clip-coef": Flag("0.2"), "total-timesteps": Flag("1")}
     monkeypatch.setattr(run, "help_of", lambda command, env_id: asked.append(command[-2:]) or help_of)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     text = (

@@ -179,11 +179,11 @@ def test_a_sweep_finds_what_is_good_and_checks_it_on_other_seeds(here):
     flags = f"--learning-rate {rows[0]['learning-rate']} --width {rows[0]['width']}"
     assert f"## Winner: trial {number}\n" in text
     assert f"python fake.py --env-id Acrobot-v1 {flags}\n" in text
-    again = "python -m benchmarks run runs/s/report/winner.toml --runs-dir runs/s/winner"
+    again = f"python -m benchmarks run runs/s/report/winner.toml --runs-dir runs/s/final-{number:04}"
     assert f"`{again}`" in text and "normalised (" in text and "cut off at -0.5; a failed run scores -1." in text
     dry = [sys.executable, *again.split()[1:], "--dry-run"]
     dry = subprocess.run(dry, capture_output=True, text=True, env=environ())
-    assert dry.returncode == 0 and dry.stdout.count("--runs-dir runs/s/winner ") == 12, dry.stderr
+    assert dry.returncode == 0 and dry.stdout.count(f"--runs-dir runs/s/final-{number:04} ") == 12, dry.stderr
 
     tuned = {int(name.split("__")[2]) for name in sessions()}
     jobs = jobs_of(read_suite(str(report / "winner.toml")))
@@ -351,11 +351,14 @@ def test_one_environment_may_keep_raw_scores(here):
         ("[width]\nlow = 1\nhigh = 8\nstep = 0", "line 4, width step: must be a number greater than 0"),
         ("[width]\nlow = '1'\nhigh = 8", "line 2, width low: must be a number"),
         ("[width]\nchoices = [1]", "line 2, width choices: must be a list of two or more different values"),
-        (
-            "[surrogate]\nchoices = ['clip', 'clop']",
-            "line 2, surrogate choices: clop is none of what fake.py takes: clip, none",
-        ),
+        ("[surrogate]\nchoices = ['clip', 'clop']", "line 2, surrogate choices: fake.py takes clip, none, not clop"),
         ("width = 3", "line 1, width: must be a table"),
+        ("[width]\nlow = nan\nhigh = 8", "line 2, width low: must be a number"),
+        ("[width]\nlow = 1\nhigh = inf", "line 3, width high: must be a number"),
+        (
+            "[learning-rate]\nlow = 0.1\nhigh = 1\n[learning_rate]\nlow = 1\nhigh = 2",
+            "learning-rate: is there twice, with - and with _",
+        ),
         ("[width]\nlow = 1\nhigh = 8\n[fixed]\nwidth = 3", "line 5, fixed width: is searched as well"),
         (
             "[width]\nlow = 1\nhigh = 8\n[fixed]\nwdth = 3",
@@ -387,6 +390,9 @@ def test_mistakes_in_a_space_are_named_before_anything_is_created(here, text, me
         (dict(script="fak.py"), "fak.py is no script"),
         (dict(space="nonsense"), "there is no space nonsense"),
         (dict(trials=0), "must be 1 or more"),
+        (dict(study=""), "--study is '', but must be a name"),
+        (dict(study="../elsewhere"), "but must be a name of letters"),
+        (dict(script="sb3:ppo", export_wandb="wandb.yaml"), "sb3:ppo cannot log to Weights & Biases"),
         (dict(prune=1.5), "--prune from 0 to 1"),
     ],
 )
@@ -497,8 +503,8 @@ def test_the_lock_of_the_journal_goes_with_its_process(here):
 
 def test_defaults_come_from_help_and_stay_within_the_space(here):
     flags = space.help_of((sys.executable, "fake.py"), "CartPole-v1")
-    assert flags["learning-rate"] == ("0.1", []) and flags["surrogate"] == ("clip", ["clip", "none"])
-    assert flags["norm-adv"] == ("True", [])
+    assert flags["learning-rate"][:2] == ("0.1", []) and flags["surrogate"] == ("clip", ["clip", "none"], "")
+    assert flags["norm-adv"] == ("True", [], "bool")
     text = "[learning-rate]\nlow = 1e-4\nhigh = 1e-2\n[width]\nlow = 10\nhigh = 100\nstep = 20\n"
     Path("space.toml").write_text(text + "[norm-adv]\nchoices = [false, true]\n[sleep]\nchoices = [1, 2]\n")
     read = space.read_space("space.toml")
@@ -513,7 +519,7 @@ def test_the_shipped_spaces_fit_their_scripts():
     assert plan.algo == "ppo" and plan.shown == ("python", "ppo.py") and jobs[0].eval_episodes == 0
     for name in ("ppo", "a2c", "trpo", "reinforce"):
         fields = dataclasses.fields(importlib.import_module(name).Args)
-        flags = {field.name.replace("_", "-"): (str(field.default), list(get_args(field.type))) for field in fields}
+        flags = {f.name.replace("_", "-"): space.Flag(str(f.default), list(get_args(f.type))) for f in fields}
         read = space.read_space(name)
         space.check_flags(read, name, flags)
         assert set(space.default_of(read, flags)) == set(read.params)
@@ -596,3 +602,6 @@ def test_a_failed_run_of_the_check_counts_as_the_lowest_return(here):
     failed = {env_id: [None, *scores[1:]] for env_id, scores in both.items()}
     scores = [plan.score(env_id, value) for env_id, values in failed.items() for value in values]
     assert scores.count(-1.0) == 2 and f"| {study.show(np.mean(scores))} [" in study.compare(plan, both, failed)[4]
+    said = " ".join(study.compare(plan, both, failed))
+    assert "On CartPole-v1 0 of 3 runs of the default and 1 of 3 of the winner failed and count as 22.0." in said
+    assert "failed" not in " ".join(study.compare(plan, both, both))
