@@ -731,7 +731,8 @@ def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary.json of a run directory; {} while there is none, or none that can be read."""
     try:
-        return json.loads((path / "summary.json").read_text())
+        summary = json.loads((path / "summary.json").read_text())
+        return summary if isinstance(summary, dict) else {}
     except (OSError, ValueError):
         return {}
 
@@ -787,7 +788,7 @@ class Run:
         self.iteration, self.earlier_time, self.last_returns, self.best = 0, 0.0, [], -math.inf
         self.evaluations, self.csv_bytes, self.files, self.unwritten, self.written = [], {}, {}, [], 0.0
         for name in KEPT.split() if state else ():
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.first_step = self.iteration
         for name in ("episodes", "progress"):
             file = self.files[name] = open(self.path / f"{name}.csv", "a+", newline="")

@@ -933,7 +933,8 @@ def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary.json of a run directory; {} while there is none, or none that can be read."""
     try:
-        return json.loads((path / "summary.json").read_text())
+        summary = json.loads((path / "summary.json").read_text())
+        return summary if isinstance(summary, dict) else {}
     except (OSError, ValueError):
         return {}
 

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 from benchmarks.jobs import UsageError
-from benchmarks.report import game_of, missing_cells, number, read_matrix, score_range
+from benchmarks.report import game_of, number, score_range
 from benchmarks.runs import Run, rank, read_runs, read_scores
 from benchmarks.stats import difference
 
@@ -166,14 +166,6 @@ def missing_runs(stored: dict[int, Score], fresh: dict[int, Score], fewer_seeds:
     return [f"{list_of(numbers)} {what}" for what, numbers in seeds.items()]
 
 
-def never_started(paths: list[Path], runs: list[Run]) -> list[str]:
-    """A phrase for each environment and algorithm of which `run` was asked for seeds that have no run directory."""
-    seeds = defaultdict(list)
-    for cell in missing_cells(read_matrix(paths), runs):
-        seeds[cell["env_id"], cell["algo"]].append(cell["seed"])
-    return [f"{' '.join(name)}: {list_of(numbers)} asked for, absent" for name, numbers in seeds.items()]
-
-
 def identical(old: dict[int, Score], new: dict[int, Score]) -> list[int]:
     """Seeds that score as before, in all digits stored."""
     return [seed for seed, run in new.items() if seed in old and old[seed].score == run.score]
@@ -230,12 +222,12 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     if options.seed < 0:
         raise UsageError(f"--seed is {options.seed}, but must be 0 or more.")
     stored = cells_of(map(score_of, read_scores(Path(options.against))))
-    paths = [Path(path) for path in options.runs]
-    runs, problems = read_runs(paths)
+    runs, problems, missing = read_runs([Path(path) for path in options.runs])
     fresh = cells_of(map(score_of, runs))
     names, others = match(stored, fresh)
     if not names:
-        raise UsageError(f"nothing in RUNS can be compared with {options.against}: {'; '.join(others)}.")
+        reasons = "; ".join([*others, *problems]).rstrip(".")
+        raise UsageError(f"nothing in RUNS can be compared with {options.against}: {reasons}.")
     cells = [(stored[name], fresh[name]) for name in names]
     enough = [(old, new) for old, new in cells if min(len(finished(old)), len(finished(new))) > 1]
     tested = sum(len(identical(old, new)) < len(finished(new)) for old, new in enough)
@@ -247,7 +239,10 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     )
     if any(row[-1].endswith("blind") for row in rows):
         print("blind: a random policy would pass here too.")
-    absent = [] if options.fewer_seeds else never_started(paths, runs)
+    absent = []
+    for name, seeds in missing.items():  # what was stored of cells that are compared, see below
+        seeds = [seed for seed in seeds if name not in names or seed not in stored[name] and not options.fewer_seeds]
+        absent += [f"{' '.join(name)}: {list_of(seeds)} asked for, absent"] * bool(seeds)
     for name, (old, new) in zip(names, cells):
         absent += [f"{' '.join(name)}: {phrase}" for phrase in missing_runs(old, new, options.fewer_seeds)]
         rerun = {seed for seed, run in new.items() if run.key and seed in old and run.key == old[seed].key}

@@ -14,7 +14,7 @@ from benchmarks.runs import ORDER, Run, rank
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False})
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # Safe for colour blindness (Okabe and Ito); an algorithm has the same colour in every figure.
 COLORS = dict(zip(ORDER, (*PALETTE[:6], "#94C973", "#888888")))
@@ -27,6 +27,11 @@ def style_of(algo: str, algos: list[str]) -> dict[str, str]:
         return {"color": COLORS[algo], "linestyle": "-"}
     place = sorted(name for name in algos if name not in COLORS).index(algo)
     return {"color": OTHERS[place % len(OTHERS)], "linestyle": ("-", "--", ":")[place // len(OTHERS) % 3]}
+
+
+def plain(name: str) -> str:
+    """A name as matplotlib takes it: a dollar sign begins no formula."""
+    return name.replace("$", r"\$")
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
@@ -77,7 +82,7 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
             if len(done) > 1:
                 low, high = stats.bootstrap_curves(curves, rng, statistic, repetitions=1000)
                 axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set_title(env_id, fontsize=10)
+        axis.set_title(plain(env_id), fontsize=10)
         axis.grid(alpha=0.25)
         axis.margins(x=0.01)
         axis.set_xlabel(unit if against == "time" else "environment steps")
@@ -98,7 +103,7 @@ def add_legend(figure: Any, cells: dict, algos: list[str]) -> None:
     for algo in algos:
         counts = sorted({sum(run.done for run in runs) for (_, name), runs in cells.items() if name == algo})
         seeds = "-".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
-        label = f"{algo} ({seeds} seed{'s' * (seeds != '1')})"
+        label = f"{plain(algo)} ({seeds} seed{'s' * (seeds != '1')})"
         handles.append(Line2D([], [], **style_of(algo, algos), linewidth=2, label=label))
     inches = 0.55 + 0.075 * max(len(handle.get_label()) for handle in handles)  # of an entry
     figure.set_figwidth(max(figure.get_figwidth(), inches))
@@ -121,7 +126,7 @@ def draw_aggregates(
                 axis.barh(place, high - low, left=low, height=0.6, color=color, alpha=0.35)
             axis.plot([value, value], [place - 0.3, place + 0.3], color=color, linewidth=2.5)
         axis.set_title(name + (" (less is better)" if name == "optimality gap" else ""), fontsize=9)
-        axis.set_yticks(range(len(algos)), algos if axis is axes[0][0] else [""] * len(algos))
+        axis.set_yticks(range(len(algos)), map(plain, algos) if axis is axes[0][0] else [""] * len(algos))
         axis.grid(alpha=0.25, axis="x")
         axis.locator_params(axis="x", nbins=4)
         axis.use_sticky_edges = False
@@ -140,7 +145,7 @@ def draw_profiles(
     figure, axes = new_figure(1, 1, 5.0, 3.2)
     for algo in algos:
         style = style_of(algo, everyone)
-        axes[0, 0].plot(taus, stats.performance_profile(by_algo[algo], taus), **style, linewidth=1.8, label=algo)
+        axes[0, 0].plot(taus, stats.performance_profile(by_algo[algo], taus), **style, linewidth=1.8, label=plain(algo))
         low, high = stats.profile_band(by_algo[algo], taus, rng)
         axes[0, 0].fill_between(taus, low, high, color=style["color"], alpha=0.2, linewidth=0)
     axes[0, 0].set_xlabel("normalised score")

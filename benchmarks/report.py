@@ -23,7 +23,7 @@ import tyro
 
 from benchmarks import stats
 from benchmarks.jobs import UsageError, is_atari, read_json
-from benchmarks.runs import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_runs
+from benchmarks.runs import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs
 
 REFERENCES = Path(__file__).resolve().parent / "references"
 AGGREGATES = {  # by their titles
@@ -68,34 +68,32 @@ class Matrix(NamedTuple):
 
     name: str = ""
     description: str = ""
-    commands: list[str] = []
     published: list[str] = []
     normalise: bool = True
-    cells: list[dict[str, Any]] = []
+    commands: list[str] = []
+    example: str = ""
 
 
 def read_matrix(paths: list[Path]) -> Matrix:
-    """The notes of all folders in or below the paths as one; the title and the description only if it is one suite."""
-    files = {file for path in paths for depth in ("", "*/") for file in path.glob(f"{depth}suite.json")}
-    notes = [note for file in sorted(files) if (note := read_json(file))]
-    suites = sorted({str(note.get("name")) for note in notes})
+    """The notes of all folders, and those in stored results, as one; a title and a description only of one suite."""
+    notes = list(read_notes(paths).values())
+    for path in filter(is_stored, paths):
+        facts = read_json(path / "provenance.json")
+        suite, commands = facts.get("suite"), facts.get("started by")
+        note = dict(commands=commands if isinstance(commands, list) else [], example=str(facts.get("example", "")))
+        notes.append(note | (suite if isinstance(suite, dict) else {}))
+    suites = sorted({str(note["name"]) for note in notes if note.get("name")})
+    about: dict[str, Any] = {"description": f"Runs of the suites {', '.join(suites)}." if suites else ""}
     if len(suites) == 1:
-        about = {name: notes[0].get(name, "") for name in ("name", "description")}
-    else:
-        about = {"description": f"Runs of the suites {', '.join(suites)}." if suites else ""}
-    lists = {name: [item for note in notes for item in note.get(name, [])] for name in ("commands", "cells")}
-    stored = [read_json(path / "provenance.json").get("started by", []) for path in paths if is_stored(path)]
-    lists["commands"] = list(dict.fromkeys(sum(stored, lists["commands"])))
-    published = list(dict.fromkeys(source for note in notes for source in note.get("published", [])))
-    return Matrix(**about, **lists, published=published, normalise=all(note.get("normalise", True) for note in notes))
+        note = next(note for note in notes if note.get("name"))
+        about = {name: str(note.get(name, "")) for name in ("name", "description")}
 
+    def union(name: str) -> list[str]:
+        return list(dict.fromkeys(str(item) for note in notes for item in note.get(name, [])))
 
-def missing_cells(matrix: Matrix, runs: list[Run]) -> list[dict[str, Any]]:
-    """The cells of which no run directory can be read."""
-    there = {name for run in runs if not run.stored for name in (run.name, (run.env_id, run.algo, run.seed))}
-    return [
-        cell for cell in matrix.cells if not there & {cell.get("name"), (cell["env_id"], cell["algo"], cell["seed"])}
-    ]
+    about |= dict(example=next((note["example"] for note in notes if note.get("example")), ""))
+    about |= dict(normalise=all(note.get("normalise", True) for note in notes))
+    return Matrix(**about, published=union("published"), commands=union("commands"))
 
 
 # --------------------------------------------------------------------------------------------------- references
@@ -167,25 +165,24 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def seeds_column(runs: list[Run], expected: int) -> str:
+def seeds_column(runs: list[Run], missing: int) -> str:
     """ "5", or "4 of 5 (1 failed)"."""
     done, bad = sum(run.done for run in runs), Counter(run.status for run in runs if not run.done)
-    missing = expected - len(runs)
-    parts = [f"{n} {status}" for status, n in bad.items()] + ([f"{missing} missing"] if missing > 0 else [])
-    return f"{done} of {max(expected, len(runs))} ({', '.join(parts)})" if parts else str(done)
+    parts = [f"{n} {status}" for status, n in bad.items()] + [f"{missing} missing"] * bool(missing)
+    return f"{done} of {len(runs) + missing} ({', '.join(parts)})" if parts else str(done)
 
 
-def score_table(cells: dict, expected: Counter, rng: np.random.Generator) -> str:
+def score_table(cells: dict, missing: dict[tuple[str, str], list[int]], rng: np.random.Generator) -> str:
     header = ["environment", "algorithm", "steps", "seeds", "train_last100", "area under curve"]
     header += ["eval, deterministic", "eval, stochastic", "steps/s"]
     rows = []
-    for key in sorted({*cells, *expected}, key=lambda key: (key[0], rank(key[1]))):
+    for key in sorted({*cells, *missing}, key=lambda key: (key[0], rank(key[1]))):
         runs = cells.get(key, [])
         budgets = sorted({run.budget for run in runs})
         steps = " to ".join(f"{budget:,}" for budget in dict.fromkeys([*budgets[:1], *budgets[-1:]])) or "-"
         measures = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic")
         sps = np.round(scores(runs, "sps"))
-        row = [*key, steps, seeds_column(runs, expected[key])]
+        row = [*key, steps, seeds_column(runs, len(missing.get(key, [])))]
         row += [with_interval(scores(runs, measure), rng) for measure in measures]
         rows.append([*row, f"{np.median(sps):,.0f} ({sps.min():,.0f} to {sps.max():,.0f})" if len(sps) else "-"])
     return table(header, rows)
@@ -302,11 +299,11 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
 
 # ----------------------------------------------------------------------------------------------------- the report
 def provenance(runs: list[Run], matrix: Matrix) -> dict[str, Any]:
-    """What ran: commits, versions, hardware, threads and commands, each with the number of runs."""
-
+    """What ran: suite, commands and, each with the number of runs, commits, versions, hardware and threads."""
     origin = {name: dict(Counter(run.origin[name] for run in runs).most_common()) for name in ORIGIN}
-    facts = {"runs": len(runs), "started by": matrix.commands} | origin
-    return facts | next(({"example": plain_command(run)} for run in runs if run.command), {})
+    suite = {name: getattr(matrix, name) for name in ("name", "description", "published", "normalise")}
+    example = next((plain_command(run) for run in runs if run.command), matrix.example)
+    return {"runs": len(runs), "suite": suite, "started by": matrix.commands} | origin | {"example": example}
 
 
 def plain_command(run: Run) -> str:
@@ -384,7 +381,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     if (out / "trials.csv").exists():
         raise UsageError(f"{out} is the report of a sweep; choose another --out.")
     matrix = read_matrix(paths)
-    runs, problems = read_runs(paths)
+    runs, problems, missing = read_runs(paths)
     if not runs:
         print("\n".join(problems), file=sys.stderr)
         print("error: none of these run directories can be read.", file=sys.stderr)
@@ -392,33 +389,38 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     rng = np.random.default_rng(options.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        text = write_report(runs, problems, matrix, options, out, rng)
+        text = write_report(runs, problems, missing, matrix, options, out, rng)
         (out / "report.md").write_text(text)
         (out / "report.html").write_text(to_html(text, out, options.title or matrix.name or "Learning curves"))
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
     for problem in problems:
         print(problem)
-    done, missing = sum(run.done for run in runs), len(missing_cells(matrix, runs))
-    line = f"{done} of {len(runs) + missing} runs are complete"
-    print(f"{line}{f', {missing} are missing' * bool(missing)}; {out / 'report.html'}")
+    done, absent = sum(run.done for run in runs), sum(map(len, missing.values()))
+    line = f"{done} of {len(runs) + absent} runs are complete"
+    print(f"{line}{f', {absent} are missing' * bool(absent)}; {out / 'report.html'}")
     return 0
 
 
 def write_report(
-    runs: list[Run], problems: list[str], matrix: Matrix, options: Options, out: Path, rng: np.random.Generator
+    runs: list[Run],
+    problems: list[str],
+    missing: dict[tuple[str, str], list[int]],
+    matrix: Matrix,
+    options: Options,
+    out: Path,
+    rng: np.random.Generator,
 ) -> str:
     """Writes everything but the report itself to out, and returns the report in Markdown."""
     from benchmarks import figures
 
     cells, facts = cells_of(runs), provenance(runs, matrix)
-    expected = Counter((cell["env_id"], cell["algo"]) for cell in matrix.cells)
     write_scores(runs, out / "scores.csv")
     write_curves(runs, out / "curves.csv")
     (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
     status = Counter(run.status for run in runs)
-    missing = len(missing_cells(matrix, runs))
-    ended = ", ".join(f"{n} {name}" for name, n in status.items()) + f", {missing} missing" * bool(missing)
+    absent = sum(map(len, missing.values()))
+    ended = ", ".join(f"{n} {name}" for name, n in status.items()) + f", {absent} missing" * bool(absent)
     below = f"\n\n{caption(facts)}\n"
     centre = {"mean": "mean", "iqm": "interquartile mean"}[options.statistic]
     text = f"# {options.title or matrix.name or 'Learning curves'}\n\n{matrix.description}\n\n"
@@ -430,7 +432,7 @@ def write_report(
         figures.draw_curves(cells, out / f"{name}.png", against, options.statistic, rng)
         text += f"![Learning curves against {against}]({name}.png){below}\n"
     text += ABOUT_CURVES.format(centre=centre)
-    text += f"## Scores\n\n{score_table(cells, expected, rng)}\n{ABOUT_SCORES}"
+    text += f"## Scores\n\n{score_table(cells, missing, rng)}\n{ABOUT_SCORES}"
     if beside := published_table(cells, matrix.published):
         text += (
             f"## Beside published numbers\n\n{beside}\nPublished numbers are other people's, under their protocol.\n\n"

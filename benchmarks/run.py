@@ -150,7 +150,8 @@ def check_flags(suite: str, jobs: list[Job]) -> None:
     lines = suite_file(suite).read_text().splitlines()
     for job in {(job.command, job.flags): job for job in jobs}.values():
         given = re.findall(r"^--(.*)((?:\n(?!--).*)*)", "\n".join(job.flags), re.MULTILINE)
-        if {name for name, _ in given} <= {"total-timesteps", "exp-name"}:
+        budget = dict(given).get("total-timesteps", "\n1")
+        if {name for name, _ in given} <= {"total-timesteps", "exp-name"} and budget.strip().isdecimal():
             continue
         command = job.command
         if (ours := ("hyperparameters", "\nours")) in given:  # a peer; its --help is then that of our script
@@ -159,13 +160,15 @@ def check_flags(suite: str, jobs: list[Job]) -> None:
         flags = known[command] = known.get(command) or help_of(command, job.env_id)
         script = Path(job.command[-1]).name
         for name, values in given:
-            spelled = re.compile(rf"(^\s*|[{{,]\s*)[\"']?{name.replace('-', '[-_]')}[\"']?\s*=")
-            found = next((f"line {n}, " for n, line in enumerate(lines, 1) if spelled.search(line)), "")
-            where = f"{suite}, {found}flags of {job.algo}, {name}"
-            name = name if name in flags else name.removeprefix("no-")
-            if name not in flags:
+            words, flag = values.split("\n")[1:], name if name in flags else name.removeprefix("no-")
+            spelled = "[-_]".join(map(re.escape, flag.split("-")))
+            spelled = re.compile(rf"(^|[{{,])\s*[\"']?(no[-_])?{spelled}[\"']?\s*=")
+            fits = [n for n, line in enumerate(lines, 1) if spelled.search(line) and not line.lstrip().startswith("#")]
+            fits = [n for n in fits if all(word in lines[n - 1] for word in words)] or fits
+            where = f"{suite}, {f'line {fits[0]}, ' if fits else ''}flags of {job.algo}, {name}"
+            if flag not in flags:
                 raise UsageError(f"{where}: {script} has no such flag; {near_miss(name, flags, 'see its --help.')}")
-            if problem := flags[name].misfit(values.split("\n")[1:]):
+            if problem := flags[flag].misfit(words):
                 raise UsageError(f"{where}: {script} {problem}.")
 
 

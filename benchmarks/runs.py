@@ -5,7 +5,9 @@ What is damaged is taken for what it is: said, left out, never fatal.
 
 import csv
 import math
+import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,10 +61,6 @@ class Run:
     def done(self) -> bool:
         return self.status == "completed"
 
-    @property
-    def name(self) -> str:
-        return f"{self.env_id} {self.algo} seed {self.seed} of {self.path}" if self.stored else self.path.name
-
     def curve(self, grid: np.ndarray) -> np.ndarray:
         """Mean return of the last 100 training episodes at each step of the grid (points,); nan before the first."""
         if self.stored:  # a hundred points of it
@@ -73,9 +71,9 @@ class Run:
 def read_episodes(path: Path) -> tuple[np.ndarray, int]:
     """(rows of step, seconds, return and length as float (episodes, 4), number of rows that cannot be read)."""
     rows, damaged = [], 0
-    with open(path, newline="", errors="replace") as file:
-        for row in csv.reader(line.replace("\0", "?") for line in file):
-            if row[:1] == ["global_step"] or not row:
+    with open(path, errors="replace") as file:
+        for row in (line.strip().split(",") for line in file):
+            if row[0] in ("global_step", ""):
                 continue
             try:
                 step, seconds, ret, length = map(float, row)
@@ -87,11 +85,17 @@ def read_episodes(path: Path) -> tuple[np.ndarray, int]:
     return np.array(rows, dtype=float).reshape(-1, 4), damaged
 
 
+def key_of(path: Path) -> str:
+    """The key in the name of a run directory that the harness has made; where a script has, the time stands there."""
+    key = path.name.rpartition("__")[2]
+    return key if path.name.count("__") == 3 and not re.match(r"\d{8}-\d{6}", key) else ""
+
+
 def read_run(path: Path) -> tuple[Run | None, str]:
     """A run directory, or None, and a sentence about what is wrong with it, or ""."""
     try:
         return read_run_directory(path)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         return None, f"{path} has a value that makes no sense ({error}); left out."
 
 
@@ -136,7 +140,7 @@ def read_run_directory(path: Path) -> tuple[Run | None, str]:
         status=status,
         budget=budget,
         global_step=int(summary["global_step"]) if "global_step" in summary else None,
-        key=path.name.rpartition("__")[2] if path.name.count("__") == 3 else "",
+        key=key_of(path),
         scores={name: float(value) for name, value in scores.items()},
         origin=dict(zip(ORIGIN, (commit, versions, str(config.get("hardware")), str(config.get("threads"))))),
         steps=steps,
@@ -233,28 +237,36 @@ def find_runs(paths: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
-    """All runs of the paths, and a sentence about each that is damaged, unfinished, failed or doubled.
+def read_notes(paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """What `run` has noted in suite.json, by the folders in or below the paths that have one; nothing damaged."""
+    kinds = dict(name=str, description=str, commands=list, published=list, normalise=bool, cells=list)
+    notes: dict[Path, dict[str, Any]] = {}
+    for file in sorted({file for path in paths for depth in ("", "*/") for file in path.glob(f"{depth}suite.json")}):
+        note = {name: value for name, value in read_json(file).items() if isinstance(value, kinds.get(name, ()))}
+        cells = [cell for cell in note.pop("cells", []) if isinstance(cell, dict) and isinstance(cell.get("seed"), int)]
+        texts = ("env_id", "algo", "name")
+        cells = [cell for cell in cells if all(isinstance(cell.get(text), str) for text in texts)]
+        notes[file.parent] = note | dict(cells=cells)
+    return notes
+
+
+def read_runs(paths: list[Path]) -> tuple[list[Run], list[str], dict[tuple[str, str], list[int]]]:
+    """All runs of the paths, a sentence about each that is damaged, unfinished, failed or doubled, and what is missing:
+    (environment, algorithm) -> seeds that `run` was asked for and of which there is no run.
 
     Runs of one name in one environment that differ in an argument are told apart by it: "ppo, learning_rate=0.001".
-    Stored runs of an algorithm that the run directories have too are another column, "ppo, stored", unless they are the
-    same by their keys. Where suite.json says which run of a cell was asked for last, others that the harness has made
-    do not stand in for it, and others made by hand only if it is missing. Else the later one of a cell counts.
+    Where suite.json says which run of a cell was asked for last, others that the harness has made do not stand in for
+    it, unless a path names them; others made by hand do if it is missing. Else the later one of a cell counts.
     """
-    runs, stored, problems, replaced, found = [], [], [], [], find_runs(paths)
-    asked = {
-        (folder, cell.get("env_id"), cell.get("algo"), cell.get("seed")): cell.get("name")
-        for folder in {path.parent for path in found}
-        for cell in read_json(folder / "suite.json").get("cells", [])
-    }
-    named = set(asked.values())
+    runs, problems, replaced, found = [], [], [], find_runs(paths)
+    asked = {folder / cell["name"]: cell for folder, note in read_notes(paths).items() for cell in note["cells"]}
+    last = {name.with_name(name.name.rpartition("__")[0]): name for name in asked}
     for path in found:
         if is_stored(path):
-            stored += read_stored(path)
             continue
         run, problem = read_run(path)
-        cell = (path.parent, run.env_id, run.algo, run.seed) if run else None
-        if run and run.key and asked.get(cell, path.name) != path.name:
+        name = last.get(path.with_name(path.name.rpartition("__")[0]), path)
+        if run and run.key and path != name and path not in paths:
             replaced.append(path.name)
             continue
         runs += [run] if run else []
@@ -262,26 +274,50 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
     if replaced:
         names = ", ".join(replaced[:3]) + f" and {len(replaced) - 3} more" * (len(replaced) > 3)
         problems.append(f"Left out, because another script text or other flags were asked for later: {names}.")
+    there = {run.path for run in runs}
+    there |= {(run.path.parent, run.env_id, run.algo, run.seed) for run in runs if not run.key}
+    missing: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for path, cell in asked.items():
+        if not there & {path, (path.parent, cell["env_id"], cell["algo"], cell["seed"])}:
+            missing[cell["env_id"], cell["algo"]].append(cell["seed"])
     for group in group_by(runs, "env_id", "algo").values():
         tell_apart(group)
-    here, keys = {run.algo for run in runs}, {run.key for run in runs}
-    stored = [run for run in stored if not run.key or run.key not in keys]
-    for run in stored:
-        run.algo += ", stored" * (run.algo in here)
-
-    def later(run: Run) -> tuple[bool, float]:
-        file = run.path / ("scores.csv" if run.stored else "config.json")
-        return run.path.name in named, file.stat().st_mtime
 
     kept, older = [], []
-    for group in group_by([*runs, *stored], "env_id", "algo", "seed").values():
-        *others, last = sorted(group, key=later)
-        kept.append(last)
-        older += [run.name for run in others]
-    if older:  # of another script text, other flags of the machine, or started twice by hand
+    for group in group_by(runs, "env_id", "algo", "seed").values():
+        *others, newest = sorted(group, key=lambda run: (run.path in asked, (run.path / "config.json").stat().st_mtime))
+        kept.append(newest)
+        older += [run.path.name for run in others]
+    if older:  # flags of the machine, or started twice by hand
         problems.append(f"Left out, because another run is the same cell and was asked for later: {', '.join(older)}.")
+    taken = {run.algo for run in kept} | {cell["algo"] for cell in asked.values()}
+    kept += columns_of_stored(filter(is_stored, found), kept, taken)
     kept.sort(key=lambda run: (run.env_id, run.algo, run.seed))
-    return kept, problems
+    return kept, problems, dict(missing)
+
+
+def columns_of_stored(folders: Iterable[Path], fresh: list[Run], taken: set[str]) -> list[Run]:
+    """The runs of folders of stored results, but for cells of which fresh has the very same runs, by their keys.
+
+    What is stored of an algorithm that is taken is a column of its own, "ppo, stored": the two are of different script
+    texts or flags, and must not be in one mean.
+    """
+    columns: list[Run] = []
+    for folder in folders:
+        same = {(run.env_id, run.seed, run.key) for run in [*fresh, *columns] if run.done and run.key}
+        runs = []
+        for cell in group_by(read_stored(folder), "env_id", "algo").values():
+            if not all((run.env_id, run.seed, run.key) in same for run in cell):
+                runs += cell
+        taken = taken | {run.algo for run in columns}
+        for (algo,), group in sorted(group_by(runs, "algo").items()):
+            while algo in taken:
+                algo += ", stored"
+            taken.add(algo)
+            for run in group:
+                run.algo = algo
+        columns += runs
+    return columns
 
 
 def rank(algo: str) -> tuple[int, str]:

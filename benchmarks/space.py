@@ -29,6 +29,8 @@ class Flag(NamedTuple):
         """What the flag takes, where the words that follow it on a command line are not that; else ""."""
         if self.kind == "bool":
             return f"takes true or false, not {' '.join(words)}" if words else ""
+        if len(words) > 1 and (self.choices or self.kind):
+            return f"takes one value, not {' '.join(words)}"
         for word in words or ["true"] * bool(self.choices or self.kind):
             if self.choices and word not in self.choices:
                 return f"takes {', '.join(self.choices)}, not {word}"

@@ -82,7 +82,8 @@ def open_study(plan: "Plan") -> Any:
         except Exception as error:  # of the URL, a driver that is not installed, the server, the file
             if attempt == 2 or isinstance(error, (ImportError, OSError)):
                 reason = " ".join(str(error.__cause__ or error).split())[:300]
-                reason += f"; install {error.name}" * isinstance(error, ImportError)
+                if isinstance(error, ImportError):
+                    reason += f"; install {error.name}"
                 raise UsageError(f"the storage {options.storage or folder} cannot be used: {reason}") from None
             time.sleep(1.0)  # several machines at once may be creating the tables
     with locked(folder):

@@ -397,4 +397,7 @@ def test_what_was_asked_for_and_never_started_is_missing(tmp_path, verdicts):
     (tmp_path / "new" / "suite.json").write_text(json.dumps(dict(cells=cells)))
     status, _, said = verdicts()
     assert status == 1 and "CartPole-v1 a2c: seeds 1, 2 asked for, absent" in said
-    assert verdicts("--fewer-seeds")[0] == 0
+    assert verdicts("--fewer-seeds")[0] == 1  # nothing of it is there
+    cells = [cell for cell in cells if cell["algo"] == "ppo"] + [cells[0] | dict(seed=3, name="CartPole-v1__ppo__3__x")]
+    (tmp_path / "new" / "suite.json").write_text(json.dumps(dict(cells=cells)))
+    assert verdicts()[0] == 1 and verdicts("--fewer-seeds")[0] == 0

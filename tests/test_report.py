@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -71,10 +72,12 @@ def row_of(text, *cells):
 
 
 def note(runs, cells, **more):
-    content = (
-        dict(name="a suite", description="what it is", commands=["python -m benchmarks run it"], cells=cells) | more
-    )
-    (Path(runs) / "suite.json").write_text(json.dumps(content))
+    """Writes suite.json; a cell has the name that make_run gives, unless it has another."""
+    for cell in cells or ():
+        if isinstance(cell, dict) and "seed" in cell:
+            cell.setdefault("name", f"{cell['env_id']}__{cell['algo']}__{cell['seed']}")
+    content = dict(name="a suite", description="what it is", commands=["python -m benchmarks run it"], cells=cells)
+    (Path(runs) / "suite.json").write_text(json.dumps(content | more))
 
 
 def test_scores_are_those_of_the_last_100_episodes(tmp_path, capsys):
@@ -145,6 +148,12 @@ def test_what_is_missing_or_failed_is_shown_and_counted(tmp_path, capsys):
         (lambda run: (run / "episodes.csv").write_text(""), "episodes.csv has no episode", 1),
         (lambda run: os.truncate(run / "episodes.csv", 400), "summary.json says train_last100", 1),
         (lambda run: (run / "episodes.csv").open("a").write("nan,1,2,3\n"), "1 rows of episodes.csv cannot be read", 2),
+        (
+            lambda run: (run / "episodes.csv").open("a").write("\0" * 200_000),
+            "1 rows of episodes.csv cannot be read",
+            2,
+        ),
+        (lambda run: set_argument(run, seed=math.inf), "has a value that makes no sense", 1),
         (lambda run: set_summary(run, eval=[1]), "has a value that makes no sense", 1),
         (lambda run: set_summary(run, eval={"stochastic": {"mean": None}}), "has a value that makes no sense", 1),
         (lambda run: set_summary(run, sps="fast"), "has a value that makes no sense", 1),
@@ -176,7 +185,7 @@ def test_of_two_runs_of_one_cell_the_later_counts(tmp_path):
     make_run(tmp_path / "a", seed=1, returns=[1.0] * 100)
     later = make_run(tmp_path / "b", seed=1, returns=[2.0] * 100)
     (later / "config.json").touch()
-    runs, problems = read_runs([tmp_path])
+    runs, problems, _ = read_runs([tmp_path])
     assert [run.scores["train_last100"] for run in runs] == [2.0]
     assert problems == ["Left out, because another run is the same cell and was asked for later: CartPole-v1__ppo__1."]
 
@@ -235,7 +244,7 @@ def test_stored_results_are_read_as_they_were_written(tmp_path):
     for name in ("scores", "curves"):
         assert stored(again, name) == stored(out, name)
     old, new = (json.loads((folder / "provenance.json").read_text()) for folder in (out, again))
-    assert old.pop("example").startswith("python ppo.py") and old == new
+    assert old["example"].startswith("python ppo.py") and old == new
     assert old["commit"] == {"0123456789": 7} and old["started by"] == ["python -m benchmarks run it"]
     old, new = ((folder / "report.md").read_text() for folder in (out, again))
     assert row_of(old, "Hopper-v4", "ppo") == row_of(new, "Hopper-v4", "ppo")
@@ -273,12 +282,76 @@ def test_runs_beside_stored_results(tmp_path):
     same = keyed(make_run(new, algo="ppo", seed=1, returns=[1] * 120), "Cppo1")
     text = report_of_both(new, out, same)
     assert row_of(text, "CartPole-v1", "ppo")[3] == "1"
-    assert row_of(text, "CartPole-v1", "ppo, stored")[3] == "1" and "8 runs (8 completed)" in text
+    assert row_of(text, "CartPole-v1", "ppo, stored")[3] == "2" and "9 runs (9 completed)" in text
     for run in old.iterdir():
         if run.is_dir() and run.name != same.name:
             shutil.copytree(run, new / run.name)
     text = report_of_both(new, out)
     assert "stored" not in text and "8 runs (8 completed)" in text and "Left out" not in text
+
+
+def test_stored_results_never_stand_in_and_are_never_mixed(tmp_path):
+    old, new, out, other = (tmp_path / name for name in ("old", "new", "out", "other"))
+    for seed in (1, 2):
+        keyed(make_run(old, seed=seed, returns=[1.0] * 120), f"k{seed}")
+    assert main(["report", str(old), "--out", str(out)]) == 0
+    keyed(make_run(new, algo="mine", seed=1), "m1")
+    cells = [dict(env_id="CartPole-v1", algo="ppo", seed=n, name=f"CartPole-v1__ppo__{n}__n{n}") for n in (1, 2)]
+    note(new, cells)  # asked for, and never started
+    text = report_of_both(new, out)
+    assert row_of(text, "CartPole-v1", "ppo")[3:5] == ["0 of 2 (2 missing)", "-"]
+    assert row_of(text, "CartPole-v1", "ppo, stored")[3] == "2"
+    note(new, [cell | dict(name=f"CartPole-v1__ppo__{cell['seed']}__k{cell['seed']}") for cell in cells])
+    keyed(make_run(new, seed=1, returns=[5.0] * 120, status=""), "k1")  # the same again, and not at its end yet
+    text = report_of_both(new, out)
+    assert row_of(text, "CartPole-v1", "ppo")[3] == "0 of 2 (1 unfinished, 1 missing)"
+    assert row_of(text, "CartPole-v1", "ppo, stored")[3] == "2"
+    shutil.rmtree(new)
+    keyed(make_run(new, seed=1, returns=[9.0] * 120), "another")
+    assert main(["report", str(new), str(out), "--out", str(other)]) == 0  # has ppo, and ppo, stored
+    shutil.rmtree(new)
+    keyed(make_run(new, seed=1, returns=[7.0] * 120), "a third")
+    text = report_of_both(new, other)
+    means = {", stored" * n: row_of(text, "CartPole-v1", "ppo" + ", stored" * n)[3:5] for n in range(3)}
+    assert [*means.values()] == [["1", "7.00"], ["1", "9.00"], ["2", "1.00 [1.00, 1.00]"]]
+    assert main(["report", str(out), str(other), "--out", str(tmp_path / "two")]) == 0
+    text = (tmp_path / "two" / "report.md").read_text()
+    assert row_of(text, "CartPole-v1", "ppo")[3] == "2" and row_of(text, "CartPole-v1", "ppo, stored")[3:5] == [
+        "1",
+        "9.00",
+    ]
+
+
+def test_a_stored_report_written_over_keeps_what_it_says(tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    make_run(runs, "Hopper-v4", total_timesteps=1_000_000)
+    note(runs, [], published=["cleanrl_ppo_continuous", "tianshou_mujoco"], name="mine", normalise=False)
+    assert main(["report", str(runs), "--out", str(out)]) == 0
+    before = [(out / name).read_text() for name in ("report.md", "provenance.json", "scores.csv", "curves.csv")]
+    assert main(["report", str(out), "--out", str(out)]) == 0
+    after = [(out / name).read_text() for name in ("report.md", "provenance.json", "scores.csv", "curves.csv")]
+    assert after[0].replace(f" 1 of them are those stored in {out}.", "") == before[0] and after[1:] == before[1:]
+    assert "| tianshou MuJoCo benchmark |" in after[0] and "# mine" in after[0] and "## Over" not in after[0]
+
+
+def test_runs_by_hand_have_no_key_and_stand_in_for_what_is_missing(tmp_path):
+    run = make_run(tmp_path, seed=1).rename(tmp_path / "CartPole-v1__ppo__1__20260101-120000")
+    note(tmp_path, [dict(env_id="CartPole-v1", algo="ppo", seed=1, name="CartPole-v1__ppo__1__0123456789")])
+    (read,), problems, missing = read_runs([tmp_path])
+    assert read.path == run and read.key == "" and not problems and not missing
+
+
+def test_a_run_that_a_path_names_is_read(tmp_path):
+    old = keyed(make_run(tmp_path, seed=1), "old")
+    note(tmp_path, [dict(env_id="CartPole-v1", algo="ppo", seed=1, name="CartPole-v1__ppo__1__new")])
+    assert [run.path for run in read_runs([old])[0]] == [old] and not read_runs([tmp_path])[0]
+
+
+@pytest.mark.parametrize("cells", [None, ["x"], [None], {"a": 1}, [{}], [dict(env_id=1, algo="ppo", seed=1, name="x")]])
+def test_damaged_notes_are_left_out(tmp_path, cells):
+    make_run(tmp_path, seed=1)
+    note(tmp_path, cells, commands=None, published=None)
+    assert row_of(report_of(tmp_path), "CartPole-v1", "ppo")[3] == "1"
 
 
 def report_of_both(new, out, *_):
@@ -380,7 +453,7 @@ def test_aggregates_are_over_environments_that_all_have(tmp_path):
     assert "Pendulum-v1 is in no aggregate, because not all have it." in text
     assert "trpo has 1 of 3 environments and is in no aggregate." in text
     assert row_of(text, "ppo", "", "1.00 [1.00, 1.00]")
-    runs, _ = read_runs([tmp_path])
+    runs, *_ = read_runs([tmp_path])
     by_algo, envs, _ = report.normalised(report.cells_of(runs), "train_last100")
     low, high, _ = report.score_range("CartPole-v1")
     assert envs == ["Acrobot-v1", "CartPole-v1"]

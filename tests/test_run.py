@@ -727,7 +727,11 @@ def test_error_behind_a_suite_names_file_line_and_key(text, message, lab):
             "run.py is no script that can be run here: its text has no --env-id",
         ),
         ("seeds = 3", "seeds = 0", "suite.toml, line 4, seeds: must be a whole number of 1 or more"),
-        ("3\ntotal_timesteps = 500\neval_episodes = 2", "0\neval_episodes = 0", "line 4, seeds: must be a whole number"),
+        (
+            "3\ntotal_timesteps = 500\neval_episodes = 2",
+            "0\neval_episodes = 0",
+            "line 4, seeds: must be a whole number",
+        ),
         ("seeds = 3", "seeds = [true]", "suite.toml, line 4, seeds: must be whole numbers of 0 or more"),
         ("seeds = 3", "seeds = -1", "suite.toml, line 4, seeds: must be"),
         ("seeds = 3", "seeds = []", "suite.toml, line 4, seeds: must be"),
@@ -787,7 +791,9 @@ def test_wrong_usage_starts_nothing(flags, message, lab, go):
         ("width = 'wide'", "width: fake.py takes a whole number, not wide."),
         ("width = true", "width: fake.py takes a whole number, not true."),
         ("turbo = 'false'", "turbo: fake.py takes true or false, not false."),
-        ("mode = ['quick', 'slo']", "mode: fake.py takes quick, slow, not slo."),
+        ("width = [1, 2]", "width: fake.py takes one value, not 1 2."),
+        ('"width(" = 2', "width(: fake.py has no such flag; did you mean width?"),
+        ("mode = 'slo'", "mode: fake.py takes quick, slow, not slo."),
     ],
 )
 def test_flag_that_a_script_has_not_starts_nothing(variant, flag, message, lab, go):
@@ -811,6 +817,13 @@ def test_scripts_without_flags_in_the_suite_are_not_asked_for_their_help(lab, mo
     assert not asked
     flags_of(lab, MATRIX)
     assert len(asked) == 1
+
+
+def test_budget_that_is_no_whole_number_is_refused(lab):
+    text = SUITE.replace('"fake.py"', '"ppo"') + "[[arguments]]\nflags = { total_timesteps = 'many' }\n"
+    message = "suite.toml, line 8, flags of ppo, total-timesteps: ppo.py takes a whole number, not many."
+    with pytest.raises(UsageError, match=message):
+        flags_of(lab, text)
 
 
 def test_peer_with_the_arguments_of_our_script_takes_its_flags(lab, monkeypatch):
