@@ -100,6 +100,7 @@ def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
 
 
 def write_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
+    """As note_cells, by whoever holds its lock."""
     earlier = read_json(runs_dir / "suite.json")
     asked = [{"env_id": job.env_id, "algo": job.algo, "seed": job.seed, "name": job.name} for job in jobs]
     cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier.get("cells", []), *asked]}

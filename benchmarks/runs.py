@@ -260,13 +260,13 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str], dict[tuple[str, 
     """
     runs, problems, replaced, found = [], [], [], find_runs(paths)
     asked = {folder / cell["name"]: cell for folder, note in read_notes(paths).items() for cell in note["cells"]}
-    last = {name.with_name(name.name.rpartition("__")[0]): name for name in asked}
+    last = {(path.parent, path.name.rpartition("__")[0]): path for path in asked}  # a name without its key is a cell
     for path in found:
         if is_stored(path):
             continue
         run, problem = read_run(path)
-        name = last.get(path.with_name(path.name.rpartition("__")[0]), path)
-        if run and run.key and path != name and path not in paths:
+        newest = last.get((path.parent, path.name.rpartition("__")[0]), path)
+        if run and run.key and path != newest and path not in paths:
             replaced.append(path.name)
             continue
         runs += [run] if run else []

@@ -341,6 +341,13 @@ def test_runs_by_hand_have_no_key_and_stand_in_for_what_is_missing(tmp_path):
     assert read.path == run and read.key == "" and not problems and not missing
 
 
+def test_runs_of_any_name_are_read(tmp_path):
+    make_run(tmp_path, seed=1).rename(tmp_path / "mine")
+    note(tmp_path, [dict(env_id="CartPole-v1", algo="ppo", seed=2, name="another")])
+    runs, problems, missing = read_runs([tmp_path])
+    assert [run.path.name for run in runs] == ["mine"] and not problems and missing == {("CartPole-v1", "ppo"): [2]}
+
+
 def test_a_run_that_a_path_names_is_read(tmp_path):
     old = keyed(make_run(tmp_path, seed=1), "old")
     note(tmp_path, [dict(env_id="CartPole-v1", algo="ppo", seed=1, name="CartPole-v1__ppo__1__new")])
