@@ -70,7 +70,7 @@ def score_of(run: Run) -> Score:
     return Score(run.env_id, run.algo, run.seed, run.status, run.budget, score, run.key)
 
 
-def cells_of(scores: Iterable[Score]) -> Cells:
+def by_seed(scores: Iterable[Score]) -> Cells:
     cells: Cells = defaultdict(dict)
     for score in scores:
         cells[score.env_id, score.algo][score.seed] = score
@@ -221,9 +221,9 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
         raise UsageError(f"--tolerance is {options.tolerance}, but must be at least 0 and less than 1.")
     if options.seed < 0:
         raise UsageError(f"--seed is {options.seed}, but must be 0 or more.")
-    stored = cells_of(map(score_of, read_scores(Path(options.against))))
+    stored = by_seed(map(score_of, read_scores(Path(options.against))))
     runs, problems, missing = read_runs([Path(path) for path in options.runs])
-    fresh = cells_of(map(score_of, runs))
+    fresh = by_seed(map(score_of, runs))
     names, others = match(stored, fresh)
     if not names:
         reasons = "; ".join([*others, *problems]).rstrip(".")

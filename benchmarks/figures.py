@@ -9,7 +9,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from benchmarks import stats
-from benchmarks.runs import ORDER, Run, rank
+from benchmarks.jobs import PEERS
+from benchmarks.runs import ORDER, STORED, Run, rank
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -22,10 +23,14 @@ OTHERS = ("#000000", "#7A5195", "#8C564B", "#17BECF", "#B22222", "#6B8E23", "#FF
 
 
 def style_of(algo: str, algos: list[str]) -> dict[str, str]:
-    """Colour and line style of an algorithm in a report on algos; after eight unknown ones lines are dashed."""
+    """Colour and line style of an algorithm in a report on algos. Dashed are peers, what is stored of an algorithm that
+    there is anew, and, after eight unknown ones, the next."""
     if algo in COLORS:
-        return {"color": COLORS[algo], "linestyle": "-"}
-    place = sorted(name for name in algos if name not in COLORS).index(algo)
+        return {"color": COLORS[algo], "linestyle": "--" if algo in PEERS else "-"}
+    if algo.endswith(STORED):
+        style = style_of(algo.removesuffix(STORED), [*algos, algo.removesuffix(STORED)])
+        return style | {"linestyle": "--" if style["linestyle"] == "-" else ":"}
+    place = sorted({name for name in algos if name not in COLORS and not name.endswith(STORED)}).index(algo)
     return {"color": OTHERS[place % len(OTHERS)], "linestyle": ("-", "--", ":")[place // len(OTHERS) % 3]}
 
 
@@ -39,7 +44,7 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=160)
     plt.close(figure)
 
 
@@ -47,8 +52,8 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
     """A panel per environment: the running mean return of 100 episodes against "steps" or wall-clock "time".
 
     Thin lines are seeds. The thick one is the mean (or iqm) of the completed seeds at equal steps, with its 95% band,
-    as far as all of them reach; against time it is drawn where the median of them had got to those steps. A cross ends
-    a run that did not complete.
+    as far as all of them reach; against time it is drawn where the median of them had got to those steps, on a
+    logarithmic axis where algorithms differ much. A cross ends a run that did not complete.
     """
     envs = list(dict.fromkeys(env_id for env_id, _ in cells))
     algos = sorted({algo for _, algo in cells}, key=rank)
@@ -62,6 +67,7 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
         return grid if against == "steps" else np.interp(grid, run.steps, run.seconds) / seconds
 
     for axis, env_id in zip(axes.flat, envs):
+        ends = []
         for algo in algos:
             style = style_of(algo, algos)
             color = style["color"]
@@ -77,11 +83,12 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
             grid = np.linspace(max(run.steps[0] for run in done), min(run.steps[-1] for run in done), 300)
             curves = np.array([run.curve(grid) for run in done])
             x = np.median([places(run, grid) for run in done], axis=0)
+            ends.append(x[-1])
             centre = curves.mean(0) if statistic == "mean" else stats.iqm(curves, axis=0)
             axis.plot(x, centre, **style, linewidth=1.8, zorder=3)
             if len(done) > 1:
                 low, high = stats.bootstrap_curves(curves, rng, statistic, repetitions=1000)
-                axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+                axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         axis.set_title(plain(env_id), fontsize=10)
         axis.grid(alpha=0.25)
         axis.margins(x=0.01)
@@ -89,6 +96,10 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
         if against == "steps":
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.locator_params(axis="x", nbins=6)
+        if against == "time" and ends and 0 < 4 * min(ends) < max(ends):  # or else the fast are a vertical line
+            axis.set_xscale("log")
+            axis.set_xlim(min(ends) / 10)
+            axis.xaxis.set_major_formatter("{x:g}")
     for axis in axes.flat[len(envs) :]:
         axis.axis("off")
     for row in axes:

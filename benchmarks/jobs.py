@@ -25,6 +25,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import tyro
+
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = Path(__file__).resolve().parent / "suites"
 PEERS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
@@ -76,6 +78,11 @@ class Job:
 
 def safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def default_is(words: str) -> Any:
+    """For the help of an option whose default says nothing by itself: Annotated[str, default_is("the suite's")]."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
 
 
 def command_of(algo: str) -> tuple[tuple[str, ...], Path]:

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from benchmarks import stats
-from benchmarks.jobs import UsageError, is_atari, read_json
+from benchmarks.jobs import UsageError, default_is, is_atari, read_json
 from benchmarks.runs import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs
 
 REFERENCES = Path(__file__).resolve().parent / "references"
@@ -41,10 +41,10 @@ complete.
 """
 ABOUT_SCORES = """
 Mean over seeds and its 95% bootstrap interval, which with few seeds is too narrow: with 5 it holds the truth in about \
-82% of cases, with 10 in 89%. `train_last100` is the mean return of the last 100 training episodes; the area under \
-the curve is its average over the run; eval plays the last policy, normalisers frozen, with the most likely and with \
-sampled actions, on seeds that are the same for every run. Steps/s are the median and the range. Runs that failed or \
-did not end are counted, and are in no score.
+82% of cases, with 10 in 89%; with 3 it is their least and largest score (75%). `train_last100` is the mean return of \
+the last 100 training episodes; the area under the curve is its average over the run; eval plays the last policy, \
+normalisers frozen, with the most likely and with sampled actions, on seeds that are the same for every run. Steps/s \
+are the median and the range. Runs that failed or did not end are counted, and are in no score.
 
 """
 
@@ -53,12 +53,12 @@ did not end are counted, and are in no score.
 class Options:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """run directories, folders of them, or what an earlier report has stored, such as benchmarks/results/classic"""
-    out: str = ""
-    """folder of the report (default: "report" in the folder of the runs)"""
+    out: Annotated[str, default_is('"report" in the folder of the runs')] = ""
+    """folder of the report"""
     statistic: Literal["mean", "iqm"] = "mean"
     """centre of the learning curves"""
-    title: str = ""
-    """title of the report (default: the suite's name)"""
+    title: Annotated[str, default_is("the suite's name")] = ""
+    """title of the report"""
     seed: int = 0
     """seed of the bootstrap"""
 
@@ -269,7 +269,7 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
     """(algorithm -> scores (seeds,) per environment, environments, what is left out and why), on the fixed 0-1 scale.
 
     Only over environments that every algorithm has, so that all are judged by the same; an algorithm that lacks more
-    than half of them is left out instead.
+    than half of them is left out instead. In an environment only runs of one budget count, that of most algorithms.
     """
     ranges = {env_id: score_range(env_id) for env_id, _ in cells}
     notes = [
@@ -277,6 +277,14 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
     ]
     have: dict[str, dict[str, np.ndarray]] = {}
     for (env_id, algo), runs in cells.items():
+        budgets = Counter(max(run.budget for run in cell) for (env, _), cell in cells.items() if env == env_id)
+        usual = max(budgets, key=lambda budget: (budgets[budget], budget))
+        if any(run.budget != usual for run in runs):
+            budget = max(run.budget for run in runs)
+            notes.append(
+                f"{algo} has {budget:,} steps of {env_id} where others have {usual:,}, and does not count there."
+            )
+            continue
         values = scores(runs, measure)
         if (known := ranges[env_id]) and len(values) and np.isfinite(values).all():
             have.setdefault(algo, {})[env_id] = (values - known[0]) / (known[1] - known[0])
@@ -307,8 +315,10 @@ def provenance(runs: list[Run], matrix: Matrix) -> dict[str, Any]:
 
 
 def plain_command(run: Run) -> str:
-    """The command that started a run, without the folders of interpreter and script."""
-    return shlex.join(["python", *(Path(part).name for part in run.command[1:2]), *run.command[2:]])
+    """The command that started a run, without the folders of interpreter and script; a module as -m starts it."""
+    script = Path(run.command[1] if len(run.command) > 1 else "")
+    name = ["-m", f"benchmarks.{script.stem}"] if script.parent.name == "benchmarks" else [script.name]
+    return shlex.join(["python", *name, *run.command[2:]])
 
 
 def caption(facts: dict[str, Any]) -> str:
@@ -335,7 +345,8 @@ def write_scores(runs: list[Run], path: Path) -> None:
 
 
 def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
-    """The learning curve of each run at `points` steps up to its budget: running mean return of 100 episodes."""
+    """The learning curve of each run at `points` steps up to its budget, and at its end where that comes sooner, as it
+    does where whole batches do not fill the budget: running mean return of 100 episodes."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["env_id", "algo", "seed", "step", "wall_time", "return_last100"])
@@ -343,7 +354,7 @@ def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
             if not len(run.returns):
                 continue
             grid = np.linspace(run.budget / points, run.budget, points).round()
-            grid = grid[grid <= max(run.steps[-1], run.global_step or 0)]
+            grid = np.unique(np.minimum(grid, max(run.steps[-1], run.global_step or 0)))
             values = run.curve(grid)
             times = np.interp(grid, run.steps, run.seconds)
             for step, seconds, value in zip(grid, times, values):
@@ -423,8 +434,12 @@ def write_report(
     ended = ", ".join(f"{n} {name}" for name, n in status.items()) + f", {absent} missing" * bool(absent)
     below = f"\n\n{caption(facts)}\n"
     centre = {"mean": "mean", "iqm": "interquartile mean"}[options.statistic]
-    text = f"# {options.title or matrix.name or 'Learning curves'}\n\n{matrix.description}\n\n"
-    text += f"{len(runs)} runs ({ended}), {date.today()}."
+    text = f"# {options.title or matrix.name or 'Learning curves'}\n\n"
+    text += f"The suite: {matrix.description}\n\n" * bool(matrix.description)
+    envs, algos = ({key[part] for key in [*cells, *missing]} for part in (0, 1))
+    names = ", ".join(f"`{algo}`" for algo in sorted(algos, key=rank))
+    text += f"Here: {len(runs)} run{'s' * (len(runs) != 1)} ({ended}) of {names} in {len(envs)} environment"
+    text += f"{'s' * (len(envs) != 1)}; {date.today()}."
     stored = Counter(str(run.path) for run in runs if run.stored)
     text += "".join(f" {n} of them are those stored in {folder}." for folder, n in stored.items())
     text += "\n\n## Learning curves\n\n"

@@ -27,6 +27,7 @@ from benchmarks.jobs import (
     Job,
     Suite,
     UsageError,
+    default_is,
     end_of_log,
     execute,
     is_orphan,
@@ -42,29 +43,30 @@ from benchmarks.jobs import (
 )
 from benchmarks.space import Flags, help_of
 
+OF_SUITE = default_is("those of the suite")
+
 
 @dataclass
 class Options:
     suite: Annotated[str, tyro.conf.Positional]
     """name of a suite in benchmarks/suites, or a TOML file"""
-    algos: tuple[str, ...] = ()
-    """scripts (ppo, path/to/my_ppo.py), peers (sb3:ppo, sb3:a2c, sb3:trpo, random), variants of the suite
-    (default: those of the suite)"""
-    env_ids: tuple[str, ...] = ()
-    """environments (default: those of the suite)"""
-    seeds: int = 0
-    """seeds of each cell, from 1 on (default: those of the suite)"""
-    total_timesteps: int = 0
-    """steps of each run (default: those of the suite)"""
-    eval_episodes: int = -1
-    """episodes of each of the two evaluations after a run; 0 for none (default: those of the suite)"""
+    algos: Annotated[tuple[str, ...], OF_SUITE] = ()
+    """scripts (ppo, path/to/my_ppo.py), peers (sb3:ppo, sb3:a2c, sb3:trpo, random), variants of the suite"""
+    env_ids: Annotated[tuple[str, ...], OF_SUITE] = ()
+    """environments"""
+    seeds: Annotated[int, OF_SUITE] = 0
+    """seeds of each cell, from 1 on"""
+    total_timesteps: Annotated[int, OF_SUITE] = 0
+    """steps of each run"""
+    eval_episodes: Annotated[int, OF_SUITE] = -1
+    """episodes of each of the two evaluations after a run; 0 for none"""
     workers: int = 1
     """runs at the same time"""
     threads: int = 0
     """threads of an Atari run (0: all cores of this machine divided by the workers, 1 on a cluster); other runs take
     one"""
-    runs_dir: str = ""
-    """folder of the run directories (default: runs/SUITE)"""
+    runs_dir: Annotated[str, default_is("runs/SUITE")] = ""
+    """folder of the run directories"""
     retry: bool = False
     """go on with runs that failed, too"""
     dry_run: bool = False

@@ -23,6 +23,7 @@ SECONDARY = "seed runs_dir run_name resume evaluate capture_video checkpoint_int
 SECONDARY += " wandb_entity device num_threads compile bf16 env_id exp_name eval_episodes eval_seed eval_stochastic"
 ORDER = ("ppo", "trpo", "a2c", "reinforce", "sb3:ppo", "sb3:trpo", "sb3:a2c", "random")  # in tables and figures
 MEASURES = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic", "sps", "wall_time")
+STORED = ", stored"  # ends the name of an algorithm of which there are newer runs, too
 ORIGIN = ("commit", "versions", "hardware", "threads")
 
 
@@ -86,9 +87,9 @@ def read_episodes(path: Path) -> tuple[np.ndarray, int]:
 
 
 def key_of(path: Path) -> str:
-    """The key in the name of a run directory that the harness has made; where a script has, the time stands there."""
-    key = path.name.rpartition("__")[2]
-    return key if path.name.count("__") == 3 and not re.match(r"\d{8}-\d{6}", key) else ""
+    """The key at the end of the name of a run directory that the harness has made; "" for all other names."""
+    found = re.search(r"__\d+__([0-9a-f]{10})$", path.name)
+    return found[1] if found else ""
 
 
 def read_run(path: Path) -> tuple[Run | None, str]:
@@ -297,22 +298,26 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str], dict[tuple[str, 
 
 
 def columns_of_stored(folders: Iterable[Path], fresh: list[Run], taken: set[str]) -> list[Run]:
-    """The runs of folders of stored results, but for cells of which fresh has the very same runs, by their keys.
+    """The runs of folders of stored results, but for cells of which fresh has the very same runs, by name and key.
 
     What is stored of an algorithm that is taken is a column of its own, "ppo, stored": the two are of different script
     texts or flags, and must not be in one mean.
     """
     columns: list[Run] = []
+
+    def identity(run: Run) -> tuple:
+        return run.env_id, run.algo.split(STORED)[0], run.seed, run.key
+
     for folder in folders:
-        same = {(run.env_id, run.seed, run.key) for run in [*fresh, *columns] if run.done and run.key}
+        same = {identity(run) for run in [*fresh, *columns] if run.done and run.key}
         runs = []
         for cell in group_by(read_stored(folder), "env_id", "algo").values():
-            if not all((run.env_id, run.seed, run.key) in same for run in cell):
+            if not all(identity(run) in same for run in cell):
                 runs += cell
         taken = taken | {run.algo for run in columns}
         for (algo,), group in sorted(group_by(runs, "algo").items()):
             while algo in taken:
-                algo += ", stored"
+                algo += STORED
             taken.add(algo)
             for run in group:
                 run.algo = algo

@@ -276,7 +276,8 @@ def draw(rows: dict[str, Any], path: Path) -> None:
     rates = [{"ours": m["ours"]["sps"], "sb3": m["sb3"]["sps"]} | m.get("ceilings", {}) for m in medians]
     for kind, color, marker, size in zip(KINDS, PALETTE, "oo>sD|", (8, 8, 8, 8, 8, 16)):
         if points := [(rate[kind], y) for y, rate in enumerate(rates) if kind in rate]:
-            right.plot(*zip(*points), marker, color=color, markersize=size, markeredgewidth=2, label=kind)
+            options = dict(color=color, markersize=size, markeredgewidth=2, label=kind)
+            right.plot(*zip(*points), marker, fillstyle="full" if marker == "o" else "none", **options)
     right.set(xscale="log", xlabel="steps per second (serial: environment, inference and update in a row)")
     right.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=6)
@@ -292,7 +293,7 @@ class Speed:
     """where both sides run (auto: on the CPU and, in rows of their own, on the GPU where torch sees one)"""
     ceilings: bool = True
     """time environments, inference and update alone, too, after each pair"""
-    out: Path = Path("benchmarks/results/speed")
+    out: Path = Path("runs/speed")
     """table and figure without their endings; rows measured at other times stay in them"""
 
 

@@ -37,6 +37,7 @@ from benchmarks.jobs import (
     UsageError,
     check_environment,
     command_of,
+    default_is,
     end_of_log,
     execute,
     jobs_of,
@@ -90,16 +91,16 @@ class Options:
     """environments; the score of a trial is its mean over them, normalised"""
     study: str
     """name of the study; who gives the name of one that exists joins it"""
-    space: str = ""
-    """what to search: a TOML file, or a name in benchmarks/spaces (default: the script's name)"""
+    space: Annotated[str, default_is("the script's name")] = ""
+    """what to search: a TOML file, or a name in benchmarks/spaces"""
     trials: int = 50
     """trials of the study, those of all workers and machines together"""
     workers: int = 1
     """runs at the same time, of this command"""
     seeds: int = 3
     """seeds of each trial in each environment, from 1001 on"""
-    total_timesteps: int = 0
-    """steps of each run (default: the script's)"""
+    total_timesteps: Annotated[int, default_is("the script's")] = 0
+    """steps of each run"""
     prune: float = 0.5
     """stop a trial that is below this quantile of the finished ones, over the runs it has so far (0: never)"""
     final_seeds: int = 5
@@ -108,12 +109,12 @@ class Options:
     """episodes of each of the two evaluations after a run of the final check; 0 for none"""
     sampler_seed: int = 0
     """seed of what the sampler draws"""
-    storage: str = ""
-    """file of a journal, or URL of a database for several machines (default: RUNS_DIR/journal.log)"""
-    runs_dir: str = ""
-    """folder of the run directories (default: runs/STUDY)"""
-    out: str = ""
-    """folder of report.md, tables, figures and winner.toml (default: RUNS_DIR/report)"""
+    storage: Annotated[str, default_is("RUNS_DIR/journal.log")] = ""
+    """file of a journal, or URL of a database for several machines"""
+    runs_dir: Annotated[str, default_is("runs/STUDY")] = ""
+    """folder of the run directories"""
+    out: Annotated[str, default_is("RUNS_DIR/report")] = ""
+    """folder of report.md, tables, figures and winner.toml"""
     export_wandb: str = ""
     """write the space as a sweep file of Weights & Biases, and run nothing"""
 

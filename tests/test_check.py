@@ -174,7 +174,7 @@ def test_random_policy_in_the_environment_fails(tmp_path, verdicts):
 @pytest.mark.parametrize("folder", sorted({path.parent for path in RESULTS.glob("*/scores.csv")}), ids=lambda p: p.name)
 def test_random_policy_fails_every_threshold_of_the_stored_results(folder, tmp_path, capsys):
     """Or check itself says that the cell is blind, which hangs on the stored scores alone."""
-    stored = check.cells_of(map(check.score_of, check.read_scores(folder)))
+    stored = check.by_seed(map(check.score_of, check.read_scores(folder)))
     for (env_id, algo), runs in stored.items():
         for seed, run in runs.items():
             score = (score_range(env_id) or (0.0,))[0]

@@ -1,6 +1,7 @@
 """The report: its numbers against numpy, what it says about runs that are damaged, missing or unequal, its files."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 from benchmarks import figures, report, stats
 from benchmarks.__main__ import main
 from benchmarks.jobs import UsageError, read_suite
-from benchmarks.runs import find_runs, read_runs
+from benchmarks.runs import find_runs, key_of, read_runs
 
 
 def make_run(folder, env_id="CartPole-v1", algo="ppo", seed=1, returns=(), status="completed", evaluation=None, **args):
@@ -202,12 +203,16 @@ def test_runs_of_another_script_text_do_not_stand_in_for_what_was_asked_for(tmp_
     """A script that no longer starts must not hide behind the runs of the text before."""
     for seed in (1, 2):
         keyed(make_run(tmp_path, seed=seed), f"old{seed}")
-    new = keyed(make_run(tmp_path, seed=1, returns=[7.0] * 120), "new1")
+    keyed(make_run(tmp_path, seed=1, returns=[7.0] * 120), "new1")
     cells = [dict(env_id="CartPole-v1", algo="ppo", seed=seed) for seed in (1, 2)]
-    note(tmp_path, [cell | dict(name=new.name.replace("1__new1", f"{n}__new{n}")) for n, cell in enumerate(cells, 1)])
+    note(
+        tmp_path,
+        [cell | dict(name=f"CartPole-v1__ppo__{n}__{ten_digits(f'new{n}')}") for n, cell in enumerate(cells, 1)],
+    )
     text = report_of(tmp_path)
     assert row_of(text, "CartPole-v1", "ppo")[3:5] == ["1 of 2 (1 missing)", "7.00"]
-    said = "other flags were asked for later: CartPole-v1__ppo__1__old1, CartPole-v1__ppo__2__old2."
+    names = ", ".join(f"CartPole-v1__ppo__{n}__{ten_digits(f'old{n}')}" for n in (1, 2))
+    said = f"other flags were asked for later: {names}."
     assert said in text and said in (out := capsys.readouterr().out)
     assert "1 of 2 runs are complete, 1 are missing" in out
 
@@ -223,7 +228,11 @@ def test_folders_of_several_suites_keep_what_is_missing(tmp_path):
 
 def keyed(run, key):
     """The run directory under a name as the harness gives it."""
-    return run.rename(run.with_name("__".join([*run.name.split("__")[:3], key])))
+    return run.rename(run.with_name("__".join([*run.name.split("__")[:3], ten_digits(key)])))
+
+
+def ten_digits(key):
+    return hashlib.sha256(key.encode()).hexdigest()[:10]
 
 
 def stored(folder, name):
@@ -249,7 +258,22 @@ def test_stored_results_are_read_as_they_were_written(tmp_path):
     old, new = ((folder / "report.md").read_text() for folder in (out, again))
     assert row_of(old, "Hopper-v4", "ppo") == row_of(new, "Hopper-v4", "ppo")
     assert row_of(new, "Hopper-v4", "trpo")[3] == "0 of 1 (1 interrupted)"
-    assert f"7 runs (6 completed, 1 interrupted), {date.today()}. 7 of them are those stored in {out}.\n" in new
+    assert "\nHere: 7 runs (6 completed, 1 interrupted) of `ppo`" in new
+    assert f" in 1 environment; {date.today()}. 7 of them are those stored in {out}.\n" in new
+
+
+def test_the_last_point_of_a_curve_is_the_score(tmp_path):
+    """Also where whole batches do not fill the budget."""
+    returns = np.random.default_rng(0).normal(50, 100, 997)  # 9,970 steps
+    make_run(tmp_path / "runs", returns=returns, total_timesteps=10_000)
+    make_run(tmp_path / "runs", seed=2, returns=returns[:500], status="interrupted", total_timesteps=10_000)
+    out = tmp_path / "out"
+    assert main(["report", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    last = {point["seed"]: point for point in stored(out, "curves")}
+    for point, run, step in zip(last.values(), stored(out, "scores"), ("9970", "5000")):
+        assert point["step"] == step and float(point["return_last100"]) == pytest.approx(
+            float(run["train_last100"]), rel=1e-4
+        )
 
 
 def test_a_stored_curve_is_drawn_between_its_points(tmp_path):
@@ -272,7 +296,10 @@ def test_runs_beside_stored_results(tmp_path):
     assert main(["report", str(old), "--out", str(out)]) == 0
     text = report_of_both(new, out, keyed(make_run(new, algo="mine", seed=1, returns=[7.0] * 120), "m1"))
     assert row_of(text, "CartPole-v1", "mine")[3] == "1" and row_of(text, "CartPole-v1", "ppo")[3] == "2"
-    assert "9 runs (9 completed)" in text and f"8 of them are those stored in {out}." in text
+    assert (
+        "9 runs (9 completed) of `ppo`, `a2c`, `mine` in 2 environments" in text
+        and f"8 of them are those stored in {out}." in text
+    )
     text = report_of_both(new, out, keyed(make_run(new, algo="ppo", seed=1, returns=[7.0] * 120), "p1"))
     assert row_of(text, "CartPole-v1", "ppo")[3:5] == ["1", "7.00"]
     assert row_of(text, "CartPole-v1", "ppo, stored")[3] == row_of(text, "Acrobot-v1", "ppo, stored")[3] == "2"
@@ -290,18 +317,38 @@ def test_runs_beside_stored_results(tmp_path):
     assert "stored" not in text and "8 runs (8 completed)" in text and "Left out" not in text
 
 
+def test_an_equal_key_of_another_algorithm_is_not_the_same_run(tmp_path):
+    """As peers have it, which are one script, and an unmodified copy of a script."""
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    for algo in ("ppo", "random"):
+        keyed(make_run(old, algo=algo, returns=[1.0] * 120), "same")
+    assert main(["report", str(old), "--out", str(out)]) == 0
+    text = report_of_both(new, out, keyed(make_run(new, algo="my_ppo", returns=[7.0] * 120), "same"))
+    assert [row_of(text, "CartPole-v1", algo)[4] for algo in ("my_ppo", "ppo", "random")] == ["7.00", "1.00", "1.00"]
+
+
+def test_only_what_the_harness_names_has_a_key(tmp_path):
+    digits = ten_digits("any")
+    assert key_of(Path(f"CartPole-v1__my__ppo__1__{digits}")) == digits
+    for name in ("CartPole-v1__ppo__1__try2", "CartPole-v1__ppo__1__20260101-120000", f"mine__{digits}", "mine"):
+        assert key_of(Path(name)) == ""
+
+
 def test_stored_results_never_stand_in_and_are_never_mixed(tmp_path):
     old, new, out, other = (tmp_path / name for name in ("old", "new", "out", "other"))
     for seed in (1, 2):
         keyed(make_run(old, seed=seed, returns=[1.0] * 120), f"k{seed}")
     assert main(["report", str(old), "--out", str(out)]) == 0
     keyed(make_run(new, algo="mine", seed=1), "m1")
-    cells = [dict(env_id="CartPole-v1", algo="ppo", seed=n, name=f"CartPole-v1__ppo__{n}__n{n}") for n in (1, 2)]
+    cells = [
+        dict(env_id="CartPole-v1", algo="ppo", seed=n, name=f"CartPole-v1__ppo__{n}__{ten_digits(f'n{n}')}")
+        for n in (1, 2)
+    ]
     note(new, cells)  # asked for, and never started
     text = report_of_both(new, out)
     assert row_of(text, "CartPole-v1", "ppo")[3:5] == ["0 of 2 (2 missing)", "-"]
     assert row_of(text, "CartPole-v1", "ppo, stored")[3] == "2"
-    note(new, [cell | dict(name=f"CartPole-v1__ppo__{cell['seed']}__k{cell['seed']}") for cell in cells])
+    note(new, [cell | dict(name=f"CartPole-v1__ppo__{n}__{ten_digits(f'k{n}')}") for n, cell in enumerate(cells, 1)])
     keyed(make_run(new, seed=1, returns=[5.0] * 120, status=""), "k1")  # the same again, and not at its end yet
     text = report_of_both(new, out)
     assert row_of(text, "CartPole-v1", "ppo")[3] == "0 of 2 (1 unfinished, 1 missing)"
@@ -466,6 +513,17 @@ def test_aggregates_are_over_environments_that_all_have(tmp_path):
     assert envs == ["Acrobot-v1", "CartPole-v1"]
     np.testing.assert_allclose(by_algo["a2c"][1], (np.array([1, 2, 3]) - low) / (high - low))
     assert f"{stats.aggregate_iqm(by_algo['ppo']):.2f} [" in row_of(text, "ppo")[2]
+
+
+def test_another_budget_is_in_no_aggregate_and_that_is_said(tmp_path):
+    for env_id in ("CartPole-v1", "Acrobot-v1"):
+        for algo in ("ppo", "a2c", "trpo"):
+            for seed in (1, 2):
+                make_run(tmp_path, env_id, algo, seed, returns=[50.0] * (110 if algo == "trpo" else 100))
+    text = report_of(tmp_path)
+    assert "trpo has 1,100 steps of CartPole-v1 where others have 1,000, and does not count there." in text
+    by_algo, envs, _ = report.normalised(report.cells_of(read_runs([tmp_path])[0]), "train_last100")
+    assert [*by_algo] == ["ppo", "a2c"] and len(envs) == 2
 
 
 def test_who_has_no_score_is_said_to_be_in_no_aggregate(tmp_path):
