@@ -345,8 +345,8 @@ def write_scores(runs: list[Run], path: Path) -> None:
 
 
 def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
-    """The learning curve of each run at `points` steps up to its budget, and at its end where that comes sooner, as it
-    does where whole batches do not fill the budget: running mean return of 100 episodes."""
+    """The learning curve of each run at `points` steps up to its budget, and at its end, which whole batches put before
+    or behind that: running mean return of 100 episodes."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["env_id", "algo", "seed", "step", "wall_time", "return_last100"])
@@ -354,7 +354,8 @@ def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
             if not len(run.returns):
                 continue
             grid = np.linspace(run.budget / points, run.budget, points).round()
-            grid = np.unique(np.minimum(grid, max(run.steps[-1], run.global_step or 0)))
+            end = max(run.steps[-1], run.global_step or 0)
+            grid = np.append(grid[grid < end], end)
             values = run.curve(grid)
             times = np.interp(grid, run.steps, run.seconds)
             for step, seconds, value in zip(grid, times, values):
