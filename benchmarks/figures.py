@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from benchmarks import stats
 from benchmarks.jobs import PEERS
@@ -66,6 +66,7 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
         """Where the steps of the grid stand on the axis."""
         return grid if against == "steps" else np.interp(grid, run.steps, run.seconds) / seconds
 
+    spread = []  # of the times at which the algorithms end, per panel
     for axis, env_id in zip(axes.flat, envs):
         ends = []
         for algo in algos:
@@ -96,9 +97,13 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
         if against == "steps":
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.locator_params(axis="x", nbins=6)
-        if against == "time" and ends and 0 < 4 * min(ends) < max(ends):  # or else the fast are a vertical line
+        spread.append((min(ends, default=0.0), max(ends, default=0.0)))
+    if against == "time" and any(0 < 4 * low < high for low, high in spread):  # or else the fast are a vertical line
+        for axis, (low, _) in zip(axes.flat, spread):
             axis.set_xscale("log")
-            axis.set_xlim(min(ends) / 10)
+            axis.set_xlim(low / 10 or None)
+            axis.minorticks_off()
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
     for axis in axes.flat[len(envs) :]:
         axis.axis("off")

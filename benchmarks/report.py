@@ -442,7 +442,7 @@ def write_report(
     text += f"Here: {len(runs)} run{'s' * (len(runs) != 1)} ({ended}) of {names} in {len(envs)} environment"
     text += f"{'s' * (len(envs) != 1)}; {date.today()}."
     stored = Counter(str(run.path) for run in runs if run.stored)
-    text += "".join(f" {n} of them are those stored in {folder}." for folder, n in stored.items())
+    text += "".join(f" Stored in {folder} already: {n}." for folder, n in stored.items())
     text += "\n\n## Learning curves\n\n"
     for against, name in (("steps", "curves"), ("time", "curves_time")):
         figures.draw_curves(cells, out / f"{name}.png", against, options.statistic, rng)

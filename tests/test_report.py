@@ -259,7 +259,7 @@ def test_stored_results_are_read_as_they_were_written(tmp_path):
     assert row_of(old, "Hopper-v4", "ppo") == row_of(new, "Hopper-v4", "ppo")
     assert row_of(new, "Hopper-v4", "trpo")[3] == "0 of 1 (1 interrupted)"
     assert "\nHere: 7 runs (6 completed, 1 interrupted) of `ppo`" in new
-    assert f" in 1 environment; {date.today()}. 7 of them are those stored in {out}.\n" in new
+    assert f" in 1 environment; {date.today()}. Stored in {out} already: 7.\n" in new
 
 
 def test_the_last_point_of_a_curve_is_the_score(tmp_path):
@@ -298,7 +298,7 @@ def test_runs_beside_stored_results(tmp_path):
     assert row_of(text, "CartPole-v1", "mine")[3] == "1" and row_of(text, "CartPole-v1", "ppo")[3] == "2"
     assert (
         "9 runs (9 completed) of `ppo`, `a2c`, `mine` in 2 environments" in text
-        and f"8 of them are those stored in {out}." in text
+        and f"Stored in {out} already: 8." in text
     )
     text = report_of_both(new, out, keyed(make_run(new, algo="ppo", seed=1, returns=[7.0] * 120), "p1"))
     assert row_of(text, "CartPole-v1", "ppo")[3:5] == ["1", "7.00"]
@@ -377,7 +377,7 @@ def test_a_stored_report_written_over_keeps_what_it_says(tmp_path):
     before = [(out / name).read_text() for name in ("report.md", "provenance.json", "scores.csv", "curves.csv")]
     assert main(["report", str(out), "--out", str(out)]) == 0
     after = [(out / name).read_text() for name in ("report.md", "provenance.json", "scores.csv", "curves.csv")]
-    assert after[0].replace(f" 1 of them are those stored in {out}.", "") == before[0] and after[1:] == before[1:]
+    assert after[0].replace(f" Stored in {out} already: 1.", "") == before[0] and after[1:] == before[1:]
     assert "| tianshou MuJoCo benchmark |" in after[0] and "# mine" in after[0] and "## Over" not in after[0]
 
 
