@@ -185,7 +185,7 @@ def test_resume_continues_the_files(algo, capsys):
     assert all(int(row[0]) > saved for row in timeless(run)[len(before) :])
     again = rows(run, "progress")
     assert [row["global_step"] for row in again] == [row["global_step"] for row in whole]
-    assert (np.diff([float(row["wall_time"]) for row in again]) > 0).all()
+    assert (np.diff([float(row["wall_time"]) for row in again]) >= 0).all()  # in milliseconds, so it may stand still
     if linear:  # the schedule of the whole budget
         assert [row["charts/learning_rate"] for row in again] == [row["charts/learning_rate"] for row in whole]
     assert read(run, "summary")["status"] == "completed" and read(run, "summary")["global_step"] == steps
