@@ -66,9 +66,9 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
         """Where the steps of the grid stand on the axis."""
         return grid if against == "steps" else np.interp(grid, run.steps, run.seconds) / seconds
 
-    spread = []  # of the times at which the algorithms end, per panel
+    spread, left = [], []  # per panel: when the first and the last algorithm end; where a logarithmic axis begins
     for axis, env_id in zip(axes.flat, envs):
-        ends = []
+        ends, crosses = [], []
         for algo in algos:
             style = style_of(algo, algos)
             color = style["color"]
@@ -79,6 +79,7 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
                 axis.plot(places(run, grid), curve, color=color, alpha=0.25, linewidth=0.6)
                 if not run.done:
                     axis.plot(places(run, grid)[-1], curve[-1], "x", color=color, markersize=6)
+                    crosses.append(places(run, grid)[-1])
             if not (done := [run for run in runs if run.done]):
                 continue
             grid = np.linspace(max(run.steps[0] for run in done), min(run.steps[-1] for run in done), 300)
@@ -98,10 +99,11 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.locator_params(axis="x", nbins=6)
         spread.append((min(ends, default=0.0), max(ends, default=0.0)))
+        left.append(min([spread[-1][0] / 10, *(0.9 * place for place in crosses)]))
     if against == "time" and any(0 < 4 * low < high for low, high in spread):  # or else the fast are a vertical line
-        for axis, (low, _) in zip(axes.flat, spread):
+        for axis, begin in zip(axes.flat, left):
             axis.set_xscale("log")
-            axis.set_xlim(low / 10 or None)
+            axis.set_xlim(begin or None)
             axis.minorticks_off()
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")

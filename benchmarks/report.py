@@ -35,8 +35,8 @@ AGGREGATES = {  # by their titles
 ABOUT_CURVES = """\
 Thin lines are seeds, thick ones their {centre} with its 95% bootstrap interval over seeds, point by point. Every \
 point is the mean return of the last 100 training episodes. Against time, a thick line stands where the median seed \
-had got to those steps; times are those of the machine with whatever else ran on it. A cross ends a run that did not \
-complete.
+had got to those steps, on a logarithmic axis where algorithms differ much; times are those of the machine with \
+whatever else ran on it. A cross ends a run that did not complete.
 
 """
 ABOUT_SCORES = """
@@ -265,6 +265,14 @@ def table_of_ppo_paper(cells: dict) -> str:
     return table(["setting", "ours", "runs", "paper, 21 runs"], rows) if rows else ""
 
 
+def usual_budget(cells: dict, env_id: str) -> int:
+    """The budget of most algorithms with a completed run in an environment; of two as many, that of more runs."""
+    budgets = [[run.budget for run in runs if run.done] for (env, _), runs in cells.items() if env == env_id]
+    algos = Counter(budget for cell in budgets for budget in set(cell))
+    runs = Counter(budget for cell in budgets for budget in cell)
+    return max(algos, key=lambda budget: (algos[budget], runs[budget], budget), default=0)
+
+
 def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], list[str], list[str]]:
     """(algorithm -> scores (seeds,) per environment, environments, what is left out and why), on the fixed 0-1 scale.
 
@@ -277,20 +285,15 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
     ]
     have: dict[str, dict[str, np.ndarray]] = {}
     for (env_id, algo), runs in cells.items():
-        budgets = Counter(max(run.budget for run in cell) for (env, _), cell in cells.items() if env == env_id)
-        usual = max(budgets, key=lambda budget: (budgets[budget], budget))
-        if any(run.budget != usual for run in runs):
-            budget = max(run.budget for run in runs)
-            notes.append(
-                f"{algo} has {budget:,} steps of {env_id} where others have {usual:,}, and does not count there."
-            )
+        values, usual, budget = scores(runs, measure), usual_budget(cells, env_id), runs[0].budget
+        if len(values) and budget != usual:
+            notes.append(f"{algo} has {budget:,} steps of {env_id}, not {usual:,}, and does not count there.")
             continue
-        values = scores(runs, measure)
         if (known := ranges[env_id]) and len(values) and np.isfinite(values).all():
             have.setdefault(algo, {})[env_id] = (values - known[0]) / (known[1] - known[0])
     for algo in dict.fromkeys(algo for _, algo in cells):
         if algo not in have:
-            notes.append(f"{algo} has no score in any of these environments and is in no aggregate.")
+            notes.append(f"{algo} has no score that counts in any of these environments and is in no aggregate.")
     everywhere = sorted({env_id for per_env in have.values() for env_id in per_env})
     for algo in list(have):
         if 2 * len(have[algo]) < len(everywhere):
@@ -316,8 +319,9 @@ def provenance(runs: list[Run], matrix: Matrix) -> dict[str, Any]:
 
 def plain_command(run: Run) -> str:
     """The command that started a run, without the folders of interpreter and script; a module as -m starts it."""
-    script = Path(run.command[1] if len(run.command) > 1 else "")
-    name = ["-m", f"benchmarks.{script.stem}"] if script.parent.name == "benchmarks" else [script.name]
+    name = [Path(part).name for part in run.command[1:2]]
+    if name and Path(run.command[1]).parent.name == "benchmarks":
+        name = ["-m", f"benchmarks.{Path(name[0]).stem}"]
     return shlex.join(["python", *name, *run.command[2:]])
 
 
@@ -327,7 +331,7 @@ def caption(facts: dict[str, Any]) -> str:
         f"{next(iter(facts[name]), '-')}" + f" and {len(facts[name]) - 1} more" * (len(facts[name]) > 1)
         for name in ("commit", "versions", "hardware")
     ]
-    line = f"{facts['runs']} runs; commit {listed[0]}; {listed[1]}; {listed[2]}"
+    line = f"{facts['runs']} run{'s' * (facts['runs'] != 1)}; commit {listed[0]}; {listed[1]}; {listed[2]}"
     line += f"; threads per run {', '.join(facts['threads'])}"
     return f"*{line}.*" + "".join(f" `{command}`" for command in facts["started by"])
 
@@ -436,7 +440,7 @@ def write_report(
     below = f"\n\n{caption(facts)}\n"
     centre = {"mean": "mean", "iqm": "interquartile mean"}[options.statistic]
     text = f"# {options.title or matrix.name or 'Learning curves'}\n\n"
-    text += f"The suite: {matrix.description}\n\n" * bool(matrix.description)
+    text += f"{'The suite: ' * bool(matrix.name)}{matrix.description}\n\n" * bool(matrix.description)
     envs, algos = ({key[part] for key in [*cells, *missing]} for part in (0, 1))
     names = ", ".join(f"`{algo}`" for algo in sorted(algos, key=rank))
     text += f"Here: {len(runs)} run{'s' * (len(runs) != 1)} ({ended}) of {names} in {len(envs)} environment"

@@ -306,7 +306,7 @@ def columns_of_stored(folders: Iterable[Path], fresh: list[Run], taken: set[str]
     columns: list[Run] = []
 
     def identity(run: Run) -> tuple:
-        return run.env_id, run.algo.split(STORED)[0], run.seed, run.key
+        return run.env_id, run.algo.split(",")[0], run.seed, run.key  # what follows the comma is in the key, too
 
     for folder in folders:
         same = {identity(run) for run in [*fresh, *columns] if run.done and run.key}

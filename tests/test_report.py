@@ -323,8 +323,14 @@ def test_an_equal_key_of_another_algorithm_is_not_the_same_run(tmp_path):
     for algo in ("ppo", "random"):
         keyed(make_run(old, algo=algo, returns=[1.0] * 120), "same")
     assert main(["report", str(old), "--out", str(out)]) == 0
-    text = report_of_both(new, out, keyed(make_run(new, algo="my_ppo", returns=[7.0] * 120), "same"))
+    fresh = keyed(make_run(new, algo="my_ppo", returns=[7.0] * 120), "same")
+    text = report_of_both(new, out, fresh)
     assert [row_of(text, "CartPole-v1", algo)[4] for algo in ("my_ppo", "ppo", "random")] == ["7.00", "1.00", "1.00"]
+    shutil.rmtree(fresh)
+    keyed(make_run(new, algo="ppo", returns=[1.0] * 120), "same")
+    for seed in (2, 3):  # and so the first is now "ppo, learning_rate=0.1"
+        keyed(make_run(new, algo="ppo", seed=seed, learning_rate=0.5), f"another{seed}")
+    assert "stored`" not in report_of_both(new, out)
 
 
 def test_only_what_the_harness_names_has_a_key(tmp_path):
@@ -521,16 +527,25 @@ def test_another_budget_is_in_no_aggregate_and_that_is_said(tmp_path):
             for seed in (1, 2):
                 make_run(tmp_path, env_id, algo, seed, returns=[50.0] * (110 if algo == "trpo" else 100))
     text = report_of(tmp_path)
-    assert "trpo has 1,100 steps of CartPole-v1 where others have 1,000, and does not count there." in text
+    assert "trpo has 1,100 steps of CartPole-v1, not 1,000, and does not count there." in text
     by_algo, envs, _ = report.normalised(report.cells_of(read_runs([tmp_path])[0]), "train_last100")
     assert [*by_algo] == ["ppo", "a2c"] and len(envs) == 2
+
+
+def test_of_two_budgets_that_of_more_runs_counts(tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path, seed=seed, returns=[50.0] * 100)
+    make_run(tmp_path, algo="long", returns=[50.0] * 300)
+    make_run(tmp_path, algo="stopped", returns=[50.0] * 300, status="interrupted")
+    by_algo, *_ = report.normalised(report.cells_of(read_runs([tmp_path])[0]), "train_last100")
+    assert [*by_algo] == ["ppo"]
 
 
 def test_who_has_no_score_is_said_to_be_in_no_aggregate(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path, algo="ppo", seed=seed)
         make_run(tmp_path, algo="a2c", seed=seed, status="diverged")
-    assert "a2c has no score in any of these environments and is in no aggregate." in report_of(tmp_path)
+    assert "a2c has no score that counts in any of these environments and is in no aggregate." in report_of(tmp_path)
 
 
 def test_the_scale_does_not_depend_on_who_else_is_there(tmp_path):
