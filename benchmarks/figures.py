@@ -66,9 +66,8 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
         """Where the steps of the grid stand on the axis."""
         return grid if against == "steps" else np.interp(grid, run.steps, run.seconds) / seconds
 
-    spread, left = [], []  # per panel: when the first and the last algorithm end; where a logarithmic axis begins
-    for axis, env_id in zip(axes.flat, envs):
-        ends, crosses = [], []
+    ends, crosses = [[] for _ in envs], [[] for _ in envs]  # places on the axis, per panel
+    for panel, (axis, env_id) in enumerate(zip(axes.flat, envs)):
         for algo in algos:
             style = style_of(algo, algos)
             color = style["color"]
@@ -79,13 +78,13 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
                 axis.plot(places(run, grid), curve, color=color, alpha=0.25, linewidth=0.6)
                 if not run.done:
                     axis.plot(places(run, grid)[-1], curve[-1], "x", color=color, markersize=6)
-                    crosses.append(places(run, grid)[-1])
+                    crosses[panel].append(places(run, grid)[-1])
             if not (done := [run for run in runs if run.done]):
                 continue
             grid = np.linspace(max(run.steps[0] for run in done), min(run.steps[-1] for run in done), 300)
             curves = np.array([run.curve(grid) for run in done])
             x = np.median([places(run, grid) for run in done], axis=0)
-            ends.append(x[-1])
+            ends[panel].append(x[-1])
             centre = curves.mean(0) if statistic == "mean" else stats.iqm(curves, axis=0)
             axis.plot(x, centre, **style, linewidth=1.8, zorder=3)
             if len(done) > 1:
@@ -98,21 +97,27 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
         if against == "steps":
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.locator_params(axis="x", nbins=6)
-        spread.append((min(ends, default=0.0), max(ends, default=0.0)))
-        left.append(min([spread[-1][0] / 10, *(0.9 * place for place in crosses)]))
-    if against == "time" and any(0 < 4 * low < high for low, high in spread):  # or else the fast are a vertical line
-        for axis, begin in zip(axes.flat, left):
-            axis.set_xscale("log")
-            axis.set_xlim(begin or None)
-            axis.minorticks_off()
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter("{x:g}")
+    if against == "time":
+        spread_out(axes, ends, crosses)
     for axis in axes.flat[len(envs) :]:
         axis.axis("off")
     for row in axes:
         row[0].set_ylabel("return, last 100 episodes")
     add_legend(figure, cells, algos)
     save_figure(figure, path)
+
+
+def spread_out(axes: np.ndarray, ends: list[list[float]], crosses: list[list[float]]) -> None:
+    """Makes all time axes logarithmic where, in one panel, an algorithm ends four times as late as another, whose curve
+    would be a vertical line. They begin at a tenth of the earliest end, and before every cross."""
+    if not any(max(panel) > 4 * min(panel) > 0 for panel in ends if panel):
+        return
+    for axis, panel, stopped in zip(axes.flat, ends, crosses):
+        axis.set_xscale("log")
+        axis.set_xlim(min([*(0.1 * end for end in panel), *(0.9 * cross for cross in stopped)], default=0) or None)
+        axis.minorticks_off()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
 
 
 def add_legend(figure: Any, cells: dict, algos: list[str]) -> None:

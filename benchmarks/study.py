@@ -118,7 +118,7 @@ def is_alive(study: Any, owner: str) -> bool:
         except ProcessLookupError:
             return False
         except PermissionError:
-            pass
+            pass  # it exists, as another user's
     return time.time() - study.user_attrs.get(f"seen {owner}", 0) < SILENCE
 
 
