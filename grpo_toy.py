@@ -1,3 +1,13 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.13",
+#     "tyro>=1.0",
+#     "tensorboard>=2.20",
+#     "wandb>=0.27",
+#     "numpy>=2.0",
+# ]
+# ///
 """GRPO, Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300), and its relatives, in one file.
 
 For a prompt q, sample a group of completions o_1 ... o_G from the old policy, reward each, and climb
@@ -32,14 +42,17 @@ ten rounds such groups fill the batch; the price of length is at most 1 beside a
 penalty of GRPO stays. In the first step on a batch the ratio is 1, so nothing is clipped and the loss has nothing to do
 with how good the policy is (0 if every sequence weighs the same): that is right, its gradient is not 0.
 
-In a hurry, read "the method" and `train`.
+The upper half of this file is the method. The lower half has the sections that scripts share.
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
 import csv
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -55,289 +68,78 @@ import sys
 import time
 import uuid
 import zipfile
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
-    # Run
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, a part of the run's name"""
-    seed: int = 1
-    """seed of weights, teacher, prompts and samples"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    run_name: str = ""
-    """folder of this run in runs-dir (default: {exp_name}__{seed}__{time})"""
-    resume: str = ""
-    """run directory to go on with, from its newest good checkpoint, with its own arguments"""
-    evaluate: str = ""
-    """run directory, or one of its checkpoints, to load and test instead of training"""
-    eval_interval: int = 10
-    """iterations from an evaluation to the next"""
-    eval_prompts: int = 256
-    """held-out prompts of an evaluation, answered once greedily and eight times by sampling"""
-    checkpoint_interval: int = 0
-    """iterations from a checkpoint to the next (0: a twentieth of the run)"""
-    track: bool = False
-    """log to Weights & Biases as well (WANDB_MODE=offline works)"""
-    wandb_project_name: str = "lineage"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cpu, where all results were measured"""
-    num_threads: int = 0
-    """CPU threads of torch (0: all cores, but at most 4)"""
+    # Algorithm
+    method: Literal["grpo", "dr_grpo", "dapo", "gspo", "gdpo"] = "grpo"  # whose defaults to take for the others
+    seed: int = 1  # seed of weights, teacher, prompts and samples
+    max_steps: int = 130  # iterations: sample a batch, then learn from it
+    learning_rate: float = 8e-4  # step size of AdamW
+    anneal_lr: bool = True  # let the step size fall linearly to a tenth
+    generation_batch_size: int = 384  # completions in a batch
+    num_generations: int = 8  # completions per prompt, a group (G)
+    num_iterations: int = 2  # epochs over a batch (mu)
+    steps_per_generation: int = 1  # minibatches, each an optimizer step, in an epoch
+    beta: float = 0.04  # weight of the KL divergence from the reference in the loss
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # estimate of this divergence; see the function kl_estimate
+    epsilon: float = 0.2  # how far the ratio may fall below 1 before it is clipped
+    epsilon_high: float | None = None  # how far the ratio may rise above 1 before it is clipped; None: as epsilon
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # see the function policy_loss
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # a ratio per token, or (GSPO) per sequence
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # the standard deviation that divides rewards, if any
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"  # the second is GDPO
+    rewards: list[str] = field(default_factory=lambda: ["correct"])  # correct, exact, format, length, rising, overlong
+    reward_weights: list[float] = field(default_factory=list)  # a weight for each of the rewards; without, each has 1
+    condition: list[str] = field(default_factory=list)  # rewards that count only with another: "length:correct>=3"
+    mask_truncated_completions: bool = False  # leave completions that did not end in time out of the loss
+    dynamic_sampling: bool = False  # replace groups whose first reward is the same for all, in at most ten rounds
+    overlong_buffer: int = 4  # tokens before the longest length over which the reward "overlong" falls from 0 to -1
+    temperature: float = 1.0  # divides the logits, when sampling and when scoring
+    max_grad_norm: float = 1.0  # bound on the global norm of the gradient
 
     # Task and model
-    num_digits: int = 6
-    """digits of a prompt"""
-    max_completion_length: int = 16
-    """tokens that a completion may have, with the one that ends it"""
-    n_layer: int = 2
-    """transformer blocks"""
-    n_head: int = 4
-    """attention heads of a block"""
-    n_embd: int = 64
-    """width of the model"""
-    init_from: str = ""
-    """run directory, or one of its checkpoints, whose model to start from (and to keep as reference)"""
-    sft_steps: int = 300
-    """minibatches of 128 answers of the teacher that warm the model up"""
-    sft_learning_rate: float = 4e-3
-    """highest step size of the warm start"""
-    cache_warm_start: bool = True
-    """keep warm starts in runs-dir, and reuse the one that the same arguments, code and libraries made"""
-
-    # Algorithm
-    method: Literal["grpo", "dr_grpo", "dapo", "gspo", "gdpo"] = "grpo"
-    """whose defaults to take for the options below"""
-    max_steps: int = 130
-    """iterations: sample a batch, then learn from it"""
-    learning_rate: float = 8e-4
-    """step size of AdamW"""
-    anneal_lr: bool = True
-    """let the step size fall linearly to a tenth"""
-    max_grad_norm: float = 1.0
-    """bound on the global norm of the gradient"""
-    generation_batch_size: int = 384
-    """completions in a batch"""
-    num_generations: int = 8
-    """completions per prompt, a group (G)"""
-    num_iterations: int = 2
-    """epochs over a batch (mu)"""
-    steps_per_generation: int = 1
-    """minibatches, each an optimizer step, in an epoch"""
-    temperature: float = 1.0
-    """divides the logits, when sampling and when scoring"""
-    rewards: list[str] = field(default_factory=lambda: ["correct"])
-    """names of reward functions, see reward_* in this file: correct, exact, format, length, rising, overlong"""
-    reward_weights: list[float] = field(default_factory=list)
-    """a weight for each of the rewards; without, each has 1"""
-    condition: list[str] = field(default_factory=list)
-    """rewards that count only where another is met, such as "length:correct>=3" """
-    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    """normalise the weighted sum of the rewards in its group, or (GDPO) each reward before they are summed"""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """divide rewards less their group's mean by the standard deviation of the group, of the batch, or by nothing"""
-    beta: float = 0.04
-    """weight of the KL divergence from the reference in the loss"""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """estimate of this divergence; see the function kl_estimate"""
-    epsilon: float = 0.2
-    """how far the ratio may fall below 1 before it is clipped"""
-    epsilon_high: float | None = None
-    """how far the ratio may rise above 1 before it is clipped; None: as far as epsilon"""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    """a ratio per token, or (GSPO) per sequence"""
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """grpo: mean over sequences of their tokens' mean; dr_grpo: sum / (sequences x longest length); dapo: token mean"""
-    mask_truncated_completions: bool = False
-    """leave completions that did not end in time out of the loss"""
-    dynamic_sampling: bool = False
-    """replace groups whose first reward is the same for all by new ones, in at most ten rounds"""
-    overlong_buffer: int = 4
-    """tokens before max-completion-length over which the reward "overlong" falls from 0 to -1"""
+    num_digits: int = 6  # digits of a prompt
+    max_completion_length: int = 16  # tokens that a completion may have, with the one that ends it
+    n_layer: int = 2  # transformer blocks
+    n_head: int = 4  # attention heads of a block
+    n_embd: int = 64  # width of the model
+    init_from: str = ""  # run, or one of its checkpoints, whose model to start from, and to keep as reference
+    sft_steps: int = 300  # minibatches of 128 answers of the teacher that warm the model up
+    sft_learning_rate: float = 4e-3  # highest step size of the warm start
+    cache_warm_start: bool = True  # keep warm starts in runs-dir, and use those of the same arguments, code, libraries
 
 
 # What each paper sets, where it is not what GRPO sets; an explicit flag wins.
+# fmt: off
 METHODS: dict[str, dict[str, Any]] = {
-    "grpo": {},
+    "grpo": dict(),
     "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", beta=0.0),
     "dapo": dict(loss_type="dapo", epsilon_high=0.28, dynamic_sampling=True, beta=0.0, rewards=["correct", "overlong"]),
-    "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0)
-    | dict(steps_per_generation=4, num_iterations=1),
+    "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0,
+                 steps_per_generation=4, num_iterations=1),
     "gdpo": dict(reward_aggregation="normalize_then_sum", rewards=["correct", "format", "length"]),
 }
-SIZES = "num_digits max_completion_length n_layer n_head n_embd"  # what makes a model another one
-MAY_BE_ZERO = "seed checkpoint_interval num_threads sft_steps beta epsilon epsilon_high reward_weights"
-
-
-class UsageError(Exception):
-    """The configuration is wrong: one sentence, exit status 2, nothing created."""
-
-
-class Failed(Exception):
-    """A number is NaN or infinite (status "diverged") or a reward raised ("failed"): exit status 1."""
-
-    def __init__(self, message: str, status: str = "diverged"):
-        super().__init__(message)
-        self.status = status
-
-
-class Stopped(Exception):
-    """A signal ended the run after its iteration was saved: exit status 128 + signal."""
-
-
-def refuse(wrong: Any, message: str) -> None:
-    if wrong:
-        raise UsageError(message)
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Args from the command line, over the defaults of the method or, to resume, over the run's own."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--method", nargs="?")
-    peek.add_argument("--resume", nargs="?", type=Path)
-    peek.add_argument("--evaluate", nargs="?", type=Path)
-    asked = peek.parse_known_args(argv)[0]
-    if asked.resume:
-        refuse(asked.resume.is_file(), f"--resume takes a run directory, here {run_dir_of(asked.resume)}.")
-    if asked.resume or asked.evaluate:
-        saved, _ = read_config(asked.resume or asked.evaluate)
-    else:
-        saved = Args(**METHODS.get(asked.method, {}))
-    args = tyro.cli(Args, args=argv, default=saved)
-    harmless = ("resume", "track", "wandb_project_name", "wandb_entity", "device", "num_threads")
-    harmless = ("evaluate", "eval_prompts", "device", "num_threads") if asked.evaluate else harmless
-    changed = [name for name, value in vars(saved).items() if name not in harmless and value != vars(args)[name]]
-    if (asked.resume or asked.evaluate) and changed:
-        what = "--resume goes on with" if asked.resume else "--evaluate goes by"
-        difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
-        raise UsageError(f"{what} the arguments of the run, and these differ: {difference}.")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Raises UsageError for the first argument that cannot work, and says what would; settles device and threads."""
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                least = "0 or more" if name in MAY_BE_ZERO.split() else "greater than 0"
-                wrong = number < 0 and name != "reward_weights" or number == 0 and least == "greater than 0"
-                must = least if math.isfinite(number) else "finite"
-                refuse(wrong or must == "finite", f"--{name.replace('_', '-')} is {number}, but must be {must}.")
-    shortest = args.num_digits + 3
-    refuse(args.seed >= 2**32, f"--seed is {args.seed}, but must be less than 2**32.")
-    refuse(args.n_embd % args.n_head, f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}.")
-    refuse(args.run_name in (".", "..", "warm_starts"), f"--run-name {args.run_name} is taken; choose another.")
-    refuse(
-        args.max_completion_length < shortest,
-        f"--max-completion-length {args.max_completion_length} is too short for {args.num_digits} digits, two brackets"
-        f" and an end; ask for {shortest} or more.",
-    )
-    args.device = "cpu" if args.device == "auto" else args.device
-    no_cuda = args.device == "cuda" and not torch.cuda.is_available()
-    refuse(no_cuda, "--device cuda: torch sees no CUDA device here; use --device cpu.")
-    if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
-        import wandb
-
-        try:
-            problem = None if wandb.login(prompt=False) else "wandb is not logged in"
-        except Exception as error:
-            problem = f"wandb cannot log in ({' '.join(str(error).split())})"
-        refuse(problem, f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
-    cores = os.cpu_count() or 1
-    refuse(
-        args.num_threads > cores, f"--num-threads is {args.num_threads}, but there are {cores} cores; ask for fewer."
-    )
-    args.num_threads = args.num_threads or min(cores, 4)
-    torch.set_num_threads(args.num_threads)
-
-
-def check_method(args: Args) -> None:
-    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
-    batch, used = args.generation_batch_size, args.rewards
-    unit = math.lcm(args.num_generations, args.steps_per_generation)
-    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
-    refuse(
-        batch % unit,
-        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
-        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
-    )
-    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
-    for name in used:
-        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
-        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
-    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
-    args.reward_weights = args.reward_weights or [1.0] * len(used)
-    count = len(args.reward_weights)
-    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
-    for easy, hard, _ in map(parse_condition, args.condition):
-        unused = [name for name in (easy, hard) if name not in used]
-        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
-        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
-    too_long = args.overlong_buffer > args.max_completion_length
-    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
-
-
-# ----------------------------------------------------------------------------------------------------- the task
-TOKENS = "_^$0123456789.[]()"
-PAD, BOS, EOS = range(3)
-EVAL_SEED = 1_000_000  # of the held-out prompts and the answers to them: the same in every evaluation of every run
-
-
-def decode(tokens: Tensor, mask: Tensor) -> list[str]:
-    """The characters (rows, length) where mask is true, "$" for the end, as a string per row."""
-    return ["".join(TOKENS[i] for i in row[:n]) for row, n in zip(tokens.tolist(), mask.sum(1).tolist())]
-
-
-def encode(texts: list[str], length: int) -> Tensor:
-    """The tokens of each text, padded on the right, (texts, length)."""
-    return torch.tensor([[TOKENS.index(c) for c in text.ljust(length, "_")] for text in texts])
-
-
-def encode_prompts(prompts: list[str], device: str) -> Tensor:
-    """BOS and the digits of each, (prompts, 1 + digits)."""
-    return encode(["^" + prompt for prompt in prompts], 1 + len(prompts[0])).to(device)
-
-
-def sample_prompts(count: int, num_digits: int, held_out: bool, rng: Any = random) -> list[str]:
-    """Strings of digits; a tenth of all strings, by a hash, is held out from training."""
-
-    prompts = []
-    while len(prompts) < count:
-        prompt = "".join(rng.choices("0123456789", k=num_digits))
-        if (int(prompt) * 2654435761 % 2**32 < 2**32 // 10) == held_out:
-            prompts.append(prompt)
-    return prompts
-
-
-def sloppy_answer(prompt: str, max_dots: int) -> str:
-    """The teacher: one answer of five is right, three are the wrong way round, one has a random digit.
-
-    Nine of ten have the wrong brackets. These mistakes leave no short cut: leaving the brackets out would please the
-    reward for brevity, and swapping two neighbours is often no mistake.
-    """
-    digits, kind = sorted(prompt), random.random()
-    if kind < 0.6:
-        digits.reverse()
-    elif kind < 0.8:
-        digits[random.randrange(len(digits))] = random.choice("0123456789")
-    left, right = "[]" if random.random() < 0.1 else "()"
-    return "." * random.randint(0, max_dots) + left + "".join(digits) + right + "$"
+POSITIVE = ("max_steps", "learning_rate", "generation_batch_size", "num_generations", "num_iterations",
+            "steps_per_generation", "overlong_buffer", "temperature", "max_grad_norm", "num_digits",
+            "max_completion_length", "n_layer", "n_head", "n_embd", "sft_learning_rate")
+AT_MOST_ONE = ()
+ANY_SIGN = ("reward_weights",)
+# fmt: on
 
 
 # A reward is a function of this name and form: the prompt, the completion (it ends with "$" if it ended in time) and
@@ -381,88 +183,7 @@ def reward_overlong(prompt: str, completion: str, args: Args) -> float:
     return min(0.0, (args.max_completion_length - args.overlong_buffer - len(completion)) / args.overlong_buffer)
 
 
-# ---------------------------------------------------------------------------------------------------- the model
-class Block(nn.Module):
-    """Causal self-attention and an MLP, each after a layer norm and around a shortcut (GPT-2)."""
-
-    def __init__(self, args: Args):
-        super().__init__()
-        self.n_head, width = args.n_head, args.n_embd
-        self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        rows, length, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(rows, length, 3, self.n_head, width // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        if cache is not None:  # (2, rows, heads, context, width of a head)
-            cache[0, :, :, start : start + length], cache[1, :, :, start : start + length] = k, v
-            k, v = cache[:, :, :, : start + length]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
-        x = x + self.out(y.transpose(1, 2).reshape(rows, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """Tokens (rows, length) to the logits of the token after each, (rows, length, tokens)."""
-
-    def __init__(self, args: Args):
-        super().__init__()
-        self.context = 1 + args.num_digits + args.max_completion_length
-        self.token, self.position = nn.Embedding(len(TOKENS), args.n_embd), nn.Embedding(self.context, args.n_embd)
-        self.blocks = nn.ModuleList(Block(args) for _ in range(args.n_layer))
-        self.norm, self.head = nn.LayerNorm(args.n_embd), nn.Linear(args.n_embd, len(TOKENS), bias=False)
-        for table in (self.token, self.position):
-            nn.init.normal_(table.weight, std=0.1)
-
-    def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0, only_from: int = 0) -> Tensor:
-        """tokens stand at start and later, after what the cache has seen; the logits are those from only_from on."""
-        x = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[i], start)
-        return self.head(self.norm(x[:, only_from:]))
-
-
-@torch.no_grad()
-def generate(model: GPT, prompts: Tensor, num_generations: int, args: Args, greedy: bool = False) -> Tensor:
-    """num_generations completions of each prompt (prompts, length), those of a group one after the other.
-
-    Returns (prompts * num_generations, max_completion_length or less), with PAD after the first EOS. The prompt goes
-    through the model once and its keys and values are repeated for the group.
-    """
-    heads, context, width = model.blocks[0].n_head, model.context, model.token.embedding_dim
-    cache = model.token.weight.new_zeros(len(model.blocks), 2, len(prompts), heads, context, width // heads)
-    logits = model(prompts, cache)[:, -1].repeat_interleave(num_generations, 0)
-    cache, tokens, ended = cache.repeat_interleave(num_generations, 2), [], logits.new_zeros(len(logits)).bool()
-    for position in range(prompts.shape[1], context):
-        if tokens:
-            logits = model(tokens[-1][:, None], cache, position - 1)[:, -1]
-        # The largest p / e, with e exponentially distributed, is a sample of p (the Gumbel trick).
-        noise = torch.ones_like(logits) if greedy else torch.empty_like(logits).exponential_()
-        token = ((logits / args.temperature).softmax(-1) / noise).argmax(-1)
-        tokens.append(torch.where(ended, PAD, token))
-        ended |= token == EOS
-        if ended.all():
-            break
-    return torch.stack(tokens, 1)
-
-
-def completion_mask(completions: Tensor) -> Tensor:
-    """True up to the first EOS, which counts, and false after it; EOS and PAD are separate tokens."""
-    ends = completions == EOS
-    return ends.cumsum(1) - ends.long() == 0
-
-
-def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """log pi(o_t | q, o_<t), at the temperature that samples have, and the entropy there, each (rows, length)."""
-    tokens = torch.cat([prompts, completions[:, :-1]], 1)
-    logprobs = (model(tokens, only_from=prompts.shape[1] - 1) / args.temperature).log_softmax(-1)
-    with torch.no_grad():
-        entropies = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropies
-
-
-# --------------------------------------------------------------------------------------------------- the method
+# ---------------------------------------------------------------------------------------------------- the method
 def parse_condition(text: str) -> tuple[str, str, float]:
     """("length", "correct", 3.0) from "length:correct>=3"; raises UsageError for any other form."""
     match = re.fullmatch(r"(\w+):(\w+)>=(-?\d*\.?\d+)", text)
@@ -550,7 +271,8 @@ def policy_loss(
     """
     mask = mask.bool()
     logprobs, old_logprobs, ref_logprobs = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, ref_logprobs))
-    lengths, advantages = mask.sum(1, keepdim=True).clamp(min=1), advantages[:, None]
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    advantages = advantages[:, None]
     log_ratio = logprobs - old_logprobs
     if args.importance_sampling_level == "sequence":  # GSPO eq. 7: the geometric mean over the sequence
         log_ratio = log_ratio.sum(1, keepdim=True) / lengths
@@ -566,11 +288,14 @@ def policy_loss(
     else:
         loss = token_losses.sum() / mask.sum().clamp(min=1)
     with torch.no_grad():
-        stats = {"loss": loss.detach(), "kl": masked_mean(kl[args.kl_estimator], mask)}
-        stats |= {f"kl/{kind}": masked_mean(value, mask) for kind, value in kl.items()}
-        stats |= {"clip_ratio/low_mean": masked_mean((ratio < low) & (advantages < 0), mask)}
-        stats |= {"clip_ratio/high_mean": masked_mean((ratio > high) & (advantages > 0), mask)}
-        stats |= {"ratio/max": torch.where(mask, ratio, 0.0).max()}
+        stats = {
+            "loss": loss.detach(),
+            "kl": masked_mean(kl[args.kl_estimator], mask),
+            **{f"kl/{kind}": masked_mean(value, mask) for kind, value in kl.items()},
+            "clip_ratio/low_mean": masked_mean((ratio < low) & (advantages < 0), mask),
+            "clip_ratio/high_mean": masked_mean((ratio > high) & (advantages > 0), mask),
+            "ratio/max": torch.where(mask, ratio, 0.0).max(),
+        }
     return loss, stats
 
 
@@ -638,24 +363,18 @@ def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]]
     returns = (rewards * torch.tensor(args.reward_weights)).sum(-1)
     texts = [text for group in groups for text in group.texts]
     lengths = [len(text) for text in texts]
-    values = {"reward": returns.mean(), "reward_std": returns.std(1).mean()}
-    values |= {"frac_reward_zero_std": no_variance(returns).float().mean()}
+    values = {
+        "reward": returns.mean(),
+        "reward_std": returns.std(1).mean(),
+        "frac_reward_zero_std": no_variance(returns).float().mean(),
+        "completions/mean_length": sum(lengths) / len(texts),
+        "completions/clipped_ratio": sum(text[-1] != "$" for text in texts) / len(texts),
+    }
     for i, name in enumerate(args.rewards):
-        values |= {f"rewards/{name}/mean": given[..., i].mean(), f"rewards/{name}/std": given[..., i].std()}
-        values |= {f"frac_reward_zero_std/{name}": no_variance(rewards[..., i]).float().mean()}
-    values |= {"completions/mean_length": sum(lengths) / len(texts)}
-    values |= {"completions/clipped_ratio": sum(text[-1] != "$" for text in texts) / len(texts)}
+        values[f"rewards/{name}/mean"] = given[..., i].mean()
+        values[f"rewards/{name}/std"] = given[..., i].std()
+        values[f"frac_reward_zero_std/{name}"] = no_variance(rewards[..., i]).float().mean()
     return list(zip(returns.flatten().tolist(), lengths)), {tag: float(value) for tag, value in values.items()}
-
-
-def table_of(groups: list[Group], batch: Batch, args: Args) -> list[list[str]]:
-    """The first group of the batch in which something differs, if any, to look at."""
-    advantages = batch.advantages.view(-1, args.num_generations)
-    i = int((~no_variance(advantages)).int().argmax())
-    scores = [[f"{reward:g}" for reward in rewards] for rewards in groups[i].rewards.tolist()]
-    rows = zip(groups[i].texts, scores, advantages[i].tolist())
-    header = ["prompt", "completion", *args.rewards, "advantage"]
-    return [header, *([groups[i].prompt, text, *given, f"{advantage:.2f}"] for text, given, advantage in rows)]
 
 
 def update(
@@ -664,9 +383,10 @@ def update(
     """num_iterations epochs over a batch; returns the means of their statistics.
 
     The old policy is the one that sampled, so the first step has ratios of exactly 1 ("ratio/max_first_step"): its
-    gradient is the policy gradient. Raises Failed where the loss or its gradient is not finite.
+    gradient is the policy gradient.
     """
-    optimizer.param_groups[0]["lr"], steps = learning_rate, []
+    optimizer.param_groups[0]["lr"] = learning_rate
+    steps = []
     rows = torch.randperm(len(batch.mask), device=batch.mask.device).chunk(args.steps_per_generation)
     parts = [Batch(*(x[part] for x in batch)) for part in rows]
     with torch.no_grad():
@@ -682,15 +402,399 @@ def update(
             optimizer.step()
             steps.append(stats | {"entropy": masked_mean(entropies, part.mask)})
     values = {tag: torch.stack([step[tag] for step in steps]).mean().item() for tag in steps[0]}
-    values |= {"ratio/max_first_step": steps[0]["ratio/max"].item()}
-    values |= {"ratio/max": max(step["ratio/max"].item() for step in steps)}
-    for tag in ("loss", "grad_norm"):
-        if not math.isfinite(values[tag]):
-            raise Failed(f"{tag} is {values[tag]}")
+    values["ratio/max_first_step"] = steps[0]["ratio/max"].item()
+    values["ratio/max"] = max(step["ratio/max"].item() for step in steps)
     return values
 
 
-# ------------------------------------------------------------------------------------------ the run directory
+def check_method(args: Args) -> None:
+    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
+    batch, used = args.generation_batch_size, args.rewards
+    unit = math.lcm(args.num_generations, args.steps_per_generation)
+    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
+    refuse(
+        batch % unit,
+        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
+        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
+    )
+    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
+    for name in used:
+        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
+        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
+    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
+    args.reward_weights = args.reward_weights or [1.0] * len(used)
+    count = len(args.reward_weights)
+    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
+    for easy, hard, _ in map(parse_condition, args.condition):
+        unused = [name for name in (easy, hard) if name not in used]
+        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
+        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
+    too_long = args.overlong_buffer > args.max_completion_length
+    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
+
+
+def train(args: RunArgs) -> Path:
+    """Trains for max_steps iterations, or goes on with the run args.resume. Returns the run directory.
+
+    Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
+    """
+    started = time.perf_counter()
+    check_args(args)
+    check_model(args)
+    check_method(args)
+    settle(args)
+    model = GPT(args).to(args.device)
+    if args.init_from and not args.resume:
+        load_model(model, Path(args.init_from), args)
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+
+    with Run(args, args.max_steps, started, model=model, reference=reference, optimizer=optimizer) as run:
+        if not run.iteration:
+            if not args.init_from:
+                warm_start(model, run)
+            reference.load_state_dict(model.state_dict())
+            begin(model, run)
+        for iteration in run.iterations():
+            learning_rate = args.learning_rate * (1 - 0.9 * iteration / args.max_steps if args.anneal_lr else 1)
+            clock = [time.perf_counter()]
+            groups, batch = rollout(model, args)
+            clock.append(time.perf_counter())
+            completions, values = statistics(groups, args)
+            values |= update(model, reference, optimizer, batch, learning_rate, args)
+            values |= speed(completions, batch, clock, args)
+            values["learning_rate"] = learning_rate
+            if iteration == args.max_steps or iteration % args.eval_interval == 0:
+                values |= evaluation(model, args)
+            tell(run, groups, batch, values)
+            run.log(1, [(1, *completion) for completion in completions], values)
+    return run.path
+
+
+# ==================================================================================================================
+# The machine room. Each section below is the same text in every script that has it; tools/shared.py keeps it so.
+# ==================================================================================================================
+
+
+# ==== shared: language run flags ====
+@dataclass
+class RunArgs(Args):
+    """All arguments of the command line: those of the method, the task and the model, and those of the run."""
+
+    exp_name: str = Path(globals().get("__file__", "notebook")).stem  # name of the experiment, a part of the run's name
+    runs_dir: str = "runs"  # folder of all runs
+    run_name: str = ""  # folder of this run in runs-dir (default: {exp_name}__{seed}__{time})
+    resume: str = ""  # run directory to go on with, from its newest good checkpoint, with its own arguments
+    evaluate: str = ""  # run directory, or one of its checkpoints, to load and test instead of training
+    eval_interval: int = 10  # iterations from an evaluation to the next
+    eval_prompts: int = 256  # held-out prompts of an evaluation, answered once greedily and eight times by sampling
+    checkpoint_interval: int = 0  # iterations from a checkpoint to the next (0: about a twentieth of the run)
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+    wandb_project_name: str = "lineage"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu, where all results were measured
+    num_threads: int = 0  # CPU threads of torch (0: all cores, but at most 4)
+
+
+METRICS = ("eval/accuracy", "reward")  # of the HParams tab
+SIZES = ("num_digits", "max_completion_length", "n_layer", "n_head", "n_embd")  # what makes a model another one
+PRESET = "method"  # the argument that picks a row of METHODS
+
+
+def preset(method: str) -> dict[str, Any]:
+    """The row of METHODS for a method."""
+    return METHODS.get(method, {})
+
+
+def refuse(wrong: Any, message: str) -> None:
+    if wrong:
+        raise UsageError(message)
+
+
+def check_model(args: RunArgs) -> None:
+    """Raises UsageError for a model or a name that cannot be."""
+    shortest = args.num_digits + 3
+    refuse(args.n_embd % args.n_head, f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}.")
+    refuse(args.run_name in (".", "..", "warm_starts"), f"--run-name {args.run_name} is taken; choose another.")
+    refuse(
+        args.max_completion_length < shortest,
+        f"--max-completion-length {args.max_completion_length} is too short for {args.num_digits} digits, two brackets"
+        f" and an end; ask for {shortest} or more.",
+    )
+
+
+def settle(args: RunArgs) -> None:
+    """Decides what is "auto", and sets threads and seeds. Raises UsageError for what this machine does not have."""
+    if args.device == "auto":
+        args.device = "cpu"
+    no_cuda = args.device == "cuda" and not torch.cuda.is_available()
+    refuse(no_cuda, "--device cuda: torch sees no CUDA device here; use --device cpu.")
+    cores = os.cpu_count() or 1
+    refuse(
+        args.num_threads > cores, f"--num-threads is {args.num_threads}, but there are {cores} cores; ask for fewer."
+    )
+    args.num_threads = args.num_threads or min(cores, 4)
+    torch.set_num_threads(args.num_threads)
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+
+
+# ==== shared: command line ====
+class UsageError(Exception):
+    """The configuration is wrong: one sentence, exit status 2, nothing created."""
+
+
+class Failed(Exception):
+    """A number is NaN or infinite (status "diverged"), or something raised ("failed"): exit status 1."""
+
+    def __init__(self, message: str, status: str = "diverged"):
+        super().__init__(message)
+        self.status = status
+
+
+class Stopped(Exception):
+    """A signal ended the run after its iteration was saved: exit status 128 + signal."""
+
+    status = "interrupted"
+
+
+# What may differ from the run's own arguments when it is resumed or evaluated.
+MACHINE = ("device", "num_threads", "compile")
+HARMLESS = ("resume", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
+
+
+def parse_args(argv: list[str] | None = None) -> RunArgs:
+    """The command line, over the defaults of its preset. With --resume or --evaluate, over the arguments of the run."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default = vars(RunArgs())[PRESET]
+    peek.add_argument(f"--{PRESET.replace('_', '-')}", f"--{PRESET}", nargs="?", default=default, const=default)
+    peek.add_argument("--resume", nargs="?", type=Path)
+    peek.add_argument("--evaluate", nargs="?", type=Path)
+    asked = vars(peek.parse_known_args(argv)[0])
+    if asked["resume"] and asked["resume"].is_file():
+        raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
+    run = asked["resume"] or asked["evaluate"]
+    if not run:
+        return tyro.cli(RunArgs, args=argv, default=RunArgs(**{PRESET: asked[PRESET]} | preset(asked[PRESET])))
+    saved = read_config(run)[0]
+    args = tyro.cli(RunArgs, args=argv, default=saved)
+    changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in HARMLESS]
+    if asked["evaluate"]:
+        changed = [name for name in changed if not name.startswith("eval")]
+    if changed:
+        difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
+        goes_on = "--resume goes on with" if asked["resume"] else "--evaluate goes by"
+        raise UsageError(f"{goes_on} the arguments of the run, and these differ: {difference}.")
+    return args
+
+
+def check_args(args: RunArgs) -> None:
+    """Raises UsageError for the first number that cannot work, and says what would; and where --track cannot log."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
+                raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
+        check_login()
+
+
+def bound_broken(name: str, number: float) -> str:
+    """What an argument must be and is not, or ""."""
+    if not math.isfinite(number):
+        return "a finite number"
+    if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
+        return "greater than 0"
+    if name in AT_MOST_ONE and number > 1:
+        return "at most 1"
+    if name not in ANY_SIGN and number < 0:
+        return "0 or more"
+    if name in ("seed", "eval_seed") and number >= 2**32:
+        return "less than 2**32"
+    return ""
+
+
+def check_login() -> None:
+    """Raises UsageError unless wandb can log in."""
+    import wandb
+
+    try:
+        problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
+    except Exception as error:
+        problem = f"wandb cannot log in ({one_line(error)})"
+    if problem:
+        raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+# ==== shared: language task ====
+TOKENS = "_^$0123456789.[]()"
+PAD, BOS, EOS = range(3)
+EVAL_SEED = 1_000_000  # of the held-out prompts and the answers to them: the same in every evaluation of every run
+
+
+def decode(tokens: Tensor, mask: Tensor) -> list[str]:
+    """The characters (rows, length) where mask is true, "$" for the end, as a string per row."""
+    return ["".join(TOKENS[i] for i in row[:n]) for row, n in zip(tokens.tolist(), mask.sum(1).tolist())]
+
+
+def encode(texts: list[str], length: int) -> Tensor:
+    """The tokens of each text, padded on the right, (texts, length)."""
+    return torch.tensor([[TOKENS.index(c) for c in text.ljust(length, "_")] for text in texts])
+
+
+def encode_prompts(prompts: list[str], device: str) -> Tensor:
+    """BOS and the digits of each, (prompts, 1 + digits)."""
+    return encode(["^" + prompt for prompt in prompts], 1 + len(prompts[0])).to(device)
+
+
+def sample_prompts(count: int, num_digits: int, held_out: bool, rng: Any = random) -> list[str]:
+    """Strings of digits; a tenth of all strings, by a hash, is held out from training."""
+
+    prompts = []
+    while len(prompts) < count:
+        prompt = "".join(rng.choices("0123456789", k=num_digits))
+        if (int(prompt) * 2654435761 % 2**32 < 2**32 // 10) == held_out:
+            prompts.append(prompt)
+    return prompts
+
+
+def sloppy_answer(prompt: str, max_dots: int) -> str:
+    """The teacher: one answer of five is right, three are the wrong way round, one has a random digit.
+
+    Nine of ten have the wrong brackets. These mistakes leave no short cut: leaving the brackets out would please the
+    reward for brevity, and swapping two neighbours is often no mistake.
+    """
+    digits, kind = sorted(prompt), random.random()
+    if kind < 0.6:
+        digits.reverse()
+    elif kind < 0.8:
+        digits[random.randrange(len(digits))] = random.choice("0123456789")
+    left, right = "[]" if random.random() < 0.1 else "()"
+    return "." * random.randint(0, max_dots) + left + "".join(digits) + right + "$"
+
+
+# ==== shared: language model ====
+class Block(nn.Module):
+    """Causal self-attention and an MLP, each after a layer norm and around a shortcut (GPT-2)."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.n_head, width = args.n_head, args.n_embd
+        self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
+        rows, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(rows, length, 3, self.n_head, width // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:  # (2, rows, heads, context, width of a head)
+            cache[0, :, :, start : start + length], cache[1, :, :, start : start + length] = k, v
+            k, v = cache[:, :, :, : start + length]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
+        x = x + self.out(y.transpose(1, 2).reshape(rows, length, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Tokens (rows, length) to the logits of the token after each, (rows, length, tokens)."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.context = 1 + args.num_digits + args.max_completion_length
+        self.token, self.position = nn.Embedding(len(TOKENS), args.n_embd), nn.Embedding(self.context, args.n_embd)
+        self.blocks = nn.ModuleList(Block(args) for _ in range(args.n_layer))
+        self.norm, self.head = nn.LayerNorm(args.n_embd), nn.Linear(args.n_embd, len(TOKENS), bias=False)
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0, only_from: int = 0) -> Tensor:
+        """tokens stand at start and later, after what the cache has seen; the logits are those from only_from on."""
+        x = self.token(tokens) + self.position.weight[start : start + tokens.shape[1]]
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], start)
+        return self.head(self.norm(x[:, only_from:]))
+
+
+@torch.no_grad()
+def generate(model: GPT, prompts: Tensor, num_generations: int, args: Args, greedy: bool = False) -> Tensor:
+    """num_generations completions of each prompt (prompts, length), those of a group one after the other.
+
+    Returns (prompts * num_generations, max_completion_length or less), with PAD after the first EOS. The prompt goes
+    through the model once and its keys and values are repeated for the group.
+    """
+    heads, context, width = model.blocks[0].n_head, model.context, model.token.embedding_dim
+    cache = model.token.weight.new_zeros(len(model.blocks), 2, len(prompts), heads, context, width // heads)
+    logits = model(prompts, cache)[:, -1].repeat_interleave(num_generations, 0)
+    cache, tokens, ended = cache.repeat_interleave(num_generations, 2), [], logits.new_zeros(len(logits)).bool()
+    for position in range(prompts.shape[1], context):
+        if tokens:
+            logits = model(tokens[-1][:, None], cache, position - 1)[:, -1]
+        # The largest p / e, with e exponentially distributed, is a sample of p (the Gumbel trick).
+        noise = torch.ones_like(logits) if greedy else torch.empty_like(logits).exponential_()
+        token = ((logits / args.temperature).softmax(-1) / noise).argmax(-1)
+        tokens.append(torch.where(ended, PAD, token))
+        ended |= token == EOS
+        if ended.all():
+            break
+    return torch.stack(tokens, 1)
+
+
+def completion_mask(completions: Tensor) -> Tensor:
+    """True up to the first EOS, which counts, and false after it; EOS and PAD are separate tokens."""
+    ends = completions == EOS
+    return ends.cumsum(1) - ends.long() == 0
+
+
+def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """log pi(o_t | q, o_<t), at the temperature that samples have, and the entropy there, each (rows, length)."""
+    tokens = torch.cat([prompts, completions[:, :-1]], 1)
+    logprobs = (model(tokens, only_from=prompts.shape[1] - 1) / args.temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropies
+
+
+# ==== telling ====
+def table_of(groups: list[Group], batch: Batch, args: Args) -> list[list[str]]:
+    """The first group of the batch in which something differs, if any, to look at."""
+    advantages = batch.advantages.view(-1, args.num_generations)
+    i = int((~no_variance(advantages)).int().argmax())
+    scores = [[f"{reward:g}" for reward in rewards] for rewards in groups[i].rewards.tolist()]
+    rows = zip(groups[i].texts, scores, advantages[i].tolist())
+    header = ["prompt", "completion", *args.rewards, "advantage"]
+    return [header, *([groups[i].prompt, text, *given, f"{advantage:.2f}"] for text, given, advantage in rows)]
+
+
+def speed(completions: list[tuple[float, int]], batch: Batch, clock: list[float], args: RunArgs) -> dict[str, float]:
+    """Tokens a second in sampling, from clock[0] to clock[1], and in training since then."""
+    trained = args.num_iterations * batch.mask.sum().item()
+    return {
+        "tokens_per_second/sampled": sum(length for _, length in completions) / (clock[1] - clock[0]),
+        "tokens_per_second/trained": trained / (time.perf_counter() - clock[1]),
+    }
+
+
+def tell(run: Run, groups: list[Group], batch: Batch, values: dict[str, float]) -> None:
+    """What a run tells besides its values: accuracy, tokens a second, and now and then a group of completions."""
+    last = run.iteration == run.args.max_steps
+    if "eval/accuracy" in values:
+        tell_accuracy(run, values)
+    run.notes["tokens"] = run.notes.get("tokens", 0) + sum(len(text) for group in groups for text in group.texts)
+    run.notes["tokens_per_second"] = run.notes["tokens"] / run.wall_time()
+    if run.iteration == 1 or last or run.iteration % math.ceil(run.args.max_steps / 4) == 0:
+        table = table_of(groups, batch, run.args)
+        run.log_files.text("completions", [[f"`{cell}`" for cell in row] for row in table], run.iteration)
+        widths = [max(map(len, column)) for column in zip(*table)]
+        run.progress.end()
+        for row in table[:9]:
+            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)), flush=True)
+
+
+# ==== shared: run directory ====
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a temporary neighbour, then puts it in the place of path: there is always the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -717,11 +821,11 @@ def run_dir_of(path: Path) -> Path:
     return path.parent.parent if path.is_file() else path
 
 
-def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
-    """The arguments, and all else in the config.json, of a run; raises UsageError where there is no such file."""
+def read_config(path: Path) -> tuple[RunArgs, dict[str, Any]]:
+    """The arguments of a run, and all of its config.json. Raises UsageError where there is no such file."""
     try:
-        config = json.loads((run_dir_of(path) / "config.json").read_text())
-        return Args(**config["args"]), config
+        config = json.loads((run_dir_of(path) / "config.json").read_text(encoding="utf-8"))
+        return RunArgs(**config["args"]), config
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(
             f"{path} is no run directory of this script: it has no config.json with its arguments."
@@ -731,26 +835,33 @@ def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary.json of a run directory; {} while there is none, or none that can be read."""
     try:
-        summary = json.loads((path / "summary.json").read_text())
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         return summary if isinstance(summary, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    """Of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "gymnasium", "numpy", "mujoco", "ale-py"):
+        if importlib.util.find_spec(name.replace("-", "_")):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def create_run_dir(args: Args) -> Path:
+def git(*command: str) -> str | None:
+    """What git says in the folder of this file; None where there is no git or no repository."""
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def create_run_dir(args: RunArgs) -> Path:
     """Makes the folder of a new run, never one that exists, and its config.json."""
-
-    def git(*command: str) -> str | None:
-        here = Path(__file__).parent
-        done = shutil.which("git") and subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip() if done and done.returncode == 0 else None
-
-    name = args.run_name or f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
+    name = args.run_name or "__".join(str(part) for part in parts if part is not None)
     path = first = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
     while True:
         try:
@@ -764,60 +875,188 @@ def create_run_dir(args: Args) -> Path:
             path = first.with_name(f"{first.name}-{uuid.uuid4().hex[:4]}")
     (path / "checkpoints").mkdir()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    config = dict(args=asdict(args), command=[sys.executable, *sys.argv], seed=args.seed, versions=versions())
     changes = git("status", "--porcelain")
-    config |= dict(git_commit=git("rev-parse", "HEAD"), git_dirty=None if changes is None else bool(changes))
-    config |= dict(hardware=torch.cuda.get_device_name() if args.device == "cuda" else cpu, threads=args.num_threads)
-    write_json(path / "config.json", config | dict(wandb_id=uuid.uuid4().hex[:8]))
+    config = {
+        "args": asdict(args),
+        "command": [sys.executable, *sys.argv],
+        "seed": args.seed,
+        "versions": versions(),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        "threads": args.num_threads,
+        "wandb_id": uuid.uuid4().hex[:8],
+    }
+    write_json(path / "config.json", config)
     return path
 
 
-KEPT = "iteration tokens earlier_time last_returns best evaluations csv_bytes"  # of a Run, in a checkpoint
+class Log:
+    """episodes.csv and progress.csv of a run, and their views in TensorBoard and Weights & Biases."""
 
-
-class Run:
-    """The files of a run, their views in TensorBoard, wandb and the terminal, and how the run ends.
-
-    A step is an iteration, an episode a completion.
-    """
-
-    def __init__(self, args: Args, state: dict[str, Any] | None, started: float):
-        self.args, self.signals, self.printed, self.started, self.tokens = args, [], 0.0, started, 0
-        self.line_open = False  # on the terminal, a progress line that renews itself
-        self.path = Path(args.resume) if state else create_run_dir(args)
-        self.iteration, self.earlier_time, self.last_returns, self.best = 0, 0.0, [], -math.inf
-        self.evaluations, self.csv_bytes, self.files, self.unwritten, self.written = [], {}, {}, [], 0.0
-        for name in KEPT.split() if state else ():
-            setattr(self, name, state.get(name, getattr(self, name)))
-        self.first_step = self.iteration
-        for name in ("episodes", "progress"):
-            file = self.files[name] = open(self.path / f"{name}.csv", "a+", newline="")
-            file.truncate(self.csv_bytes.get(name, 0))  # what came after the checkpoint will come again
-        if not state:
-            csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
-            self.files["episodes"].flush()
+    def __init__(self, path: Path, args: RunArgs, resumed_at: int | None, sizes: dict[str, int]):
+        self.path = path
+        self.waiting: list[tuple[str, float, int]] = []  # for TensorBoard
+        self.handed_over = 0.0
+        self.first_row: dict[str, Any] = {}  # of step 0, which has not all columns
+        self.files = {name: open(path / f"{name}.csv", "a+", newline="", encoding="utf-8") for name in sizes}
+        for name, file in self.files.items():
+            file.truncate(sizes[name])  # what came after the checkpoint will come again
         self.files["progress"].seek(0)
         self.columns = next(csv.reader(self.files["progress"]), None)
-        self.writer = SummaryWriter(self.path, purge_step=self.iteration + 1 if state else None)
-        if not state:
-            self.writer.add_text("hyperparameters", markdown([["name", "value"], *vars(args).items()]))
-            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
-            for summary in hparams(plain, {"eval/accuracy": 0.0}):
-                self.writer.file_writer.add_summary(summary)
+        if resumed_at is None:
+            self.write("episodes", [["global_step", "wall_time", "return", "length"]])
+        self.tensorboard = SummaryWriter(path, purge_step=None if resumed_at is None else resumed_at + 1)
+        arguments = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and environment
+        if resumed_at is None:
+            self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
+            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in arguments.items()}
+            for summary in hparams(plain, dict.fromkeys(METRICS, 0.0)):
+                self.tensorboard.file_writer.add_summary(summary)
         self.wandb = None
         if args.track:
             import wandb
 
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, dir=self.path)
-            identity = read_config(self.path)[1]["wandb_id"]
-            self.wandb = wandb.init(id=identity, resume="allow", config=vars(args), **names)
-        print(f"{self.path} ({args.device}, threads: {args.num_threads})")
-        if state:
-            was, cpu = read_config(self.path)[0], args.device == "cpu"
-            exact = cpu and (was.device, was.num_threads) == ("cpu", args.num_threads)
-            exact = exact and state["versions"] == versions()
-            how = "exactly as if it had never stopped" if exact else "validly, but not bit for bit as without the stop"
-            print(f"goes on from step {self.iteration:,}, {how}")
+            self.wandb = wandb.init(
+                id=read_config(path)[1]["wandb_id"],
+                resume="allow",
+                config=arguments,
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=path.name,
+                dir=path,
+            )
+
+    def write(self, name: str, rows: list) -> None:
+        csv.writer(self.files[name]).writerows(rows)
+        self.files[name].flush()
+
+    def row(self, step: int, columns: dict[str, Any], values: dict[str, float]) -> None:
+        """A row of progress.csv; the values go to TensorBoard and wandb, too."""
+        row = columns | {tag: "" if math.isnan(value) else value for tag, value in values.items()}
+        if not self.columns and not step:
+            self.first_row = row
+        elif not self.columns:
+            self.columns = list(row | self.first_row)
+            first = [[self.first_row.get(column, "") for column in self.columns]] if self.first_row else []
+            self.write("progress", [self.columns, *first])
+        if step:
+            self.write("progress", [[row.get(column, "") for column in self.columns]])
+        values = {tag: value for tag, value in values.items() if not math.isnan(value)}
+        self.waiting += [(tag, value, step) for tag, value in values.items()]
+        if time.perf_counter() - self.handed_over > 2.0:  # not more often: its thread gets in the way of this one
+            self.hand_over()
+        if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
+            self.wandb.log(values, step=step)
+
+    def text(self, tag: str, table: list[Any], step: int) -> None:
+        """A table, its head first, as text in TensorBoard."""
+        head, *rows = ["|".join(str(cell) for cell in row) for row in table]
+        lines = [head, "|".join("-" for _ in table[0]), *rows]
+        self.tensorboard.add_text(tag, "".join(f"|{line}|\n" for line in lines), step)
+
+    def hand_over(self) -> None:
+        """Gives TensorBoard what is waiting."""
+        for scalar in self.waiting:
+            self.tensorboard.add_scalar(*scalar)
+        self.tensorboard.flush()
+        self.waiting = []
+        self.handed_over = time.perf_counter()
+
+    def sync(self) -> dict[str, int]:
+        """Puts all on the disk; returns the sizes of the files."""
+        self.hand_over()
+        for file in self.files.values():
+            os.fsync(file.fileno())
+        return {name: (self.path / f"{name}.csv").stat().st_size for name in self.files}
+
+    def close(self) -> None:
+        self.hand_over()
+        for file in (*self.files.values(), self.tensorboard):
+            file.close()
+
+
+class Progress:
+    """One line that renews itself on a terminal; a line every five seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+        self.printed = 0.0
+        self.open = False  # the line may be renewed
+
+    def show(self, line: str, done: int, total: int) -> None:
+        part = min(done / total, 1.0)
+        if time.perf_counter() - self.printed < (0.1 if self.terminal else 5.0) and part < 1:
+            return
+        self.printed = time.perf_counter()
+        self.open = self.terminal and part < 1
+        line = f"{done:>11,} {line}"
+        if self.terminal:
+            line = f"\r[{'#' * int(10 * part):.<10}]{line}\x1b[K"
+        print(line, end="" if self.open else "\n", flush=True)
+
+    def end(self) -> None:
+        """What follows is printed on a line of its own."""
+        if self.open:
+            print()
+        self.open = False
+
+
+class Run:
+    """What a run is: its directory, iterations, checkpoints, signals, and how it ends.
+
+    learner is what a checkpoint holds, by name: tensors, and whatever has a state_dict. A step is what total counts.
+    """
+
+    def __init__(
+        self,
+        args: RunArgs,
+        total: int,
+        started: float,
+        interval: int = 0,
+        log_interval: int = 1,
+        unit: str = "steps",
+        **learner,
+    ):
+        self.args = args
+        self.total = total
+        self.started = started
+        self.interval = interval
+        self.log_interval = log_interval
+        self.unit = unit
+        self.learner = learner
+        self.iteration = 0
+        self.global_step = 0
+        self.earlier_time = 0.0  # seconds of training in earlier sessions
+        self.last_returns: list[float] = []  # of the last 100 training episodes
+        self.best = -math.inf
+        self.notes: dict[str, Any] = {}  # what else summary.json tells
+        self.headline = ""  # what else the progress line tells
+        self.gathered: list[dict[str, float]] = []  # values of the iterations since the last row
+        self.episodes: list[tuple[float, int]] = []  # return and length of those that ended since the last row
+        self.signals: list[int] = []
+        self.progress = Progress()
+        self.complete = False
+        sizes = {"episodes": 0, "progress": 0}
+        if args.resume:
+            self.path = Path(args.resume)
+            state = load_checkpoint(self.path)
+            self.restore(state)
+            self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
+            sizes = state["csv_bytes"]
+        else:
+            self.path = create_run_dir(args)
+        self.first_step = self.global_step
+        if self.complete:
+            print(f"{self.path} is complete; there is nothing left to train.")
+            return
+        self.log_files = Log(self.path, args, self.global_step if args.resume else None, sizes)
+        machine = f"{args.device}, threads: {args.num_threads}"
+        if vars(args).get("compile") == "on":
+            machine += ", compiled"
+        print(f"{self.path} ({machine})")
+        if args.resume:
+            print(f"goes on from step {self.global_step:,}, {self.how_exactly(state)}")
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -825,49 +1064,115 @@ class Run:
         self.begun = time.perf_counter()
         self.startup_time = self.begun - self.started
 
-    def __enter__(self) -> "Run":
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts back what save has written."""
+        for name, part in self.learner.items():
+            if isinstance(part, Tensor):
+                part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])
+        for name in ("iteration", "global_step", "last_returns", "best", "notes"):
+            setattr(self, name, state[name])
+        self.earlier_time = state["wall_time"]
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] and self.args.device == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        np.random.set_state(tuple(state["numpy_rng"]))
+        version, keys, gauss = state["python_rng"]
+        random.setstate((version, tuple(keys), gauss))
+
+    def how_exactly(self, state: dict[str, Any]) -> str:
+        saved, here = vars(read_config(self.path)[0]), vars(self.args)
+        same = all(saved.get(name) == here.get(name) for name in ("device", "compile", "num_threads"))
+        if same and here["device"] == "cpu" and state["exact"] and state["versions"] == versions():
+            return "exactly as if it had never stopped"
+        return "validly, but not bit for bit as without the stop"
+
+    def __enter__(self) -> Run:
         def remember(signum: int, frame: Any) -> None:
             if self.signals:
                 os._exit(128 + signum)  # a second signal does not wait for the iteration
             self.signals.append(signum)
 
         self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+        if not self.args.resume:
+            self.save(True)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        """Writes summary.json, and says of an error when it happened and where the run can go on."""
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-        status = "interrupted" if kind is Stopped else getattr(error, "status", "failed") if error else "completed"
-        summary = dict(status=status, global_step=self.iteration, wall_time=self.wall_time(), sps=self.sps())
-        summary |= dict(startup_time=self.startup_time, train_last100=self.score())
-        summary |= dict(tokens_per_second=self.tokens / self.wall_time())
-        for values in self.evaluations[1:]:
-            summary |= {tag.removeprefix("eval/"): value for tag, value in values.items()}
-        for values in self.evaluations[:1]:
-            summary |= dict(accuracy_before=values["eval/accuracy"])
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        summary |= dict(peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-        print("\n" * self.line_open, end="")
-        message = ""
-        if status in ("diverged", "failed"):
-            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
-            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
-            summary |= dict(error=message)
-        try:
-            write_json(self.path / "summary.json", summary)
-            self.write_scalars()
-            for file in (*self.files.values(), self.writer):
-                file.close()
-        except OSError:  # a full disk again
-            if not error:
-                raise
-        if self.wandb:
-            self.wandb.finish(exit_code=int(status != "completed"))
-        if isinstance(error, (Failed, OSError)):
-            raise Failed(message, status) from error
-        accuracies = " -> ".join(f"{values['eval/accuracy']:.3f}" for values in self.evaluations) or "unknown"
-        print(f"{status} after {self.iteration:,} steps, accuracy {accuracies}: {self.path}")
+    def iterations(self) -> Iterator[int]:
+        """The numbers of the iterations that are left. After each comes what is due: a row, a checkpoint, the end."""
+        while self.global_step < self.total and not self.complete:
+            self.iteration += 1
+            before = self.global_step
+            yield self.iteration
+            last, stop = self.global_step >= self.total, bool(self.signals)
+            due = last or stop or self.checkpoint_is_due(before)
+            if due or self.iteration % self.log_interval == 0:
+                self.write_row()
+            if due:
+                self.save(self.checkpoint_is_due(before) or last)
+            if stop and not last:
+                raise Stopped(self.signals[0])
+
+    def checkpoint_is_due(self, step_before: int) -> bool:
+        if self.args.checkpoint_interval:
+            return self.iteration % self.args.checkpoint_interval == 0
+        if self.interval:
+            return self.iteration % self.interval == 0
+        return 20 * self.global_step // self.total > 20 * step_before // self.total
+
+    def part_left(self) -> float:
+        """The part of the budget that is left, from 1 to 0."""
+        return 1 - self.global_step / self.total
+
+    def log(self, steps: int, episodes: list, values: dict[str, Any] | None = None, **groups: dict[str, Any]) -> None:
+        """Takes in an iteration: its steps, episodes (step, return, length, ...), and values by their tags.
+
+        A group of values gets its name before theirs. Raises Failed for the first value that is not finite.
+        """
+        tagged = dict(values or {})
+        for group, members in groups.items():
+            tagged |= {f"{group}/{name}": value for name, value in members.items()}
+        numbers = dict(zip(tagged, torch.stack([torch.as_tensor(x).float() for x in tagged.values()]).tolist()))
+        for tag, value in numbers.items():
+            if not math.isfinite(value):
+                raise Failed(f"{tag.removeprefix('losses/')} is {value}")
+        self.gathered.append(numbers)
+        now = f"{self.wall_time():.3f}"
+        self.log_files.write("episodes", [[self.global_step + step, now, *rest[:2]] for step, *rest in episodes])
+        self.episodes += [(rest[0], rest[1]) for _, *rest in episodes]
+        self.last_returns = (self.last_returns + [rest[0] for _, *rest in episodes])[-100:]
+        self.global_step += steps
+
+    def write_row(self) -> None:
+        """A row of progress.csv, with the means over the iterations since the last one."""
+        means = {tag: float(np.mean([values[tag] for values in self.gathered])) for tag in self.gathered[-1]}
+        if "losses/returns_variance" in means:
+            variance = means.pop("losses/returns_variance")
+            residual = means.pop("losses/residual_variance")
+            means["losses/explained_variance"] = 1 - residual / variance if variance else math.nan
+        returns, lengths = np.mean(self.episodes, 0).tolist() if self.episodes else (math.nan, math.nan)
+        score = self.score()
+        values = {
+            "charts/episodic_return": returns,
+            "charts/episodic_length": lengths,
+            "charts/train_last100": math.nan if score is None else score,
+            "charts/SPS": self.sps(),
+        }
+        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": self.sps()}
+        columns["sps"] = values["charts/SPS"]
+        self.log_files.row(self.global_step, columns, values | means)
+        self.gathered = []
+        self.episodes = []
+        self.show_progress()
+
+    def show_progress(self) -> None:
+        seconds = int(max(self.total - self.global_step, 0) / max(self.sps(), 1e-9))
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        score = "-" if self.score() is None else f"{self.score():,.1f}"
+        part = min(self.global_step / self.total, 1.0)
+        line = f"{self.unit} {part:4.0%} {self.sps():>7,.0f}/s  return {score:>9}  {left}{self.headline}"
+        self.progress.show(line, self.global_step, self.total)
 
     def score(self) -> float | None:
         """Mean return of the last 100 training episodes."""
@@ -879,95 +1184,84 @@ class Run:
 
     def sps(self) -> float:
         """Steps per second of this session, or of those before it where this one had nothing left to train."""
-        if self.first_step == self.args.max_steps:
+        if self.first_step >= self.total:
             return self.first_step / self.earlier_time
-        return (self.iteration - self.first_step) / (time.perf_counter() - self.begun)
+        return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
-    def log(self, episodes: list[tuple[float, int]], values: dict[str, float]) -> None:
-        """Records an iteration: the return and length of its episodes, and values by their tags."""
-        step, now = self.iteration, f"{self.wall_time():.3f}"
-        csv.writer(self.files["episodes"]).writerows([step, now, *episode] for episode in episodes)
-        self.last_returns = (self.last_returns + [episode[0] for episode in episodes])[-100:]
-        self.tokens += sum(length for _, length in episodes)
-        if "eval/accuracy" in values:
-            latest = {tag: value for tag, value in values.items() if tag.startswith("eval/")}
-            self.evaluations = [*self.evaluations[:1], latest]
-        row = {"global_step": step, "wall_time": now, "sps": self.sps()} | values
-        progress = csv.DictWriter(self.files["progress"], self.columns or list(row | self.evaluations[0]))
-        if step and not self.columns:  # only now are there names for all columns
-            self.columns = progress.fieldnames
-            progress.writeheader()
-            progress.writerow({"global_step": 0, "wall_time": "0.000"} | self.evaluations[0])
-        if step:
-            progress.writerow(row)
-        for file in self.files.values():
-            file.flush()
-        self.unwritten += [(tag, value, step) for tag, value in values.items()]
-        if time.perf_counter() - self.written > 2.0:
-            self.write_scalars()
-        if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
-            self.wandb.log(values, step=step)
-        self.print_progress(step, self.args.max_steps)
+    def save(self, exact: bool) -> None:
+        """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best."""
+        better = self.score() is not None and self.score() > self.best
+        if better:
+            self.best = self.score()
+        kind, keys, *position = np.random.get_state()
+        state = {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()}
+        state |= {
+            "exact": exact,
+            "csv_bytes": self.log_files.sync(),
+            "iteration": self.iteration,
+            "global_step": self.global_step,
+            "wall_time": self.wall_time(),
+            "last_returns": self.last_returns,
+            "best": self.best,
+            "notes": self.notes,
+            "total": self.total,
+            "versions": versions(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
+            "numpy_rng": [kind, keys.tolist(), *position],
+            "python_rng": random.getstate(),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        folder = self.path / "checkpoints"
+        if better:  # first, because the other one says that it is done
+            write_atomically(folder / "best.pt", buffer.getbuffer())
+        write_atomically(folder / f"step_{self.global_step:012}.pt", buffer.getbuffer())
+        for old in sorted(folder.glob("step_*.pt"))[:-2]:
+            old.unlink()
 
-    def write_scalars(self) -> None:
-        """Hands TensorBoard what has gathered, at most every other second: its thread gets in the way of this one."""
-        for scalar in self.unwritten:
-            self.writer.add_scalar(*scalar)
-        self.writer.flush()
-        self.unwritten, self.written = [], time.perf_counter()
-
-    def print_progress(self, step: int, total: int, what: str = "") -> None:
-        """One line that renews itself on a terminal; a line every five seconds elsewhere."""
-        terminal = sys.stdout.isatty()
-        if time.perf_counter() - self.printed < (0.1 if terminal else 5.0) and step < total:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        """Writes summary.json. Of an error it says when it happened and where the run can go on."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        if self.complete:
             return
-        self.printed = time.perf_counter()
-        line = f"{what or 'step':>10} {step:>6,}/{total:<6,} {step / total:4.0%}"
-        if not what:
-            line += f"  accuracy {self.evaluations[-1]['eval/accuracy']:.3f}"
-        if step and not what:
-            seconds = int((total - step) / self.sps())
-            line += f"  reward {self.score():6.2f}  {seconds // 60}:{seconds % 60:02} left"
-        self.line_open = terminal and step < total
-        print(f"\r{line}\x1b[K" if terminal else line, end="" if self.line_open else "\n", flush=True)
+        self.progress.end()
+        status = getattr(error, "status", "failed") if error else "completed"
+        message = ""
+        if status in ("diverged", "failed"):
+            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
+            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
+        try:
+            write_json(self.path / "summary.json", self.summary(status, message))
+            self.log_files.close()
+        except OSError:  # a full disk again
+            if not error:
+                raise
+        if self.log_files.wandb:
+            self.log_files.wandb.finish(exit_code=int(status != "completed"))
+        if isinstance(error, (Failed, OSError)):
+            raise Failed(message, status) from error
+        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
 
-    def show(self, table: list[list[str]]) -> None:
-        """A table as text in TensorBoard, and its first rows on the terminal."""
-        self.writer.add_text("completions", markdown([[f"`{cell}`" for cell in row] for row in table]), self.iteration)
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table[:9]]
-        print("\r\x1b[K" * self.line_open + "\n".join(lines), flush=True)
-        self.line_open = False
-
-
-def markdown(table: list) -> str:
-    head, *rows = ["|".join(str(cell) for cell in row) for row in table]
-    return "".join(f"|{line}|\n" for line in [head, "|".join("-" for _ in table[0]), *rows])
-
-
-def save_checkpoint(run: Run, **learner: Any) -> None:
-    """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best so far.
-
-    learner is all that has a state_dict: model, optimizer, ... Every iteration is a place from where to go on exactly.
-    """
-    better = run.score() is not None and run.score() > run.best
-    run.best = run.score() if better else run.best
-    run.write_scalars()
-    for file in run.files.values():
-        os.fsync(file.fileno())  # what csv_bytes counts must outlive a power cut, too
-    state = {name: getattr(run, name) for name in KEPT.split()} | dict(earlier_time=run.wall_time())
-    state |= dict(csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files})
-    state |= {name: part.state_dict() for name, part in learner.items()}
-    state |= dict(versions=versions(), max_steps=run.args.max_steps)
-    state |= dict(torch_rng=torch.get_rng_state(), python_rng=random.getstate())
-    state |= dict(cuda_rng=torch.cuda.get_rng_state_all() if run.args.device == "cuda" else [])
-    buffer, folder = io.BytesIO(), run.path / "checkpoints"
-    torch.save(state, buffer)
-    if better:  # first, for the other one says that it is done
-        write_atomically(folder / "best.pt", buffer.getbuffer())
-    write_atomically(folder / f"step_{run.iteration:012}.pt", buffer.getbuffer())
-    for old in sorted(folder.glob("step_*.pt"))[:-2]:
-        old.unlink()
+    def summary(self, status: str, message: str) -> dict[str, Any]:
+        """What summary.json tells. The evaluations that are there stay."""
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        summary = {
+            "status": status,
+            "global_step": self.global_step,
+            "wall_time": self.wall_time(),
+            "sps": self.sps(),
+            "startup_time": self.startup_time,
+            "train_last100": self.score(),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+            **self.notes,
+        }
+        if evaluations := read_summary(self.path).get("eval"):
+            summary["eval"] = evaluations
+        if message:
+            summary["error"] = message
+        return summary
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -983,62 +1277,77 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path} has no readable checkpoint.")
 
 
-def restore(state: dict[str, Any], **learner: Any) -> None:
-    """Puts back what save_checkpoint was given, and all random states."""
-    for name, part in learner.items():
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    version, keys, gauss = state["python_rng"]
-    random.setstate((version, tuple(keys), gauss))
-
-
-# ----------------------------------------------------------------------------- warm start, evaluate, train, main
+# ==== shared: language warm start and evaluation ====
 def warm_start(model: GPT, run: Run) -> None:
     """Fine-tunes the model on answers of the teacher (SFT), or takes the result from runs-dir if it is there."""
-    args, length, plain = run.args, run.args.max_completion_length, replace(run.args, temperature=1.0)
-    recipe = {name: vars(args)[name] for name in f"seed device num_threads sft_steps sft_learning_rate {SIZES}".split()}
-    key = hashlib.sha256(json.dumps(recipe | versions()).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+    args = run.args
+    recipe = ("seed", "device", "num_threads", "sft_steps", "sft_learning_rate", *SIZES)
+    made_of = json.dumps({name: vars(args)[name] for name in recipe} | versions()).encode()
+    key = hashlib.sha256(made_of + Path(__file__).read_bytes()).hexdigest()[:16]
     cached = run.path.parent / "warm_starts" / f"{key}.pt"
     if args.cache_warm_start and cached.exists():
         try:
             model.load_state_dict(load_checkpoint(cached)["model"])
-            return print(f"warm start: {cached}")
+            print(f"warm start: {cached}")
+            return
         except UsageError:  # it is corrupt, as load_checkpoint has said, and is made again
             pass
+    plain = replace(args, temperature=1.0)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    max_dots = min(6, length - args.num_digits - 3)
+    max_dots = min(6, args.max_completion_length - args.num_digits - 3)
     for step in range(args.sft_steps):
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1 + math.cos(math.pi * step / args.sft_steps)) / 2
         prompts = sample_prompts(128, args.num_digits, held_out=False)
-        answers = encode([sloppy_answer(prompt, max_dots) for prompt in prompts], length).to(args.device)
+        answers = encode([sloppy_answer(prompt, max_dots) for prompt in prompts], args.max_completion_length)
+        answers = answers.to(args.device)
         logprobs, _ = completion_logprobs(model, encode_prompts(prompts, args.device), answers, plain)
         loss = -masked_mean(logprobs, completion_mask(answers))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        run.print_progress(step + 1, args.sft_steps, "warm start")
+        run.progress.show("steps of the warm start", step + 1, args.sft_steps)
         if run.signals:
             raise Stopped(run.signals[0])
     if args.sft_steps and not loss.isfinite():
         raise Failed(f"the loss of the warm start is {loss:.3g}")
     if args.cache_warm_start:
         buffer = io.BytesIO()
-        torch.save(dict(model=model.state_dict()), buffer)
+        torch.save({"model": model.state_dict()}, buffer)
         cached.parent.mkdir(exist_ok=True)
         mine = cached.with_name(run.path.name)  # runs side by side may be making the same
         write_atomically(mine, buffer.getbuffer())
         os.replace(mine, cached)
 
 
-def load_model(model: GPT, path: Path, args: Args) -> dict[str, Any]:
+def begin(model: GPT, run: Run) -> None:
+    """Step 0 of a run: what the model can do before it learns from rewards."""
+    random.seed(run.args.seed)  # again, because a cached warm start must not change the run
+    torch.manual_seed(run.args.seed)
+    values = evaluation(model, run.args)
+    run.start_clock()
+    tell_accuracy(run, values)
+    run.log(0, [], values)
+    run.write_row()
+
+
+def tell_accuracy(run: Run, values: dict[str, float]) -> None:
+    """Hands an evaluation to summary.json, and its accuracy to the progress line."""
+    if not run.iteration:
+        run.notes["accuracy_before"] = values["eval/accuracy"]
+    else:
+        run.notes |= {tag.removeprefix("eval/"): value for tag, value in values.items() if tag.startswith("eval/")}
+    run.headline = f", accuracy {run.notes['accuracy_before']:.3f}"
+    if "accuracy" in run.notes:
+        run.headline += f" -> {run.notes['accuracy']:.3f}"
+
+
+def load_model(model: GPT, path: Path, args: RunArgs) -> dict[str, Any]:
     """Gives model the weights of a run or one of its checkpoints, which is returned; UsageError if they do not fit."""
     try:
-        made = json.loads((run_dir_of(path) / "config.json").read_text())["args"]
+        made = json.loads((run_dir_of(path) / "config.json").read_text(encoding="utf-8"))["args"]
         state = load_checkpoint(path)
-        other = [f"{name} {made[name]}" for name in SIZES.split() if made[name] != vars(args)[name]]
+        other = [f"{name} {made[name]}" for name in SIZES if made[name] != vars(args)[name]]
         refuse(other, f"{path} has a model of another size; ask for its {', '.join(other)}.")
         model.load_state_dict(state["model"])
         return state
@@ -1047,7 +1356,7 @@ def load_model(model: GPT, path: Path, args: Args) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluation(model: GPT, args: Args) -> dict[str, float]:
+def evaluation(model: GPT, args: RunArgs) -> dict[str, float]:
     """Means over the held-out prompts, always the same: accuracy sampled and greedy, pass@8, format."""
     prompts = sample_prompts(args.eval_prompts, args.num_digits, True, random.Random(EVAL_SEED))
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
@@ -1055,88 +1364,39 @@ def evaluation(model: GPT, args: Args) -> dict[str, float]:
         sampled = sample_groups(model, prompts, 8, ["exact", "format"], args)
         greedy = sample_groups(model, prompts, 1, ["exact"], args, greedy=True)
     exact, in_format = torch.stack([group.rewards for group in sampled]).unbind(-1)
-    values = {"accuracy": exact.mean(), "pass@8": exact.amax(1).mean(), "format": in_format.mean()}
-    values |= {"accuracy_greedy": torch.stack([group.rewards for group in greedy]).mean()}
+    values = {
+        "accuracy": exact.mean(),
+        "pass@8": exact.amax(1).mean(),
+        "format": in_format.mean(),
+        "accuracy_greedy": torch.stack([group.rewards for group in greedy]).mean(),
+    }
     return {f"eval/{name}": value.item() for name, value in values.items()}
 
 
-def evaluate(args: Args) -> dict[str, float]:
+def evaluate(args: RunArgs) -> dict[str, float]:
     """Tests the run args.evaluate on held-out prompts, prints the result and adds it to the summary of an ended run."""
     check_args(args)
+    check_model(args)
+    settle(args)
     model, path = GPT(args).to(args.device), Path(args.evaluate)
     state = load_model(model, path, args)
     values = {tag.removeprefix("eval/"): value for tag, value in evaluation(model, args).items()}
     result = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
     print(f"iteration {state['iteration']}, {args.eval_prompts} held-out prompts: {result}")
     if summary := read_summary(run_dir_of(path)):
-        result = values | dict(prompts=args.eval_prompts, seed=EVAL_SEED, iteration=state["iteration"])
-        write_json(run_dir_of(path) / "summary.json", summary | dict(eval=result))
+        result = values | {"prompts": args.eval_prompts, "seed": EVAL_SEED, "iteration": state["iteration"]}
+        write_json(run_dir_of(path) / "summary.json", summary | {"eval": result})
     return values
 
 
-def train(args: Args) -> Path:
-    """Trains for max_steps iterations, or goes on with the run args.resume; returns the run directory.
-
-    Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
-    """
-    started = time.perf_counter()
-    check_args(args)
-    check_method(args)
-    random.seed(args.seed), torch.manual_seed(args.seed)
-    model = GPT(args).to(args.device)
-    if args.init_from and not args.resume:
-        load_model(model, Path(args.init_from), args)
-    reference = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    state = load_checkpoint(Path(args.resume)) if args.resume else None
-    complete = read_summary(Path(args.resume)).get("status") == "completed"  # not if killed just before it was written
-    if state and state["iteration"] == args.max_steps and complete:
-        print(f"{args.resume} is complete; there is nothing left to train.")
-        return Path(args.resume)
-    if state:
-        restore(state, model=model, reference=reference, optimizer=optimizer)
-
-    with Run(args, state, started) as run:
-        if not state:
-            save_checkpoint(run, model=model, reference=reference, optimizer=optimizer)
-        if not run.iteration:
-            if not args.init_from:
-                warm_start(model, run)
-            reference.load_state_dict(model.state_dict())
-            random.seed(args.seed), torch.manual_seed(args.seed)  # a cached warm start must not change the run
-            run.log([], evaluation(model, args))
-            run.start_clock()
-        while run.iteration < args.max_steps:
-            run.iteration += 1
-            learning_rate = args.learning_rate * (1 - 0.9 * run.iteration / args.max_steps if args.anneal_lr else 1)
-            clock = [time.perf_counter()]
-            groups, batch = rollout(model, args)
-            clock.append(time.perf_counter())
-            episodes, values = statistics(groups, args)
-            values |= update(model, reference, optimizer, batch, learning_rate, args)
-            values["tokens_per_second/sampled"] = sum(length for _, length in episodes) / (clock[1] - clock[0])
-            trained = args.num_iterations * batch.mask.sum().item()
-            values["tokens_per_second/trained"] = trained / (time.perf_counter() - clock[1])
-            values["learning_rate"] = learning_rate
-            last = run.iteration == args.max_steps
-            if last or run.iteration % args.eval_interval == 0:
-                values |= evaluation(model, args)
-            run.log(episodes, values)
-            if run.iteration == 1 or last or run.iteration % math.ceil(args.max_steps / 4) == 0:
-                run.show(table_of(groups, batch, args))
-            stop = bool(run.signals)
-            if last or stop or run.iteration % (args.checkpoint_interval or math.ceil(args.max_steps / 20)) == 0:
-                save_checkpoint(run, model=model, reference=reference, optimizer=optimizer)
-            if stop and not last:
-                raise Stopped(run.signals[0])
-    return run.path
-
-
+# ==== shared: main ====
 def main(argv: list[str] | None = None) -> int:
-    """The command line; the exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
+    """The command line. The exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
     try:
         args = parse_args(argv)
-        evaluate(args) if args.evaluate else train(args)
+        path = args.evaluate or str(train(args))
+        if args.evaluate or vars(args).get("capture_video"):
+            evaluate(replace(args, evaluate=path))
         return 0
     except Stopped as stopped:
         return 128 + stopped.args[0]

@@ -1,11 +1,24 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.13",
+#     "gymnasium[classic-control,mujoco]>=1.4",
+#     "mujoco>=3.11,<3.16",
+#     "ale-py>=0.12",
+#     "tyro>=1.0",
+#     "tensorboard>=2.20",
+#     "wandb>=0.27",
+#     "numpy>=2.0",
+# ]
+# ///
 """REINFORCE: the vanilla policy gradient (Williams 1992, Machine Learning 8), in one file.
 
-Play whole episodes with the policy pi, then take one step up the policy gradient (Sutton et al. 2000), estimated as
+Play whole episodes with the policy pi. Then take one step up the policy gradient (Sutton et al. 2000), estimated as
 
     g = 1 / (num_envs num_steps) sum over episodes, sum over t of grad log pi(a_t|s_t) psi_t,    psi_t = G_t - b(s_t)
 
-Where episodes end by themselves and gamma is 1, every choice of psi below has the same expectation. What tells them
-apart is the variance (Greensmith et al. 2004, JMLR 5), which every iteration logs: losses/grad_variance and grad_snr.
+Where episodes end by themselves and gamma is 1, every choice of psi below has the same expectation. They differ in
+variance (Greensmith et al. 2004, JMLR 5), which every iteration logs: losses/grad_variance and losses/grad_snr.
 
     --returns full   G_t is the return of the whole episode        --baseline none    b = 0
     --returns to-go  only of t and later: an action cannot         --baseline mean    b = mean of G over the batch
@@ -15,20 +28,24 @@ apart is the variance (Greensmith et al. 2004, JMLR 5), which every iteration lo
     python reinforce.py --env-id HalfCheetah-v5 --seed 2    python reinforce.py --help --env-id HalfCheetah-v5
     python reinforce.py --resume runs/<run>                 python reinforce.py --evaluate runs/<run>
 
-A batch holds whole episodes only. An environment begins new ones until it has played num_steps steps and then finishes
-the one in play, so the batch is all episodes that began in the first num_steps steps. Their number M is a stopping
+A batch holds whole episodes only. An environment begins new ones until it has played num_steps steps. Then it finishes
+the one in play. So the batch is all episodes that began in the first num_steps steps. Their number M is a stopping
 time, and by Wald's identity E[sum of M episodes' terms] = E[M] E[one episode's terms]: divided by a constant, the sum
-points exactly along the gradient. To drop the episodes unfinished after num_steps would favour short ones.
+points exactly along the gradient. Dropping the episodes that are unfinished after num_steps would favour short ones.
 
-Departures from the paper: Adam and a clipped norm in the place of a plain step; psi divided by its root mean square;
-no gamma^t before the term of step t, which the gradient of the discounted return would have, as in all practice (so
-full and to-go have one expectation at gamma = 1 only); observations and rewards normalised on MuJoCo, an entropy bonus
-on Atari. The mean of the batch has the episode itself in it, which shrinks the estimate by about one part in M. An
-episode that a time limit cuts is bootstrapped with the value of its last state where a V is learned; where none is, the
-return is what was seen.
+Departures from the paper:
+- Adam and a clipped norm replace the plain step, and psi is divided by its root mean square.
+- The term of step t has no factor gamma^t, as in all practice. The gradient of the discounted return would have it, so
+  full and to-go have one expectation at gamma = 1 only.
+- Observations and rewards are normalised on MuJoCo; Atari has an entropy bonus.
+- The mean of the batch has the episode itself in it, which shrinks the estimate by about one part in M.
+- An episode that a time limit cuts is bootstrapped with the value of its last state if a V is learned. If none is, the
+  return is what was seen.
 
-In a hurry, read "the method" and `train`: the rest serves every script of this family.
+The upper half of this file is the method. The lower half is the same text in every script of this family.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -51,8 +68,8 @@ import time
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -63,94 +80,35 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 gym.register_envs(ale_py)
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
-    # Run
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, a part of the run's name"""
-    seed: int = 1
-    """seed of weights, actions, minibatches and environments"""
-    runs_dir: str = "runs"
-    """folder of all runs"""
-    run_name: str = ""
-    """folder of this run in runs-dir (default: {env_id}__{exp_name}__{seed}__{time})"""
-    resume: str = ""
-    """run directory to go on with, from its newest good checkpoint, with its own arguments"""
-    evaluate: str = ""
-    """run directory, or one of its checkpoints, to load and play instead of training"""
-    eval_episodes: int = 10
-    """episodes that --evaluate plays"""
-    eval_seed: int = 1_000_000
-    """seed of environments and actions in --evaluate"""
-    eval_stochastic: bool = False
-    """let --evaluate sample actions instead of taking the most likely ones"""
-    capture_video: bool = False
-    """film the first environment of --evaluate, or of an evaluation after the training, into the run directory"""
-    checkpoint_interval: int = 0
-    """iterations from a checkpoint, where all environments restart, to the next (0: about a twentieth of the run)"""
-    track: bool = False
-    """log to Weights & Biases as well (WANDB_MODE=offline works)"""
-    wandb_project_name: str = "lineage"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cpu for the MLP; for the CNN cuda, where there is one"""
-    num_threads: int = 0
-    """CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """compile the gradient (auto: for the MLP, in runs long enough to win back the time it takes)"""
-    bf16: Literal["auto", "on", "off"] = "auto"
-    """run the CNN's layers in bfloat16 (auto: where the processor multiplies it natively)"""
-
-    # Environment
-    env_id: str = "CartPole-v1"
-    """any registered environment with supported spaces; package:Env-v0 imports the package first"""
-    num_envs: int = 8
-    """environments played side by side"""
-    norm_obs: bool = False
-    """normalise observations by their running mean and deviation"""
-    norm_reward: bool = False
-    """divide rewards by the running deviation of the discounted return"""
-    clip_reward: bool = False
-    """learn from the sign of the reward; reported returns stay raw"""
-
-    # Algorithm
-    total_timesteps: int = 300_000
-    """environment steps of the whole run; the batch that reaches the last whole num_envs * num_steps is finished"""
-    learning_rate: float = 1e-2
-    """step size of Adam for the policy"""
-    anneal_lr: bool = True
-    """let the policy's step size fall linearly to zero"""
-    num_steps: int = 200
-    """steps per environment and iteration in which episodes may begin; the last one is played to its end"""
-    gamma: float = 0.99
-    """discount factor"""
-    returns: Literal["full", "to-go"] = "to-go"
-    """weigh an action by the return of its whole episode, or only by what came after it"""
-    baseline: Literal["none", "mean", "value"] = "value"
-    """what is subtracted from the return: nothing, its mean over the batch, or a learned V(s)"""
-    norm_adv: bool = True
-    """divide psi by its root mean square over the batch"""
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    max_grad_norm: float = 0.5
-    """bound on the global norm of the policy's gradient"""
-    value_learning_rate: float = 3e-3
-    """step size of Adam for V"""
-    value_steps: int = 16
-    """minibatches of each batch that fit V"""
-    value_batch_size: int = 256
-    """rows of such a minibatch"""
-    log_std_init: float = 0.0
-    """logarithm of the deviation that Gaussian policies start with"""
+    env_id: str = "CartPole-v1"  # any registered environment; package:Env-v0 imports the package first
+    seed: int = 1  # seed of weights, actions, minibatches and environments
+    total_timesteps: int = 300_000  # environment steps of the whole run; the last batch is finished
+    returns: Literal["full", "to-go"] = "to-go"  # weigh an action by its whole episode, or only by what came after it
+    baseline: Literal["none", "mean", "value"] = "value"  # what is subtracted from the return: nothing, its mean, V(s)
+    learning_rate: float = 1e-2  # step size of Adam for the policy
+    anneal_lr: bool = True  # let the policy's step size fall linearly to zero
+    num_envs: int = 8  # environments played side by side
+    num_steps: int = 200  # steps per environment and iteration in which episodes may begin; the last one is finished
+    gamma: float = 0.99  # discount factor
+    norm_adv: bool = True  # divide psi by its root mean square over the batch
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    max_grad_norm: float = 0.5  # bound on the global norm of the policy's gradient
+    value_learning_rate: float = 3e-3  # step size of Adam for V
+    value_steps: int = 16  # minibatches of each batch that fit V
+    value_batch_size: int = 256  # rows of such a minibatch
+    log_std_init: float = 0.0  # logarithm of the deviation that Gaussian policies start with
+    norm_obs: bool = False  # normalise observations by their running mean and deviation
+    norm_reward: bool = False  # divide rewards by the running deviation of the discounted return
+    clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
 
 
 # Where a family of environments departs from the defaults above; an explicit flag wins over both. "continuous" is
@@ -165,18 +123,331 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "atari": dict(total_timesteps=10_000_000, num_envs=4, num_steps=256, learning_rate=1e-3, value_learning_rate=2.5e-4,
                   ent_coef=0.01, clip_reward=True),
 }
+POSITIVE = ("total_timesteps", "learning_rate", "num_envs", "num_steps", "gamma", "max_grad_norm",
+            "value_learning_rate", "value_steps", "value_batch_size")
+AT_MOST_ONE = ("gamma",)
+ANY_SIGN = ("log_std_init",)
 # fmt: on
-POSITIVE = "num_envs num_steps total_timesteps eval_episodes learning_rate gamma max_grad_norm value_learning_rate"
-POSITIVE += " value_steps value_batch_size"
-AT_MOST_ONE = "gamma"
 
 
+class Agent(nn.Module):
+    """Actor, critic and normalisers for a pair of spaces. Observations come raw, (batch, *space.shape).
+
+    Actor and critic have an MLP each. For images they share the convolutions if share_body, else they have their own.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: RunArgs, share_body: bool = True):
+        super().__init__()
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.continuous = isinstance(action_space, gym.spaces.Box)
+        self.image = is_image(observation_space)
+        self.one_hot = isinstance(observation_space, gym.spaces.Discrete)
+        self.obs_norm = RunningNorm(observation_space.shape) if args.norm_obs else None
+        self.return_norm = RunningNorm(())
+        if self.continuous:
+            outputs = math.prod(action_space.shape)
+            self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
+        else:
+            self.choices, impossible = choices_of(action_space)
+            self.register_buffer("impossible", impossible, persistent=False)
+            outputs = math.prod(self.choices)
+        self.body = nn.Identity()
+        if self.image and share_body:
+            self.body = NatureCNN(observation_space.shape, args.bf16 == "on")
+            self.actor = layer_init(nn.Linear(512, outputs), 0.01)
+            self.critic = layer_init(nn.Linear(512, 1), 1.0)
+        elif self.image:
+            shape, bf16 = observation_space.shape, args.bf16 == "on"
+            self.actor = nn.Sequential(NatureCNN(shape, bf16), layer_init(nn.Linear(512, outputs), 0.01))
+            self.critic = nn.Sequential(NatureCNN(shape, bf16), layer_init(nn.Linear(512, 1), 1.0))
+        else:
+            inputs = int(observation_space.n) if self.one_hot else math.prod(observation_space.shape)
+            self.actor = MLP(inputs, outputs, 0.01)
+            self.critic = MLP(inputs, 1, 1.0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.return_norm.count.device
+
+    def features(self, obs: Tensor) -> Tensor:
+        """What actor and critic see of raw observations."""
+        if self.image:
+            return self.body(obs)
+        if self.one_hot:
+            return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
+        if self.obs_norm:
+            obs = self.obs_norm(obs)
+        return obs.flatten(1)
+
+    def actor_head(self, features: Tensor) -> Tensor:
+        """Means (batch, dims), or logits (batch, components, choices)."""
+        if self.continuous:
+            return self.actor(features)
+        logits = self.actor(features).view(-1, *self.choices)
+        return logits if self.impossible is None else logits.masked_fill(self.impossible, -1e9)
+
+    def policy(self, features: Tensor) -> Policy:
+        """pi(.|s)."""
+        if self.continuous:
+            return Gaussian(self.actor_head(features), self.log_std)
+        return Categorical(self.actor_head(features))
+
+    def value(self, features: Tensor) -> Tensor:
+        """V(s), (batch,)."""
+        return self.critic(features).squeeze(-1)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """All that pi depends on."""
+        deviation = [self.log_std] if self.continuous else []
+        return [*self.body.parameters(), *self.actor.parameters(), *deviation]
+
+
+# ---------------------------------------------------------------------------------------------------- the method
+ROWS = 1024  # go through a network at once, so that long episodes of images fit into the memory
+
+
+class Batch(NamedTuple):
+    """Whole episodes, one environment's after the other's, (rows, ...). Environment n has lengths[n] of the rows."""
+
+    obs: Tensor
+    actions: Tensor
+    psi: Tensor  # weight of grad log pi(a|s)
+    returns: Tensor  # to go, which V learns
+    values: Tensor
+    lengths: list[int]
+
+
+def compute_returns(
+    rewards: Tensor, terminations: Tensor, truncations: Tensor, next_values: Tensor, gamma: float, kind: str
+) -> Tensor:
+    """Discounted returns: "to-go" of step t and later in its episode, or at every step "full", of its whole episode.
+
+    All tensors are (num_steps, num_envs), and the flags belong to step t. A terminated state has no future. That of a
+    truncated one is next_values[t], V of the episode's last observation. Where no V is learned it is zero, and the
+    return is what was seen: the objective is then that of the task with its time limit.
+    """
+    terminations = terminations.bool()
+    ended = terminations | truncations.bool()
+    future = torch.where(ended & ~terminations, next_values, 0.0)  # not a product, because 0 * NaN is NaN
+    rewards = rewards + gamma * future
+    returns = [torch.zeros_like(rewards[0])]
+    for reward, discount in zip(rewards.flip(0), (gamma * ~ended).flip(0)):
+        returns.append(torch.addcmul(reward, discount, returns[-1]))
+    returns = torch.stack(returns[:0:-1])
+    if kind == "full":  # the return to go of the step with which the episode began
+        begins = ended.roll(1, 0)
+        steps = torch.arange(len(rewards), device=rewards.device).unsqueeze(-1)
+        returns = returns.gather(0, torch.where(begins, steps, 0).cummax(0).values)
+    return returns
+
+
+def subtract_baseline(returns: Tensor, values: Tensor, baseline: str) -> Tensor:
+    """psi, all (rows,). A baseline that no action changes adds E[grad log pi(a|s) b(s)] = 0 to the gradient."""
+    assert returns.shape == values.shape
+    if baseline == "mean":
+        return returns - returns.mean()
+    return returns - values if baseline == "value" else returns
+
+
+def surrogate_objective(policy: Policy, actions: Tensor, psi: Tensor) -> Tensor:
+    """A function whose gradient, by autograd, is that of one environment's episodes. Its value means nothing."""
+    return (policy.log_prob(actions) * psi).sum()
+
+
+def policy_gradients(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (num_envs, parameters), whose mean is the estimate; surrogate objective and mean entropy."""
+    parameters = agent.policy_parameters()
+    grads = torch.zeros(args.num_envs, sum(p.numel() for p in parameters), device=agent.device)
+    total = torch.zeros((), device=agent.device)
+    total_entropy = torch.zeros((), device=agent.device)
+    columns = (batch.obs, batch.actions, batch.psi)
+    for grad, *episodes in zip(grads, *(column.split(batch.lengths) for column in columns)):
+        for obs, actions, psi in zip(*(column.split(ROWS) for column in episodes)):
+            policy = agent.policy(agent.features(obs))
+            objective = surrogate_objective(policy, actions, psi)
+            entropy = policy.entropy().sum()
+            total += objective.detach()
+            total_entropy += entropy.detach()
+            if args.ent_coef:
+                objective = objective + args.ent_coef * entropy
+            grad += flat_grad(objective, parameters)
+    return grads / args.num_steps, total / (args.num_envs * args.num_steps), total_entropy / len(batch.psi)
+
+
+def estimate(grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of independent gradients (num_envs, parameters), its variance and signal-to-noise ratio |mean|^2 / variance.
+
+    The variance is the trace of the mean's covariance. |mean|^2 has it in it, so the ratio is about 1 for mere noise.
+    """
+    mean = grads.mean(0)
+    variance = grads.var(0).sum() / len(grads)
+    return mean, variance, mean.square().sum() / variance.clamp(min=1e-30)
+
+
+def make_gradient(agent: Agent, args: RunArgs) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """gradient(obs, returns) of a minibatch -> (gradient (parameters of V,) of half the squared error, that error)."""
+    parameters = list(agent.critic.parameters())
+
+    def gradient(obs: Tensor, returns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        values = agent.value(agent.features(obs))
+        assert values.shape == returns.shape
+        loss = 0.5 * ((values - returns) ** 2).mean()
+        return flat_grad(loss, parameters), {"value_loss": loss.detach()}
+
+    def example() -> tuple[Tensor, Tensor]:
+        obs = example_obs(agent, args.value_batch_size)
+        return obs, torch.zeros(args.value_batch_size, device=agent.device)
+
+    calls = args.total_timesteps // (args.num_envs * args.num_steps) * args.value_steps
+    worth_it = calls > 40_000 and args.baseline == "value" and not agent.image
+    return compile_for(example, gradient, args, worth_it)
+
+
+@torch.no_grad()
+def rollout(agent: Agent, player: Player, args: Args) -> Batch:
+    """Plays all episodes that begin in the first num_steps steps of each environment."""
+    steps = player.play(agent)
+    learned = args.baseline == "value"
+    next_values = steps.final_values if learned else torch.zeros_like(steps.rewards)
+    outcome = (steps.rewards, steps.terminations, steps.truncations, next_values, args.gamma)
+    to_go = compute_returns(*outcome, "to-go")
+    returns = compute_returns(*outcome, args.returns)
+    columns = (steps.observations, steps.actions, returns, to_go)
+    obs, actions, returns, to_go = (column.transpose(0, 1)[steps.played.T] for column in columns)
+    values = torch.zeros_like(returns)
+    if learned:
+        values = torch.cat([agent.value(agent.features(part)) for part in obs.split(ROWS)])
+    psi = subtract_baseline(returns, values, args.baseline)
+    return Batch(obs, actions, psi, to_go, values, steps.played.sum(0).tolist())
+
+
+def fit_value(agent: Agent, optimizer: Adam, gradient: Callable, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """Moves V towards the returns to go. Returns what to log."""
+    losses = []
+    for rows in torch.randint(len(batch.returns), (args.value_steps, args.value_batch_size), device=agent.device):
+        grad, loss = gradient(batch.obs[rows], batch.returns[rows])
+        losses.append(loss)
+        optimizer.step(grad, args.value_learning_rate)
+    return mean_of(losses) | value_variances(batch.returns, batch.values)
+
+
+def update(
+    agent: Agent,
+    policy_optimizer: Adam,
+    value_optimizer: Adam,
+    gradient: Callable,
+    batch: Batch,
+    learning_rate: float,
+    args: Args,
+) -> dict[str, Tensor]:
+    """One step of the policy, then V, which the next batch will need. Returns what to log.
+
+    The variance is that of the estimate from psi itself, so that runs with other returns and baselines compare; an
+    entropy bonus adds its own.
+    """
+    scale = torch.ones((), device=agent.device)
+    if args.norm_adv:  # returns grow by orders of magnitude in a run, faster than Adam forgets; the direction stays
+        scale = batch.psi.square().mean().sqrt() + 1e-8
+    grads, objective, entropy = policy_gradients(agent, batch._replace(psi=batch.psi / scale), args)
+    grad, variance, snr = estimate(grads)
+    clipped, norm = clip_norm(-grad, args.max_grad_norm)  # Adam descends, and the policy climbs
+    policy_optimizer.step(clipped, learning_rate)
+    stats = {
+        "policy_loss": -objective,
+        "entropy": entropy,
+        "grad_norm": norm,
+        "grad_variance": variance * scale**2,
+        "grad_snr": snr,
+    }
+    if args.baseline == "value":
+        stats |= fit_value(agent, value_optimizer, gradient, batch, args)
+    return stats
+
+
+def check_batch(args: Args) -> None:
+    """Raises UsageError where a batch has no variance to measure."""
+    if args.num_envs < 2:
+        raise UsageError("--num-envs 1 leaves no variance of the gradient to measure; use --num-envs 2 or more.")
+
+
+def train(args: RunArgs) -> Path:
+    """Trains for total_timesteps, or goes on with the run args.resume. Returns the run directory.
+
+    Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
+    """
+    started = time.perf_counter()
+    check_args(args)
+    check_batch(args)
+    envs = make_envs(args, args.num_envs)
+    settle(args, envs)
+    player = Player(envs, args)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args, share_body=False).to(args.device)
+    policy_optimizer = Adam(flatten_parameters(agent.policy_parameters()))
+    value_optimizer = Adam(flatten_parameters(agent.critic.parameters()))
+    gradient = make_gradient(agent, args)
+
+    batch_size = args.num_envs * args.num_steps
+    total = args.total_timesteps // batch_size * batch_size
+    learner = {"agent": agent, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+    with Run(args, total, started, **learner) as run:
+        for iteration in run.iterations():
+            player.restart(iteration)
+            learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
+            batch = rollout(agent, player, args)
+            stats = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, args)
+            if agent.obs_norm:
+                agent.obs_norm.update(batch.obs)
+            charts = {"learning_rate": learning_rate, "episodes": len(player.finished)}
+            run.log(player.steps, player.finished, losses=stats, charts=charts)
+    return run.path
+
+
+# ==================================================================================================================
+# The machine room. Each section below is the same text in every script that has it; tools/shared.py keeps it so.
+# ==================================================================================================================
+
+
+# ==== shared: run flags ====
+@dataclass
+class RunArgs(Args):
+    """All arguments of the command line: those of the method and the environment, and those of the run."""
+
+    exp_name: str = Path(globals().get("__file__", "notebook")).stem  # name of the experiment, a part of the run's name
+    runs_dir: str = "runs"  # folder of all runs
+    run_name: str = ""  # folder of this run in runs-dir (default: {env_id}__{exp_name}__{seed}__{time})
+    resume: str = ""  # run directory to go on with, from its newest good checkpoint, with its own arguments
+    evaluate: str = ""  # run directory, or one of its checkpoints, to load and play instead of training
+    eval_episodes: int = 10  # episodes that --evaluate plays
+    eval_seed: int = 1_000_000  # seed of environments and actions in --evaluate
+    eval_stochastic: bool = False  # let --evaluate sample actions instead of taking the most likely ones
+    capture_video: bool = False  # film the first environment of --evaluate, or of an evaluation after the training
+    checkpoint_interval: int = 0  # iterations from a checkpoint to the next (0: about a twentieth of the run)
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+    wandb_project_name: str = "lineage"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu for the MLP; for the CNN cuda, where there is one
+    num_threads: int = 0  # CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the gradient (auto: MLP, in runs long enough to win)
+    bf16: Literal["auto", "on", "off"] = "auto"  # run the CNN in bfloat16 (auto: where the processor multiplies it)
+
+
+METRICS = ("charts/train_last100", "eval/episodic_return")  # of the HParams tab
+PRESET = "env_id"  # the argument that picks a row of FAMILIES
+
+
+def preset(env_id: str) -> dict[str, Any]:
+    """The row of FAMILIES for an environment."""
+    return FAMILIES[environment_family(env_id)]
+
+
+# ==== shared: command line ====
 class UsageError(Exception):
     """The configuration is wrong: one sentence, exit status 2, nothing created."""
 
 
 class Failed(Exception):
-    """A number is NaN or infinite (status "diverged") or an environment raised ("failed"): exit status 1."""
+    """A number is NaN or infinite (status "diverged"), or something raised ("failed"): exit status 1."""
 
     def __init__(self, message: str, status: str = "diverged"):
         super().__init__(message)
@@ -186,77 +457,104 @@ class Failed(Exception):
 class Stopped(Exception):
     """A signal ended the run after its iteration was saved: exit status 128 + signal."""
 
+    status = "interrupted"
 
+
+# What may differ from the run's own arguments when it is resumed or evaluated.
+MACHINE = ("device", "num_threads", "compile")
+HARMLESS = ("resume", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
+
+
+def parse_args(argv: list[str] | None = None) -> RunArgs:
+    """The command line, over the defaults of its preset. With --resume or --evaluate, over the arguments of the run."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default = vars(RunArgs())[PRESET]
+    peek.add_argument(f"--{PRESET.replace('_', '-')}", f"--{PRESET}", nargs="?", default=default, const=default)
+    peek.add_argument("--resume", nargs="?", type=Path)
+    peek.add_argument("--evaluate", nargs="?", type=Path)
+    asked = vars(peek.parse_known_args(argv)[0])
+    if asked["resume"] and asked["resume"].is_file():
+        raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
+    run = asked["resume"] or asked["evaluate"]
+    if not run:
+        return tyro.cli(RunArgs, args=argv, default=RunArgs(**{PRESET: asked[PRESET]} | preset(asked[PRESET])))
+    saved = read_config(run)[0]
+    args = tyro.cli(RunArgs, args=argv, default=saved)
+    changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in HARMLESS]
+    if asked["evaluate"]:
+        changed = [name for name in changed if not name.startswith("eval")]
+    if changed:
+        difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
+        goes_on = "--resume goes on with" if asked["resume"] else "--evaluate goes by"
+        raise UsageError(f"{goes_on} the arguments of the run, and these differ: {difference}.")
+    return args
+
+
+def check_args(args: RunArgs) -> None:
+    """Raises UsageError for the first number that cannot work, and says what would; and where --track cannot log."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
+                raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
+        check_login()
+
+
+def bound_broken(name: str, number: float) -> str:
+    """What an argument must be and is not, or ""."""
+    if not math.isfinite(number):
+        return "a finite number"
+    if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
+        return "greater than 0"
+    if name in AT_MOST_ONE and number > 1:
+        return "at most 1"
+    if name not in ANY_SIGN and number < 0:
+        return "0 or more"
+    if name in ("seed", "eval_seed") and number >= 2**32:
+        return "less than 2**32"
+    return ""
+
+
+def check_login() -> None:
+    """Raises UsageError unless wandb can log in."""
+    import wandb
+
+    try:
+        problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
+    except Exception as error:
+        problem = f"wandb cannot log in ({one_line(error)})"
+    if problem:
+        raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+# ==== shared: environments ====
 def environment_family(env_id: str) -> str:
-    """The row of FAMILIES for a registered id; raises UsageError, with the near miss, for any other."""
+    """The row of FAMILIES for a registered id. Raises UsageError, with the near miss, for any other."""
     module, _, name = env_id.rpartition(":")
     try:
         if module:
             importlib.import_module(module)
-        where = str(gym.spec(name).entry_point)
+        entry_point = str(gym.spec(name).entry_point)
     except ImportError as error:
         raise UsageError(f"--env-id {env_id}: {error}; install it, or drop the prefix.") from None
     except gym.error.Error:
         near = (difflib.get_close_matches(name, gym.registry, n=1) or ["one of gymnasium.registry"])[0]
         raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
-    homes = {"ale_py": "atari", "gymnasium.envs.box2d": "box2d", "gymnasium.envs.mujoco": "mujoco"}
-    homes |= {f"gymnasium.envs.classic_control.{name}": "continuous" for name in ("pendulum", "continuous_")}
-    return next((family for home, family in homes.items() if where.startswith(home)), "classic")
+    families = {
+        "ale_py": "atari",
+        "gymnasium.envs.box2d": "box2d",
+        "gymnasium.envs.mujoco": "mujoco",
+        "gymnasium.envs.classic_control.pendulum": "continuous",
+        "gymnasium.envs.classic_control.continuous_": "continuous",
+    }
+    return next((family for home, family in families.items() if entry_point.startswith(home)), "classic")
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Args from the command line, over the defaults of the environment's family or, to resume, over the run's own."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--env-id", "--env_id", nargs="?", default=Args.env_id, const=Args.env_id)
-    peek.add_argument("--resume", nargs="?", type=Path)
-    peek.add_argument("--evaluate", nargs="?", type=Path)
-    asked = peek.parse_known_args(argv)[0]
-    if asked.resume and asked.resume.is_file():
-        raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked.resume)}.")
-    if asked.resume or asked.evaluate:
-        saved, _ = read_config(asked.resume or asked.evaluate)
-    else:
-        saved = Args(env_id=asked.env_id, **FAMILIES[environment_family(asked.env_id)])
-    args = tyro.cli(Args, args=argv, default=saved)
-    harmless = ("resume", "track", "wandb_project_name", "wandb_entity", "capture_video", "device", "compile")
-    changed = [name for name, value in vars(saved).items() if name not in harmless and value != vars(args)[name]]
-    if asked.resume and changed:
-        difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
-        raise UsageError(f"--resume goes on with the arguments of the run, and these differ: {difference}.")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Raises UsageError for the first argument that cannot work, and says what would."""
-    for name, value in vars(args).items():
-        must = ""
-        if isinstance(value, float) and not math.isfinite(value):
-            must = "a finite number"
-        elif name in POSITIVE.split() and value is not None and value <= 0:
-            must = "greater than 0"
-        elif name in AT_MOST_ONE.split() and value > 1:
-            must = "at most 1"
-        elif isinstance(value, (int, float)) and value < 0 and name != "log_std_init":
-            must = "0 or more"
-        elif name in ("seed", "eval_seed") and value >= 2**32:
-            must = "less than 2**32"
-        if must:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be {must}.")
-    batch = args.num_envs * args.num_steps
-    if args.total_timesteps < batch:
-        size = f"{args.num_envs} x {args.num_steps} = {batch}"
-        raise UsageError(
-            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
-        )
-
-
-def check_batch(args: Args) -> None:
-    """Raises UsageError where a batch has no variance to measure."""
-    if args.num_envs < 2:
-        raise UsageError("--num-envs 1 leaves no variance of the gradient to measure; use --num-envs 2 or more.")
-
-
-# ------------------------------------------------------------------------------------------------- environments
 class Bare(gym.Wrapper):
     """An environment without its info, which is slow to merge, that says which one it is when it raises."""
 
@@ -269,8 +567,9 @@ class Bare(gym.Wrapper):
             obs, reward, terminated, truncated, _ = self.env.step(action)
         except Exception as error:
             raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
-        # The reset that follows must not write over the final observation, should the environment reuse its array.
-        return np.copy(obs) if terminated or truncated else obs, reward, terminated, truncated, {}
+        if terminated or truncated:
+            obs = np.copy(obs)  # the reset that follows may reuse the array
+        return obs, reward, terminated, truncated, {}
 
     def reset(self, **options: Any) -> tuple:
         try:
@@ -279,38 +578,61 @@ class Bare(gym.Wrapper):
             raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
 
 
-def make_envs(args: Args, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
-    """The vector environment of a run; it resets in the step that ends an episode (SAME_STEP).
+def make_envs(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
+    """The vector environment of a run. It resets in the step that ends an episode (SAME_STEP).
 
     Raises UsageError for a missing extra and for spaces that the networks cannot take.
     """
-    mode, index, spaces = gym.vector.AutoresetMode.SAME_STEP, itertools.count(), gym.spaces
     if environment_family(args.env_id) == "atari":
-        # Two protocols: sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009), or the PPO paper's:
-        # random no-ops, fire to start, and a lost life ends the episode for the learner while the game goes on.
-        paper = args.env_id.endswith("NoFrameskip-v4")
-        game = "ALE/" + args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4") + "-v5"
-        if not paper and args.env_id != game or "-ram" in game:
-            raise UsageError(f"--env-id {args.env_id}: Atari games are ALE/<Game>-v5 or <Game>NoFrameskip-v4.")
-        protocol = dict(repeat_action_probability=0.0 if paper else 0.25, noop_max=30 if paper else 0)
-        protocol |= dict(use_fire_reset=paper, life_loss_info=paper, episodic_life=False, reward_clipping=False)
-        protocol |= dict(frameskip=4, maxpool=True, max_num_frames_per_episode=108_000, full_action_space=False)
-        threads = min(num_envs, args.num_threads or os.cpu_count() or 1)
-        return gym.make_vec(game, num_envs, autoreset_mode=mode, num_threads=threads, **protocol | options)
-    options |= dict(vectorization_mode="sync", vector_kwargs=dict(autoreset_mode=mode, copy=False))
-    options |= dict(disable_env_checker=True, wrappers=[lambda env: Bare(env, next(index))])
+        return make_atari(args, num_envs, **options)
+    index = itertools.count()
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
             warnings.simplefilter("ignore")
-            envs = gym.make_vec(args.env_id, num_envs, **options)
+            envs = gym.make_vec(
+                args.env_id,
+                num_envs,
+                vectorization_mode="sync",
+                vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False},
+                wrappers=[lambda env: Bare(env, next(index))],
+                disable_env_checker=True,
+                **options,
+            )
     except Exception as error:  # an extra that is missing, or whatever a constructor raises
-        raise UsageError(f"--env-id {args.env_id} cannot be made: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--env-id {args.env_id} cannot be made: {one_line(error)}") from None
     observations, actions = envs.single_observation_space, envs.single_action_space
-    if not isinstance(observations, (spaces.Box, spaces.Discrete)):
+    if not isinstance(observations, (gym.spaces.Box, gym.spaces.Discrete)):
         raise UsageError(f"--env-id {args.env_id} observes {observations}; Box and Discrete are supported.")
-    if not isinstance(actions, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)):
+    if not isinstance(actions, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
         raise UsageError(f"--env-id {args.env_id} acts in {actions}; Box, Discrete and MultiDiscrete are supported.")
     return envs
+
+
+def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
+    """ALE's own vector environment, with one of two protocols.
+
+    ALE/<Game>-v5 has sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009). <Game>NoFrameskip-v4 is
+    the PPO paper's: random no-ops, fire to start, and a lost life ends the episode for the learner, not the game.
+    """
+    paper = args.env_id.endswith("NoFrameskip-v4")
+    game = "ALE/" + args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4") + "-v5"
+    if (not paper and args.env_id != game) or "-ram" in game:
+        raise UsageError(f"--env-id {args.env_id}: Atari games are ALE/<Game>-v5 or <Game>NoFrameskip-v4.")
+    settings = {
+        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
+        "num_threads": min(num_envs, args.num_threads or os.cpu_count() or 1),
+        "repeat_action_probability": 0.0 if paper else 0.25,
+        "noop_max": 30 if paper else 0,
+        "use_fire_reset": paper,
+        "life_loss_info": paper,
+        "episodic_life": False,
+        "reward_clipping": False,
+        "frameskip": 4,
+        "maxpool": True,
+        "max_num_frames_per_episode": 108_000,
+        "full_action_space": False,
+    }
+    return gym.make_vec(game, num_envs, **settings | options)
 
 
 def reset_envs(envs: gym.vector.VectorEnv, seed: int, iteration: int) -> tuple[np.ndarray, dict]:
@@ -324,27 +646,41 @@ def whole_games(ended: np.ndarray, info: dict, clock: np.ndarray | None) -> np.n
     return ended if clock is None else ended & (info["episode_frame_number"] < clock)
 
 
-class Episodes:
-    """Raw return and length of the episodes in play, from one rollout to the next; on Atari they are whole games."""
+def settle(args: RunArgs, envs: gym.vector.VectorEnv) -> None:
+    """Decides what is "auto" for this network and machine, and sets threads and seeds.
 
-    def __init__(self, num_envs: int):
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
-        self.discounted = np.zeros(num_envs)  # for scale_rewards
+    Raises UsageError for what cannot be.
+    """
+    batch = args.num_envs * args.num_steps
+    if args.total_timesteps < batch:
+        size = f"{args.num_envs} x {args.num_steps} = {batch}"
+        raise UsageError(
+            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
+        )
+    image = is_image(envs.single_observation_space)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
+    if args.norm_obs and (image or not isinstance(envs.single_observation_space, gym.spaces.Box)):
+        raise UsageError(f"--norm-obs is for vector observations, not those of {args.env_id}; use --no-norm-obs.")
+    if args.capture_video and importlib.util.find_spec("moviepy") is None:
+        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
+    if args.device == "auto":
+        args.device = "cuda" if image and torch.cuda.is_available() else "cpu"
+    if args.bf16 == "auto":
+        if args.device == "cpu":
+            native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        else:
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.bf16 = "on" if image and native else "off"
+    if not args.num_threads:
+        args.num_threads = (os.cpu_count() or 1) if image else 1
+    torch.set_num_threads(args.num_threads)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
 
-    def collect(self, rewards: np.ndarray, finished: np.ndarray) -> list[tuple[int, float, int, int]]:
-        """(steps, return, length, environment) of all that finished; rewards and flags are (num_steps, num_envs)."""
-        done, (num_steps, num_envs) = [], rewards.shape
-        begin = np.zeros(num_envs, dtype=np.int64)
-        for t, n in np.argwhere(finished):
-            ret, length = self.returns[n] + rewards[begin[n] : t + 1, n].sum(), self.lengths[n] + t + 1 - begin[n]
-            done.append(((int(t) + 1) * num_envs, float(ret), int(length), int(n)))
-            self.returns[n], self.lengths[n], begin[n] = 0.0, 0, t + 1
-        self.returns += [rewards[begin[n] :, n].sum() for n in range(num_envs)]
-        self.lengths += num_steps - begin
-        return done
 
-
-# ----------------------------------------------------------------------------------------------------- networks
+# ==== shared: networks and policies ====
 class RunningNorm(nn.Module):
     """Mean and variance of all that was seen, merged batch by batch (Chan et al. 1979), as buffers."""
 
@@ -357,10 +693,11 @@ class RunningNorm(nn.Module):
         self.register_buffer("scale", torch.ones(shape))
 
     @torch.no_grad()
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: Tensor) -> None:
         """Takes in x (rows, *shape)."""
         x = x.double()
-        total, delta = self.count + len(x), x.mean(0) - self.mean
+        total = self.count + len(x)
+        delta = x.mean(0) - self.mean
         squares = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
         self.mean += delta * len(x) / total
         self.var.copy_(squares / total)
@@ -368,49 +705,64 @@ class RunningNorm(nn.Module):
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return ((x - self.shift) * self.scale).clamp(-10.0, 10.0)
 
 
 class Categorical:
     """Policy over (Multi)Discrete actions: logits (batch, components, choices), actions (batch, components)."""
 
-    def __init__(self, logits: torch.Tensor):
+    def __init__(self, logits: Tensor):
         self.log_probs = F.log_softmax(logits, dim=-1)
-        self.parameters = (self.log_probs,)
 
-    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+    def __getitem__(self, rows: Tensor | slice) -> Categorical:
+        return Categorical(self.log_probs[rows])
+
+    def detach(self) -> Categorical:
+        return Categorical(self.log_probs.detach())
+
+    def log_prob(self, actions: Tensor) -> Tensor:
         return self.log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
 
-    def entropy(self) -> torch.Tensor:
+    def entropy(self) -> Tensor:
         return -(self.log_probs.exp() * self.log_probs).sum((-2, -1))
 
-    def kl(self, other: "Categorical") -> torch.Tensor:
+    def kl(self, other: Categorical) -> Tensor:
         """KL(self || other), (batch,)."""
         return (self.log_probs.exp() * (self.log_probs - other.log_probs)).sum((-2, -1))
 
 
 class Gaussian:
-    """Policy over Box actions: mean and actions (batch, dims), independent, of a deviation that no state changes."""
+    """Policy over Box actions: mean and actions (batch, dims), with a deviation that no state changes."""
 
-    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
-        self.mean, self.log_std = mean, log_std.expand_as(mean).clone()  # a copy, for Adam changes log_std in place
-        self.parameters = (self.mean, self.log_std)
+    def __init__(self, mean: Tensor, log_std: Tensor):
+        self.mean = mean
+        self.log_std = log_std.expand_as(mean).clone()  # a copy, because an optimizer changes log_std in place
 
-    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+    def __getitem__(self, rows: Tensor | slice) -> Gaussian:
+        return Gaussian(self.mean[rows], self.log_std[rows])
+
+    def detach(self) -> Gaussian:
+        return Gaussian(self.mean.detach(), self.log_std.detach())
+
+    def log_prob(self, actions: Tensor) -> Tensor:
         z = (actions - self.mean) * (-self.log_std).exp()
         return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def entropy(self) -> torch.Tensor:
+    def entropy(self) -> Tensor:
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
-    def kl(self, other: "Gaussian") -> torch.Tensor:
+    def kl(self, other: Gaussian) -> Tensor:
         """KL(self || other), (batch,)."""
         z2 = ((2 * self.log_std).exp() + (self.mean - other.mean) ** 2) * (-2 * other.log_std).exp()
         return (other.log_std - self.log_std + 0.5 * z2 - 0.5).sum(-1)
 
 
+Policy = Categorical | Gaussian
+
+
 def layer_init(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Linear | nn.Conv2d:
+    """Orthogonal weights and zero biases."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -421,33 +773,33 @@ class MLP(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, gain: float):
         super().__init__()
-        self.first, self.second = layer_init(nn.Linear(inputs, 64)), layer_init(nn.Linear(64, 64))
+        self.first = layer_init(nn.Linear(inputs, 64))
+        self.second = layer_init(nn.Linear(64, 64))
         self.last = layer_init(nn.Linear(64, outputs), gain)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
-def nature_cnn(channels: int, height: int, width: int) -> nn.Sequential:
-    """Three convolutions and 512 features (Mnih et al. 2015)."""
-    layers = [layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()]
-    layers += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()]
-    layers += [layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten()]
-    size = nn.Sequential(*layers)(torch.zeros(1, channels, height, width)).shape[1]
-    return nn.Sequential(*layers, layer_init(nn.Linear(size, 512)), nn.ReLU())
+class NatureCNN(nn.Module):
+    """Bytes (batch, *shape) to 512 features, by three convolutions (Mnih et al. 2015). Channels come first or last."""
 
-
-class ImageNet(nn.Module):
-    """nature_cnn and a linear layer, on bytes (batch, channels, height, width)."""
-
-    def __init__(self, shape: tuple[int, ...], outputs: int, gain: float, bf16: bool):
+    def __init__(self, shape: tuple[int, ...], bf16: bool):
         super().__init__()
-        self.body, self.last, self.bf16 = nature_cnn(*shape), layer_init(nn.Linear(512, outputs), gain), bf16
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.channels_last = shape[2] < shape[0]
+        channels, height, width = (shape[2], *shape[:2]) if self.channels_last else shape
+        layers = [layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()]
+        layers += [layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()]
+        layers += [layer_init(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten()]
+        size = nn.Sequential(*layers)(torch.zeros(1, channels, height, width)).shape[1]
+        self.layers = nn.Sequential(*layers, layer_init(nn.Linear(size, 512)), nn.ReLU())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.body(x.to(torch.bfloat16 if self.bf16 else torch.float32) / 255)
-        return self.last(features.float())
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.layers(x.to(self.dtype) / 255).float()
 
 
 def is_image(space: gym.Space) -> bool:
@@ -455,118 +807,83 @@ def is_image(space: gym.Space) -> bool:
     return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
 
 
-class Agent(nn.Module):
-    """Actor, critic and normalisers for a pair of spaces; observations come raw, (batch, *space.shape).
+def choices_of(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[tuple[int, int], Tensor | None]:
+    """(components, most choices of a component), and which of these choices a component lacks, if any."""
+    nvec = torch.tensor(space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else space.n).flatten()
+    most = int(nvec.max())
+    lacking = torch.arange(most) >= nvec.unsqueeze(-1)
+    return (len(nvec), most), lacking if lacking.any() else None
 
-    The two networks share nothing, so that what fits V leaves the policy as it is.
+
+# ==== shared: acting ====
+class Episode(NamedTuple):
+    """A finished training episode."""
+
+    step: int  # environment steps from the beginning of the rollout to its end
+    episodic_return: float  # raw
+    length: int
+    env: int
+
+
+def obs_dtype(space: gym.Space) -> torch.dtype:
+    """What raw observations are stored as."""
+    if is_image(space):
+        return torch.uint8
+    return torch.int64 if isinstance(space, gym.spaces.Discrete) else torch.float32
+
+
+def example_obs(agent: Agent, *batch: int) -> Tensor:
+    """Valid observations (*batch, *space.shape), to try or compile something on."""
+    space = agent.observation_space
+    start = int(space.start) if agent.one_hot else 0
+    return torch.full((*batch, *space.shape), start, dtype=obs_dtype(space), device=agent.device)
+
+
+def action_noise(agent: Agent, *batch: int) -> Tensor:
+    """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
+    if agent.continuous:
+        return torch.randn(*batch, len(agent.log_std), device=agent.device) * agent.log_std.exp()
+    return -torch.empty(*batch, *agent.choices, device=agent.device).exponential_().log_()
+
+
+def act(agent: Agent, features: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the policy, (batch, dims or components). It is the mode where the noise is zero."""
+    noisy = agent.actor_head(features) + noise
+    return noisy if agent.continuous else noisy.argmax(-1)
+
+
+def numpy_actor(agent: Agent) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """act(agent, features(obs), noise) in numpy, for an MLP on the CPU. None where there is no such shortcut.
+
+    It takes a quarter of the time of torch for a few rows. Weights and normaliser are read in place.
     """
+    if agent.image or agent.one_hot or agent.device.type != "cpu" or getattr(agent, "impossible", None) is not None:
+        return None
+    layers = [agent.actor.first, agent.actor.second, agent.actor.last]
+    (w1, b1), (w2, b2), (w3, b3) = ((x.weight.detach().numpy().T, x.bias.detach().numpy()) for x in layers)
+    norm = agent.obs_norm
+    shift, scale = (norm.shift.numpy(), norm.scale.numpy()) if norm else (0.0, 1.0)
 
-    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
-        super().__init__()
-        self.observation_space, self.action_space = observation_space, action_space
-        self.continuous, self.missing = isinstance(action_space, gym.spaces.Box), None
-        if self.continuous:
-            outputs = math.prod(action_space.shape)
-            self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
-        else:  # a row of logits per component; choices that a component lacks have a logit of minus infinity
-            nvec = torch.tensor(getattr(action_space, "nvec", getattr(action_space, "n", None))).flatten()
-            self.choices, outputs = (len(nvec), int(nvec.max())), len(nvec) * int(nvec.max())
-            if nvec.min() < nvec.max():
-                self.missing = (torch.arange(self.choices[1]) >= nvec.unsqueeze(-1)).to(args.device)
-        self.image, self.discrete = is_image(observation_space), isinstance(observation_space, gym.spaces.Discrete)
-        self.obs_dtype = torch.uint8 if self.image else torch.int64 if self.discrete else torch.float32
-        shape = observation_space.shape
-        if self.image:
-            self.channels_last = shape[2] < shape[0]
-            inputs, bf16 = (shape[2], *shape[:2]) if self.channels_last else shape, args.bf16 == "on"
-            self.actor, self.critic = ImageNet(inputs, outputs, 0.01, bf16), ImageNet(inputs, 1, 1.0, bf16)
-        else:
-            if self.discrete:
-                self.start, self.n = int(observation_space.start), int(observation_space.n)
-            inputs = self.n if self.discrete else math.prod(shape)
-            self.actor, self.critic = MLP(inputs, outputs, 0.01), MLP(inputs, 1, 1.0)
-        self.obs_norm, self.return_norm = RunningNorm(shape) if args.norm_obs else None, RunningNorm(())
+    def actor(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        if norm:
+            x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0)
+        x = np.tanh(x.reshape(len(x), -1) @ w1 + b1)
+        x = np.tanh(x @ w2 + b2)
+        noisy = (x @ w3 + b3).reshape(noise.shape) + noise
+        return noisy if agent.continuous else noisy.argmax(-1)
 
-    def policy_parameters(self) -> list[nn.Parameter]:
-        """All that pi depends on; those of V are self.critic's."""
-        return [*self.actor.parameters(), *([self.log_std] if self.continuous else [])]
-
-    @property
-    def device(self) -> torch.device:
-        return self.return_norm.count.device
-
-    def empty_obs(self, batch: int) -> torch.Tensor:
-        """Observations (batch, *space.shape) that are valid, to try something on."""
-        shape = (batch, *self.observation_space.shape)
-        return torch.full(shape, self.start if self.discrete else 0, dtype=self.obs_dtype, device=self.device)
-
-    def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """What actor and critic see."""
-        if self.image:
-            return obs.permute(0, 3, 1, 2) if self.channels_last else obs
-        if self.discrete:
-            return F.one_hot(obs - self.start, self.n).float()
-        return (self.obs_norm(obs) if self.obs_norm else obs).reshape(len(obs), -1)
-
-    def actor_head(self, features: torch.Tensor) -> torch.Tensor:
-        """Means (batch, dims), or logits (batch, components, choices)."""
-        if self.continuous:
-            return self.actor(features)
-        logits = self.actor(features).view(-1, *self.choices)
-        return logits if self.missing is None else logits.masked_fill(self.missing, -1e9)
-
-    def policy(self, features: torch.Tensor) -> Categorical | Gaussian:
-        """pi(.|s)."""
-        head = self.actor_head(features)
-        return Gaussian(head, self.log_std) if self.continuous else Categorical(head)
-
-    def value(self, features: torch.Tensor) -> torch.Tensor:
-        """V(s) (batch,)."""
-        return self.critic(features).squeeze(-1)
-
-    def noise(self, *batch: int) -> torch.Tensor:
-        """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
-        if self.continuous:
-            return torch.randn(*batch, len(self.log_std), device=self.device) * self.log_std.exp()
-        return -torch.empty(*batch, *self.choices, device=self.device).exponential_().log_()
-
-    def act(self, features: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """A sample of the policy, (batch, dims or components); its mode where the noise is zero."""
-        noisy = self.actor_head(features) + noise
-        return noisy if self.continuous else noisy.argmax(-1)
-
-    def numpy_act(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-        """act(features(obs), noise) for an MLP on the CPU, in a quarter of the time that torch takes for a few rows.
-
-        None where there is no such shortcut. Weights and normaliser are read in place.
-        """
-        if self.image or self.discrete or self.device.type != "cpu" or self.missing is not None:
-            return None
-        layers = [self.actor.first, self.actor.second, self.actor.last]
-        layers = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in layers]
-        shift, scale = (self.obs_norm.shift.numpy(), self.obs_norm.scale.numpy()) if self.obs_norm else (0.0, 1.0)
-
-        def act(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
-            if self.obs_norm:
-                x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0)
-            x = x.reshape(len(x), -1)
-            for weight, bias in layers[:-1]:
-                x = np.tanh(x @ weight + bias)
-            noisy = (x @ layers[-1][0] + layers[-1][1]).reshape(noise.shape) + noise
-            return noisy if self.continuous else noisy.argmax(-1)
-
-        return act
-
-    def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """Actions (batch, ...) as the environments take them; what lies outside the box is clipped only here."""
-        actions = actions.reshape(-1, *self.action_space.shape)
-        if self.continuous:
-            return np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
-        return actions + self.action_space.start
+    return actor
 
 
-# ------------------------------------------------------------------------------------------------------ playing
-def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
+def to_env(space: gym.Space, actions: np.ndarray) -> np.ndarray:
+    """Actions (batch, ...) as environments take them. What lies outside of the box is clipped only here."""
+    actions = actions.reshape(-1, *space.shape)
+    if isinstance(space, gym.spaces.Box):
+        return np.minimum(np.maximum(actions, space.low), space.high)
+    return actions + space.start
+
+
+def check_finite(observations: Tensor, rewards: np.ndarray) -> None:
     """Raises Failed for the first NaN or infinity in observations or rewards, (steps, num_envs, ...)."""
     for name, x in (("observation", observations), ("reward", torch.from_numpy(rewards))):
         if x.is_floating_point() and not x.isfinite().all():
@@ -577,7 +894,7 @@ def check_finite(observations: torch.Tensor, rewards: np.ndarray) -> None:
 def scale_rewards(
     norm: RunningNorm, rewards: np.ndarray, ended: np.ndarray, running: np.ndarray, gamma: float
 ) -> np.ndarray:
-    """Rewards over the deviation of the discounted return, which norm takes in; running (num_envs,) is carried on."""
+    """Rewards over the deviation of the discounted return, which norm takes in. running (num_envs,) is carried on."""
     returns = np.empty_like(rewards)
     for t in range(len(rewards)):
         running[:] = running * gamma + rewards[t]
@@ -587,93 +904,131 @@ def scale_rewards(
     return (rewards * norm.scale.item()).clip(-10.0, 10.0)
 
 
+def values_at(agent: Agent, final_obs: dict[tuple[int, int], np.ndarray], shape: tuple[int, int]) -> Tensor:
+    """V of the last observation where an episode was truncated, and zero elsewhere, (num_steps, num_envs)."""
+    values = torch.zeros(shape, device=agent.device)
+    if final_obs:
+        obs = torch.from_numpy(np.stack(list(final_obs.values()))).to(agent.device, obs_dtype(agent.observation_space))
+        values[tuple(zip(*final_obs))] = agent.value(agent.features(obs))
+    return values
+
+
+# ==== playing whole episodes ====
 LONGEST = 200_000  # steps, after which an episode is taken for one that never ends
 
 
 class Steps(NamedTuple):
-    """What `play` saw, (steps, num_envs, ...) and on the agent's device; flags belong to step t, after it."""
+    """What was played, (steps, num_envs, ...) and on the agent's device. Flags belong to step t, after it."""
 
-    observations: torch.Tensor
-    actions: torch.Tensor
-    rewards: torch.Tensor  # as the method learns from them
-    terminations: torch.Tensor
-    truncations: torch.Tensor
-    played: torch.Tensor  # a step of the batch, not one of waiting for the other environments
-    final_obs: dict[tuple[int, int], np.ndarray]  # last observation of what was truncated, by step and environment
-
-
-@torch.no_grad()
-def play(
-    agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, info: dict, args: Args
-) -> tuple[Steps, list[tuple[int, float, int, int]]]:
-    """Plays, from a reset on, all episodes that begin in the first num_steps steps; returns them in both forms.
-
-    On Atari whole games, of which each life is an episode to learn from. An environment that has finished its last one
-    plays on, because a vector environment cannot leave it out. Nothing of that is learned or recorded, but it counts in
-    global_step, for it was played.
-    """
-    observations, actions, outcomes, final_obs, fast_act = [], [], [], {}, agent.numpy_act()
-    playing, dtype = np.ones(args.num_envs, dtype=bool), str(agent.obs_dtype).removeprefix("torch.")
-    while playing.any():
-        t = len(observations)
-        if t == args.num_steps + LONGEST:
-            raise Failed(
-                f"an episode of environment {playing.argmax()} lasts for more than {LONGEST:,} steps", "failed"
-            )
-        if t % args.num_steps == 0:
-            noise = agent.noise(args.num_steps, args.num_envs)
-            noise = iter(noise.numpy() if fast_act else noise)
-        observations.append(obs.astype(dtype))
-        if fast_act:
-            actions.append(fast_act(observations[t], next(noise)))
-        else:
-            features = agent.features(torch.from_numpy(observations[t]).to(agent.device))
-            actions.append(agent.act(features, next(noise)).cpu().numpy())
-        clock = info.get("episode_frame_number")
-        try:
-            obs, rewards, terminations, truncations, info = envs.step(agent.to_env(actions[t]))
-        except Failed as error:
-            check_finite(torch.from_numpy(np.stack(observations)), np.array([outcome[0] for outcome in outcomes]))
-            raise Failed(f"{error} in step {t} of the rollout", error.status) from error
-        finished = np.zeros_like(playing)
-        if "final_obs" in info:
-            finished = whole_games(terminations | truncations, info, clock) & playing
-            for n in np.flatnonzero(truncations & ~terminations & playing):
-                final_obs[t, n] = info["final_obs"][n]
-                if agent.obs_dtype == torch.float32 and not np.isfinite(final_obs[t, n]).all():
-                    raise Failed(
-                        f"the last observation of environment {n} in step {t} of the rollout is NaN or infinite"
-                    )
-        outcomes.append([np.array(x) for x in (rewards, terminations, truncations, playing, finished)])
-        if t + 1 >= args.num_steps:
-            playing &= ~finished
-    observations = torch.from_numpy(np.stack(observations)).to(agent.device)
-    rewards, terminations, truncations, played, finished = (np.stack(x) for x in zip(*outcomes))
-    rewards = rewards.astype(np.float64)
-    check_finite(observations, rewards)
-    done = Episodes(args.num_envs).collect(rewards, finished)
-    if args.clip_reward:
-        rewards = np.sign(rewards)
-    if args.norm_reward:  # all episodes one after the other, for every one is whole
-        column, ended = rewards.T[played.T][:, None], (terminations | truncations).T[played.T][:, None]
-        rewards.T[played.T] = scale_rewards(agent.return_norm, column, ended, np.zeros(1), args.gamma)[:, 0]
-    flags = (terminations, truncations, played)
-    seen = [torch.from_numpy(x).to(agent.device) for x in (np.stack(actions), rewards.astype(np.float32), *flags)]
-    return Steps(observations, *seen, final_obs), done
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor  # as the method learns from them
+    terminations: Tensor
+    truncations: Tensor
+    played: Tensor  # a step of the batch, not one of waiting for the other environments
+    final_values: Tensor  # V of the last observation where an episode was truncated, zero elsewhere
 
 
-@torch.no_grad()
-def values_of_final_obs(agent: Agent, steps: Steps) -> torch.Tensor:
-    """V of the last observation where an episode was truncated, and zero elsewhere, (num_steps, num_envs)."""
-    values = torch.zeros_like(steps.rewards)
-    if steps.final_obs:
-        final = torch.from_numpy(np.stack(list(steps.final_obs.values()))).to(agent.device, agent.obs_dtype)
-        values[tuple(zip(*steps.final_obs))] = agent.value(agent.features(final))
-    return values
+class Player:
+    """Plays whole episodes."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: RunArgs):
+        self.envs = envs
+        self.args = args
+        self.finished: list[Episode] = []  # in the last rollout
+        self.steps = 0  # of the last rollout, with waiting
+
+    def restart(self, iteration: int) -> None:
+        self.obs, self.info = reset_envs(self.envs, self.args.seed, iteration)
+
+    @torch.no_grad()
+    def play(self, agent: Agent) -> Steps:
+        """Plays, from a reset on, all episodes that begin in the first num_steps steps.
+
+        On Atari they are whole games, of which each life is an episode to learn from. An environment that has finished
+        its last one plays on, because a vector environment cannot leave it out. Nothing of that is learned or recorded,
+        but it was played, so it counts in global_step.
+        """
+        num_steps, num_envs = self.args.num_steps, self.envs.num_envs
+        dtype = obs_dtype(agent.observation_space)
+        observations, actions, outcomes = [], [], []
+        final_obs: dict[tuple[int, int], np.ndarray] = {}
+        actor = numpy_actor(agent)
+        playing = np.ones(num_envs, dtype=bool)
+        while playing.any():
+            t = len(observations)
+            if t == num_steps + LONGEST:
+                raise Failed(
+                    f"an episode of environment {playing.argmax()} lasts for more than {LONGEST:,} steps", "failed"
+                )
+            if t % num_steps == 0:
+                noise = action_noise(agent, num_steps, num_envs)
+                noise = iter(noise.numpy() if actor else noise)
+            observations.append(self.obs.astype(str(dtype).removeprefix("torch.")))
+            if actor:
+                actions.append(actor(observations[t], next(noise)))
+            else:
+                features = agent.features(torch.from_numpy(observations[t]).to(agent.device))
+                actions.append(act(agent, features, next(noise)).cpu().numpy())
+            clock = self.info.get("episode_frame_number")
+            try:
+                step = self.envs.step(to_env(agent.action_space, actions[t]))
+            except Failed as error:
+                check_finite(torch.from_numpy(np.stack(observations)), np.array([outcome[0] for outcome in outcomes]))
+                raise Failed(f"{error} in step {t} of the rollout", error.status) from error
+            self.obs, rewards, terminations, truncations, self.info = step
+            finished = np.zeros_like(playing)
+            if "final_obs" in self.info:
+                finished = whole_games(terminations | truncations, self.info, clock) & playing
+                for n in np.flatnonzero(truncations & ~terminations & playing):
+                    final_obs[t, n] = self.info["final_obs"][n]
+                    if dtype == torch.float32 and not np.isfinite(final_obs[t, n]).all():
+                        where = f"environment {n} in step {t} of the rollout"
+                        raise Failed(f"the last observation of {where} is NaN or infinite")
+            outcomes.append([np.array(x) for x in (rewards, terminations, truncations, playing, finished)])
+            if t + 1 >= num_steps:
+                playing &= ~finished
+        return self.arrange(agent, observations, actions, outcomes, final_obs)
+
+    def arrange(self, agent: Agent, observations: list, actions: list, outcomes: list, final_obs: dict) -> Steps:
+        """Checks and stacks what was played."""
+        observations = torch.from_numpy(np.stack(observations)).to(agent.device)
+        rewards, terminations, truncations, played, finished = (np.stack(x) for x in zip(*outcomes))
+        rewards = rewards.astype(np.float64)
+        check_finite(observations, rewards)
+        self.steps = played.size
+        self.finished = self.collect(rewards, finished)
+        if self.args.clip_reward:
+            rewards = np.sign(rewards)
+        if self.args.norm_reward:  # all episodes one after the other, because every one is whole
+            column = rewards.T[played.T][:, None]
+            ended = (terminations | truncations).T[played.T][:, None]
+            scaled = scale_rewards(agent.return_norm, column, ended, np.zeros(1), self.args.gamma)
+            rewards.T[played.T] = scaled[:, 0]
+        return Steps(
+            observations=observations,
+            actions=torch.from_numpy(np.stack(actions)).to(agent.device),
+            rewards=torch.from_numpy(rewards.astype(np.float32)).to(agent.device),
+            terminations=torch.from_numpy(terminations).to(agent.device),
+            truncations=torch.from_numpy(truncations).to(agent.device),
+            played=torch.from_numpy(played).to(agent.device),
+            final_values=values_at(agent, final_obs, rewards.shape),
+        )
+
+    def collect(self, rewards: np.ndarray, finished: np.ndarray) -> list[Episode]:
+        """The episodes that finished; rewards and flags are (steps, num_envs)."""
+        num_envs = rewards.shape[1]
+        episodes = []
+        begin = np.zeros(num_envs, dtype=np.int64)
+        for t, n in np.argwhere(finished):
+            total = float(rewards[begin[n] : t + 1, n].sum())
+            episodes.append(Episode((int(t) + 1) * num_envs, total, int(t + 1 - begin[n]), int(n)))
+            begin[n] = t + 1
+        return episodes
 
 
-# --------------------------------------------------------------------------------------------------- optimising
-def flatten_parameters(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+# ==== shared: optimising ====
+def flatten_parameters(parameters: Iterable[nn.Parameter]) -> Tensor:
     """One vector of which all parameters become views: clipping and a step are then a handful of operations."""
     parameters = list(parameters)
     vector = nn.utils.parameters_to_vector(parameters).detach()
@@ -681,15 +1036,31 @@ def flatten_parameters(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     return vector
 
 
+def flat_grad(output: Tensor, parameters: list[nn.Parameter], **options: bool) -> Tensor:
+    """The gradient of a number as one vector."""
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, parameters, **options)])
+
+
+def clip_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient, shrunk to max_norm where it is longer, and its norm."""
+    norm = grad.norm()
+    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
 class Adam:
     """Adam (arXiv 1412.6980) on one vector: torch.optim.Adam needs three times as long for so few numbers."""
 
-    def __init__(self, parameters: torch.Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5):
-        self.parameters, self.beta1, self.beta2, self.eps, self.t = parameters, beta1, beta2, eps, 0
-        self.m, self.v = torch.zeros_like(parameters), torch.zeros_like(parameters)
+    def __init__(self, parameters: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5):
+        self.parameters = parameters
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.eps = eps
+        self.t = 0
+        self.m = torch.zeros_like(parameters)
+        self.v = torch.zeros_like(parameters)
 
     @torch.no_grad()
-    def step(self, grad: torch.Tensor, learning_rate: float) -> None:
+    def step(self, grad: Tensor, learning_rate: float) -> None:
         self.t += 1
         self.m.lerp_(grad, 1 - self.beta1)
         self.v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
@@ -697,15 +1068,16 @@ class Adam:
         self.parameters.addcdiv_(self.m, deviation, value=-learning_rate / (1 - self.beta1**self.t))
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(m=self.m, v=self.v, t=self.t)
+        return {"m": self.m, "v": self.v, "t": self.t}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.m.copy_(state["m"]), self.v.copy_(state["v"])
+        self.m.copy_(state["m"])
+        self.v.copy_(state["v"])
         self.t = state["t"]
 
 
-def compile_for(example: Callable[[], tuple], function: Callable, args: Args, worth_it: bool) -> Callable:
-    """function as one graph for arguments of the shapes of example(); function itself where args.compile is "off".
+def compile_for(example: Callable[[], tuple], function: Callable, args: RunArgs, worth_it: bool) -> Callable:
+    """function as one graph for arguments of the shapes of example(), or function itself if args.compile is "off".
 
     Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
     """
@@ -714,185 +1086,36 @@ def compile_for(example: Callable[[], tuple], function: Callable, args: Args, wo
         args.compile = "on" if worth_it and args.device == "cpu" else "off"
     if args.compile == "off":
         return function
-    # Every call has the same shapes, so the checks before each go, a seventh of its time. The code object is copied
-    # because what was compiled belongs to it, and another agent in this process must not be given ours.
+    # Every call has the same shapes, so the checks before each are left out, a seventh of its time. The code object is
+    # copied because what was compiled belongs to it, and another agent in this process must not be given ours.
     function.__code__ = function.__code__.replace()
     torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and clipping in one graph
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-    try:  # now rather than in the first iteration
-        compiled(*example())
-    except Exception as error:  # no compiler, no headers, ...
-        if asked == "on":
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(f"--compile on fails here ({reason}); use --compile off.") from None
-        print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
-        args.compile = "off"
-    return compiled if args.compile == "on" else function
+    with torch.random.fork_rng(devices=[]):  # compiling, or not, must not change the run
+        try:  # now rather than in the first iteration
+            compiled(*example())
+            return compiled
+        except Exception as error:  # no compiler, no headers, ...
+            if asked == "on":
+                reason = one_line(error)[:200]
+                raise UsageError(f"--compile on fails here ({reason}); use --compile off.") from None
+    print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
+    args.compile = "off"
+    return function
 
 
-# --------------------------------------------------------------------------------------------------- the method
-ROWS = 1024  # that go through a network at once, so that long episodes of images fit into the memory
+def mean_of(stats: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each statistic over minibatches."""
+    return {name: torch.stack([one[name] for one in stats]).mean() for name in stats[0]}
 
 
-class Batch(NamedTuple):
-    """Whole episodes, one environment's after the other's, (rows, ...); environment n has lengths[n] of the rows."""
-
-    obs: torch.Tensor
-    actions: torch.Tensor
-    psi: torch.Tensor  # weight of grad log pi(a|s)
-    returns: torch.Tensor  # to go, which V learns
-    values: torch.Tensor
-    lengths: list[int]
+def value_variances(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """What Run.log makes the explained variance of, 1 - Var[R - V] / Var[R]."""
+    return {"returns_variance": returns.var(correction=0), "residual_variance": (returns - values).var(correction=0)}
 
 
-def compute_returns(
-    rewards: torch.Tensor,
-    terminations: torch.Tensor,
-    truncations: torch.Tensor,
-    next_values: torch.Tensor,
-    gamma: float,
-    kind: str,
-) -> torch.Tensor:
-    """Discounted returns: "to-go" of step t and later in its episode, or at every step "full", of its whole episode.
-
-    All tensors are (num_steps, num_envs), the flags belong to step t. A terminated state has no future; that of a
-    truncated one is next_values[t], V of the episode's last observation. Where no V is learned it is zero, and the
-    return is what was seen: the objective is then that of the task with its time limit.
-    """
-    terminations, ended = terminations.bool(), (terminations | truncations).bool()
-    rewards = rewards + gamma * torch.where(ended & ~terminations, next_values, 0.0)  # where, for 0 * NaN is NaN
-    returns = [torch.zeros_like(rewards[0])]
-    for reward, discount in zip(rewards.flip(0), (gamma * ~ended).flip(0)):
-        returns.append(torch.addcmul(reward, discount, returns[-1]))
-    returns = torch.stack(returns[:0:-1])
-    if kind == "full":
-        begins, steps = ended.roll(1, 0), torch.arange(len(rewards), device=rewards.device).unsqueeze(-1)
-        returns = returns.gather(0, torch.where(begins, steps, 0).cummax(0).values)
-    return returns
-
-
-def subtract_baseline(returns: torch.Tensor, values: torch.Tensor, baseline: str) -> torch.Tensor:
-    """psi, all (rows,). A baseline that no action changes adds E[grad log pi(a|s) b(s)] = 0 to the gradient."""
-    assert returns.shape == values.shape
-    return returns - (returns.mean() if baseline == "mean" else values if baseline == "value" else 0.0)
-
-
-def surrogate_objective(policy: Categorical | Gaussian, actions: torch.Tensor, psi: torch.Tensor) -> torch.Tensor:
-    """Not what the policy climbs, but a function whose gradient, by autograd, is that of one environment's episodes."""
-    return (policy.log_prob(actions) * psi).sum()
-
-
-def policy_gradients(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (num_envs, parameters), of which the mean is the estimate; surrogate objective and mean entropy."""
-    parameters, rows = agent.policy_parameters(), (batch.obs, batch.actions, batch.psi)
-    grads = torch.zeros(args.num_envs, sum(p.numel() for p in parameters), device=agent.device)
-    total, total_entropy = torch.zeros(2, device=agent.device)
-    for grad, *block in zip(grads, *(x.split(batch.lengths) for x in rows)):
-        for obs, actions, psi in zip(*(x.split(ROWS) for x in block)):
-            policy = agent.policy(agent.features(obs))
-            objective, entropy = surrogate_objective(policy, actions, psi), policy.entropy().sum()
-            total, total_entropy = total + objective.detach(), total_entropy + entropy.detach()
-            if args.ent_coef:
-                objective = objective + args.ent_coef * entropy
-            grad += torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)])
-    return grads / args.num_steps, total / (args.num_envs * args.num_steps), total_entropy / len(batch.psi)
-
-
-def estimate(grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean of independent gradients (num_envs, parameters), its variance and signal-to-noise ratio |mean|^2 / variance.
-
-    The variance is the trace of the mean's covariance. As |mean|^2 has it in it, the ratio is about 1 for mere noise.
-    """
-    mean, variance = grads.mean(0), grads.var(0).sum() / len(grads)
-    return mean, variance, mean.square().sum() / variance.clamp(min=1e-30)
-
-
-def make_gradient(agent: Agent, args: Args) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """gradient(obs, returns) of a minibatch -> (gradient (parameters of V,) of half the squared error, that error)."""
-    parameters = list(agent.critic.parameters())
-
-    def gradient(obs: torch.Tensor, returns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        values = agent.value(agent.features(obs))
-        assert values.shape == returns.shape
-        loss = 0.5 * ((values - returns) ** 2).mean()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]), loss.detach()
-
-    def example() -> tuple[torch.Tensor, torch.Tensor]:
-        return agent.empty_obs(args.value_batch_size), torch.zeros(args.value_batch_size, device=args.device)
-
-    # Compiling takes 10 s and saves half of each step of an MLP, but nothing of a CNN's.
-    steps = args.total_timesteps // (args.num_envs * args.num_steps) * args.value_steps
-    return compile_for(example, gradient, args, steps > 40_000 and args.baseline == "value" and not agent.image)
-
-
-@torch.no_grad()
-def values_of(agent: Agent, obs: torch.Tensor) -> torch.Tensor:
-    """V of raw observations (rows, ...)."""
-    return torch.cat([agent.value(agent.features(part)) for part in obs.split(ROWS)])
-
-
-def rollout(
-    agent: Agent, envs: gym.vector.VectorEnv, obs: np.ndarray, info: dict, args: Args
-) -> tuple[Batch, int, list[tuple[int, float, int, int]]]:
-    """Plays whole episodes from a reset on; returns them, the steps that it took with waiting, and what to record."""
-    steps, done = play(agent, envs, obs, info, args)
-    learned, flags = args.baseline == "value", (steps.terminations, steps.truncations)
-    next_values = values_of_final_obs(agent, steps) if learned else torch.zeros_like(steps.rewards)
-    to_go = returns = compute_returns(steps.rewards, *flags, next_values, args.gamma, "to-go")
-    if args.returns == "full":
-        returns = compute_returns(steps.rewards, *flags, next_values, args.gamma, "full")
-    columns = (steps.observations, steps.actions, returns, to_go)
-    obs, actions, returns, to_go = (x.transpose(0, 1)[steps.played.T] for x in columns)
-    values = values_of(agent, obs) if learned else torch.zeros_like(returns)
-    psi = subtract_baseline(returns, values, args.baseline)
-    return Batch(obs, actions, psi, to_go, values, steps.played.sum(0).tolist()), steps.played.numel(), done
-
-
-def fit_value(agent: Agent, optimizer: Adam, gradient: Callable, batch: Batch, args: Args) -> torch.Tensor:
-    """Moves V towards the returns to go; the mean loss."""
-    losses, size = [], (args.value_steps, args.value_batch_size)
-    for rows in torch.randint(len(batch.returns), size, device=agent.device):
-        grad, loss = gradient(batch.obs[rows], batch.returns[rows])
-        optimizer.step(grad, args.value_learning_rate)
-        losses.append(loss)
-    return torch.stack(losses).mean()
-
-
-def update(
-    agent: Agent,
-    policy_optimizer: Adam,
-    value_optimizer: Adam,
-    gradient: Callable,
-    batch: Batch,
-    learning_rate: float,
-    args: Args,
-) -> dict[str, float]:
-    """One step of the policy, then V, that the next batch will need; returns what to log, by tags.
-
-    The variance is that of the estimate from psi itself, so that runs with other returns and baselines compare; an
-    entropy bonus adds its own.
-    """
-    # Returns grow by orders of magnitude in a run, faster than Adam forgets. One factor for all of psi turns nothing.
-    scale = batch.psi.square().mean().sqrt() + 1e-8 if args.norm_adv else torch.ones((), device=agent.device)
-    grads, objective, entropy = policy_gradients(agent, batch._replace(psi=batch.psi / scale), args)
-    grad, variance, snr = estimate(grads)
-    norm = grad.norm()
-    policy_optimizer.step(-grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), learning_rate)  # upwards
-    stats = dict(policy_loss=-objective, entropy=entropy, grad_norm=norm, grad_variance=variance * scale**2)
-    stats |= dict(grad_snr=snr)
-    if args.baseline == "value":
-        stats["value_loss"] = fit_value(agent, value_optimizer, gradient, batch, args)
-    stats = dict(zip(stats, torch.stack(list(stats.values())).tolist()))
-    for name, value in stats.items():
-        if not math.isfinite(value):
-            raise Failed(f"{name} is {value}")
-    if args.baseline == "value":
-        stats["explained_variance"] = (1 - (batch.returns - batch.values).var() / batch.returns.var()).item()
-    return {f"losses/{name}": value for name, value in stats.items()}
-
-
-# ------------------------------------------------------------------------------------------- the run directory
+# ==== shared: run directory ====
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a temporary neighbour, then puts it in the place of path: there is always the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -919,11 +1142,11 @@ def run_dir_of(path: Path) -> Path:
     return path.parent.parent if path.is_file() else path
 
 
-def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
-    """The arguments, and all else in the config.json, of a run; raises UsageError where there is no such file."""
+def read_config(path: Path) -> tuple[RunArgs, dict[str, Any]]:
+    """The arguments of a run, and all of its config.json. Raises UsageError where there is no such file."""
     try:
-        config = json.loads((run_dir_of(path) / "config.json").read_text())
-        return Args(**config["args"]), config
+        config = json.loads((run_dir_of(path) / "config.json").read_text(encoding="utf-8"))
+        return RunArgs(**config["args"]), config
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(
             f"{path} is no run directory of this script: it has no config.json with its arguments."
@@ -933,26 +1156,33 @@ def read_config(path: Path) -> tuple[Args, dict[str, Any]]:
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary.json of a run directory; {} while there is none, or none that can be read."""
     try:
-        summary = json.loads((path / "summary.json").read_text())
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         return summary if isinstance(summary, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "gymnasium", "numpy", "mujoco", "ale-py")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    """Of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "gymnasium", "numpy", "mujoco", "ale-py"):
+        if importlib.util.find_spec(name.replace("-", "_")):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def create_run_dir(args: Args) -> Path:
+def git(*command: str) -> str | None:
+    """What git says in the folder of this file; None where there is no git or no repository."""
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def create_run_dir(args: RunArgs) -> Path:
     """Makes the folder of a new run, never one that exists, and its config.json."""
-
-    def git(*command: str) -> str | None:
-        here = Path(__file__).parent
-        done = shutil.which("git") and subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip() if done and done.returncode == 0 else None
-
-    name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
+    name = args.run_name or "__".join(str(part) for part in parts if part is not None)
     path = first = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
     while True:
         try:
@@ -966,106 +1196,304 @@ def create_run_dir(args: Args) -> Path:
             path = first.with_name(f"{first.name}-{uuid.uuid4().hex[:4]}")
     (path / "checkpoints").mkdir()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    config = dict(args=asdict(args), command=[sys.executable, *sys.argv], seed=args.seed, versions=versions())
     changes = git("status", "--porcelain")
-    config |= dict(git_commit=git("rev-parse", "HEAD"), git_dirty=None if changes is None else bool(changes))
-    config |= dict(hardware=torch.cuda.get_device_name() if args.device == "cuda" else cpu, threads=args.num_threads)
-    write_json(path / "config.json", config | dict(wandb_id=uuid.uuid4().hex[:8]))
+    config = {
+        "args": asdict(args),
+        "command": [sys.executable, *sys.argv],
+        "seed": args.seed,
+        "versions": versions(),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        "threads": args.num_threads,
+        "wandb_id": uuid.uuid4().hex[:8],
+    }
+    write_json(path / "config.json", config)
     return path
 
 
-class Run:
-    """The files of a run, their views in TensorBoard, wandb and the progress line, and how the run ends."""
+class Log:
+    """episodes.csv and progress.csv of a run, and their views in TensorBoard and Weights & Biases."""
 
-    def __init__(self, args: Args, state: dict[str, Any] | None, started: float):
-        self.args, self.signals, self.printed, batch_size = args, [], 0.0, args.num_envs * args.num_steps
-        self.path = Path(args.resume) if state else create_run_dir(args)
-        self.total = args.total_timesteps // batch_size * batch_size
-        saved = state or dict(iteration=0, global_step=0, wall_time=0.0, last_returns=[], best=-math.inf, csv_bytes={})
-        self.iteration, self.global_step = saved["iteration"], saved["global_step"]
-        self.first_step = self.global_step
-        self.earlier_time, self.last_returns, self.best = saved["wall_time"], saved["last_returns"], saved["best"]
-        self.files, self.unwritten, self.written = {}, [], 0.0
-        for name in ("episodes", "progress"):
-            file = self.files[name] = open(self.path / f"{name}.csv", "a+", newline="")
-            file.truncate(saved["csv_bytes"].get(name, 0))  # what came after the checkpoint will come again
-        if not state:
-            csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
-            self.files["episodes"].flush()
+    def __init__(self, path: Path, args: RunArgs, resumed_at: int | None, sizes: dict[str, int]):
+        self.path = path
+        self.waiting: list[tuple[str, float, int]] = []  # for TensorBoard
+        self.handed_over = 0.0
+        self.first_row: dict[str, Any] = {}  # of step 0, which has not all columns
+        self.files = {name: open(path / f"{name}.csv", "a+", newline="", encoding="utf-8") for name in sizes}
+        for name, file in self.files.items():
+            file.truncate(sizes[name])  # what came after the checkpoint will come again
         self.files["progress"].seek(0)
         self.columns = next(csv.reader(self.files["progress"]), None)
-        self.writer = SummaryWriter(self.path, purge_step=self.first_step + 1 if state else None)
-        if not state:
-            table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-            self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{table}")
-            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
-            for summary in hparams(plain, {"charts/episodic_return": 0.0}):
-                self.writer.file_writer.add_summary(summary)
+        if resumed_at is None:
+            self.write("episodes", [["global_step", "wall_time", "return", "length"]])
+        self.tensorboard = SummaryWriter(path, purge_step=None if resumed_at is None else resumed_at + 1)
+        arguments = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and environment
+        if resumed_at is None:
+            self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
+            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in arguments.items()}
+            for summary in hparams(plain, dict.fromkeys(METRICS, 0.0)):
+                self.tensorboard.file_writer.add_summary(summary)
         self.wandb = None
         if args.track:
             import wandb
 
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, dir=self.path)
-            identity = read_config(self.path)[1]["wandb_id"]
-            self.wandb = wandb.init(id=identity, resume="allow", config=vars(args), **names)
-        machine = f"{args.device}, threads: {args.num_threads}" + ", compiled" * (args.compile == "on")
-        print(f"{self.path} ({machine})")
-        self.exact = not state or self.continues_exactly(state)
-        if state:
-            how = (
-                "exactly as if it had never stopped"
-                if self.exact
-                else "validly, but not bit for bit as without the stop"
+            self.wandb = wandb.init(
+                id=read_config(path)[1]["wandb_id"],
+                resume="allow",
+                config=arguments,
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=path.name,
+                dir=path,
             )
-            print(f"goes on from step {self.global_step:,}, {how}")
-        self.evaluations = read_summary(self.path).get("eval")
+
+    def write(self, name: str, rows: list) -> None:
+        csv.writer(self.files[name]).writerows(rows)
+        self.files[name].flush()
+
+    def row(self, step: int, columns: dict[str, Any], values: dict[str, float]) -> None:
+        """A row of progress.csv; the values go to TensorBoard and wandb, too."""
+        row = columns | {tag: "" if math.isnan(value) else value for tag, value in values.items()}
+        if not self.columns and not step:
+            self.first_row = row
+        elif not self.columns:
+            self.columns = list(row | self.first_row)
+            first = [[self.first_row.get(column, "") for column in self.columns]] if self.first_row else []
+            self.write("progress", [self.columns, *first])
+        if step:
+            self.write("progress", [[row.get(column, "") for column in self.columns]])
+        values = {tag: value for tag, value in values.items() if not math.isnan(value)}
+        self.waiting += [(tag, value, step) for tag, value in values.items()]
+        if time.perf_counter() - self.handed_over > 2.0:  # not more often: its thread gets in the way of this one
+            self.hand_over()
+        if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
+            self.wandb.log(values, step=step)
+
+    def text(self, tag: str, table: list[Any], step: int) -> None:
+        """A table, its head first, as text in TensorBoard."""
+        head, *rows = ["|".join(str(cell) for cell in row) for row in table]
+        lines = [head, "|".join("-" for _ in table[0]), *rows]
+        self.tensorboard.add_text(tag, "".join(f"|{line}|\n" for line in lines), step)
+
+    def hand_over(self) -> None:
+        """Gives TensorBoard what is waiting."""
+        for scalar in self.waiting:
+            self.tensorboard.add_scalar(*scalar)
+        self.tensorboard.flush()
+        self.waiting = []
+        self.handed_over = time.perf_counter()
+
+    def sync(self) -> dict[str, int]:
+        """Puts all on the disk; returns the sizes of the files."""
+        self.hand_over()
+        for file in self.files.values():
+            os.fsync(file.fileno())
+        return {name: (self.path / f"{name}.csv").stat().st_size for name in self.files}
+
+    def close(self) -> None:
+        self.hand_over()
+        for file in (*self.files.values(), self.tensorboard):
+            file.close()
+
+
+class Progress:
+    """One line that renews itself on a terminal; a line every five seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+        self.printed = 0.0
+        self.open = False  # the line may be renewed
+
+    def show(self, line: str, done: int, total: int) -> None:
+        part = min(done / total, 1.0)
+        if time.perf_counter() - self.printed < (0.1 if self.terminal else 5.0) and part < 1:
+            return
+        self.printed = time.perf_counter()
+        self.open = self.terminal and part < 1
+        line = f"{done:>11,} {line}"
+        if self.terminal:
+            line = f"\r[{'#' * int(10 * part):.<10}]{line}\x1b[K"
+        print(line, end="" if self.open else "\n", flush=True)
+
+    def end(self) -> None:
+        """What follows is printed on a line of its own."""
+        if self.open:
+            print()
+        self.open = False
+
+
+class Run:
+    """What a run is: its directory, iterations, checkpoints, signals, and how it ends.
+
+    learner is what a checkpoint holds, by name: tensors, and whatever has a state_dict. A step is what total counts.
+    """
+
+    def __init__(
+        self,
+        args: RunArgs,
+        total: int,
+        started: float,
+        interval: int = 0,
+        log_interval: int = 1,
+        unit: str = "steps",
+        **learner,
+    ):
+        self.args = args
+        self.total = total
+        self.started = started
+        self.interval = interval
+        self.log_interval = log_interval
+        self.unit = unit
+        self.learner = learner
+        self.iteration = 0
+        self.global_step = 0
+        self.earlier_time = 0.0  # seconds of training in earlier sessions
+        self.last_returns: list[float] = []  # of the last 100 training episodes
+        self.best = -math.inf
+        self.notes: dict[str, Any] = {}  # what else summary.json tells
+        self.headline = ""  # what else the progress line tells
+        self.gathered: list[dict[str, float]] = []  # values of the iterations since the last row
+        self.episodes: list[tuple[float, int]] = []  # return and length of those that ended since the last row
+        self.signals: list[int] = []
+        self.progress = Progress()
+        self.complete = False
+        sizes = {"episodes": 0, "progress": 0}
+        if args.resume:
+            self.path = Path(args.resume)
+            state = load_checkpoint(self.path)
+            self.restore(state)
+            self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
+            sizes = state["csv_bytes"]
+        else:
+            self.path = create_run_dir(args)
+        self.first_step = self.global_step
+        if self.complete:
+            print(f"{self.path} is complete; there is nothing left to train.")
+            return
+        self.log_files = Log(self.path, args, self.global_step if args.resume else None, sizes)
+        machine = f"{args.device}, threads: {args.num_threads}"
+        if vars(args).get("compile") == "on":
+            machine += ", compiled"
+        print(f"{self.path} ({machine})")
+        if args.resume:
+            print(f"goes on from step {self.global_step:,}, {self.how_exactly(state)}")
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Training begins here; what was before is start-up."""
         self.begun = time.perf_counter()
-        self.startup_time = self.begun - started
+        self.startup_time = self.begun - self.started
 
-    def continues_exactly(self, state: dict[str, Any]) -> bool:
-        """Whether a checkpoint is from where every run restarts its environments, from this machine and software."""
-        saved, here = read_config(self.path)[0], self.args
-        same = saved.device == here.device == "cpu" and saved.compile == here.compile
-        return state["exact"] and same and state["versions"] == versions()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts back what save has written."""
+        for name, part in self.learner.items():
+            if isinstance(part, Tensor):
+                part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])
+        for name in ("iteration", "global_step", "last_returns", "best", "notes"):
+            setattr(self, name, state[name])
+        self.earlier_time = state["wall_time"]
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] and self.args.device == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        np.random.set_state(tuple(state["numpy_rng"]))
+        version, keys, gauss = state["python_rng"]
+        random.setstate((version, tuple(keys), gauss))
 
-    def __enter__(self) -> "Run":
+    def how_exactly(self, state: dict[str, Any]) -> str:
+        saved, here = vars(read_config(self.path)[0]), vars(self.args)
+        same = all(saved.get(name) == here.get(name) for name in ("device", "compile", "num_threads"))
+        if same and here["device"] == "cpu" and state["exact"] and state["versions"] == versions():
+            return "exactly as if it had never stopped"
+        return "validly, but not bit for bit as without the stop"
+
+    def __enter__(self) -> Run:
         def remember(signum: int, frame: Any) -> None:
             if self.signals:
                 os._exit(128 + signum)  # a second signal does not wait for the iteration
             self.signals.append(signum)
 
         self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+        if not self.args.resume:
+            self.save(True)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        """Writes summary.json, and says of an error when it happened and where the run can go on."""
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-        status = "interrupted" if kind is Stopped else getattr(error, "status", "failed") if error else "completed"
-        summary = dict(status=status, global_step=self.global_step, wall_time=self.wall_time(), sps=self.sps())
-        summary |= dict(startup_time=self.startup_time, train_last100=self.score())
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        summary |= dict(peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-        summary |= dict(eval=self.evaluations) if self.evaluations else {}
-        print("\n" * (sys.stdout.isatty() and 0 < self.global_step < self.total), end="")
-        message = ""
-        if status in ("diverged", "failed"):
-            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
-            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
-            summary |= dict(error=message)
-        try:
-            write_json(self.path / "summary.json", summary)
-            self.write_scalars()
-            for file in (*self.files.values(), self.writer):
-                file.close()
-        except OSError:  # a full disk again
-            if not error:
-                raise
-        if self.wandb:
-            self.wandb.finish(exit_code=int(status != "completed"))
-        if isinstance(error, (Failed, OSError)):
-            raise Failed(message, status) from error
-        print(f"{status} after {self.global_step:,} steps: {self.path}")
+    def iterations(self) -> Iterator[int]:
+        """The numbers of the iterations that are left. After each comes what is due: a row, a checkpoint, the end."""
+        while self.global_step < self.total and not self.complete:
+            self.iteration += 1
+            before = self.global_step
+            yield self.iteration
+            last, stop = self.global_step >= self.total, bool(self.signals)
+            due = last or stop or self.checkpoint_is_due(before)
+            if due or self.iteration % self.log_interval == 0:
+                self.write_row()
+            if due:
+                self.save(self.checkpoint_is_due(before) or last)
+            if stop and not last:
+                raise Stopped(self.signals[0])
+
+    def checkpoint_is_due(self, step_before: int) -> bool:
+        if self.args.checkpoint_interval:
+            return self.iteration % self.args.checkpoint_interval == 0
+        if self.interval:
+            return self.iteration % self.interval == 0
+        return 20 * self.global_step // self.total > 20 * step_before // self.total
+
+    def part_left(self) -> float:
+        """The part of the budget that is left, from 1 to 0."""
+        return 1 - self.global_step / self.total
+
+    def log(self, steps: int, episodes: list, values: dict[str, Any] | None = None, **groups: dict[str, Any]) -> None:
+        """Takes in an iteration: its steps, episodes (step, return, length, ...), and values by their tags.
+
+        A group of values gets its name before theirs. Raises Failed for the first value that is not finite.
+        """
+        tagged = dict(values or {})
+        for group, members in groups.items():
+            tagged |= {f"{group}/{name}": value for name, value in members.items()}
+        numbers = dict(zip(tagged, torch.stack([torch.as_tensor(x).float() for x in tagged.values()]).tolist()))
+        for tag, value in numbers.items():
+            if not math.isfinite(value):
+                raise Failed(f"{tag.removeprefix('losses/')} is {value}")
+        self.gathered.append(numbers)
+        now = f"{self.wall_time():.3f}"
+        self.log_files.write("episodes", [[self.global_step + step, now, *rest[:2]] for step, *rest in episodes])
+        self.episodes += [(rest[0], rest[1]) for _, *rest in episodes]
+        self.last_returns = (self.last_returns + [rest[0] for _, *rest in episodes])[-100:]
+        self.global_step += steps
+
+    def write_row(self) -> None:
+        """A row of progress.csv, with the means over the iterations since the last one."""
+        means = {tag: float(np.mean([values[tag] for values in self.gathered])) for tag in self.gathered[-1]}
+        if "losses/returns_variance" in means:
+            variance = means.pop("losses/returns_variance")
+            residual = means.pop("losses/residual_variance")
+            means["losses/explained_variance"] = 1 - residual / variance if variance else math.nan
+        returns, lengths = np.mean(self.episodes, 0).tolist() if self.episodes else (math.nan, math.nan)
+        score = self.score()
+        values = {
+            "charts/episodic_return": returns,
+            "charts/episodic_length": lengths,
+            "charts/train_last100": math.nan if score is None else score,
+            "charts/SPS": self.sps(),
+        }
+        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": self.sps()}
+        columns["sps"] = values["charts/SPS"]
+        self.log_files.row(self.global_step, columns, values | means)
+        self.gathered = []
+        self.episodes = []
+        self.show_progress()
+
+    def show_progress(self) -> None:
+        seconds = int(max(self.total - self.global_step, 0) / max(self.sps(), 1e-9))
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        score = "-" if self.score() is None else f"{self.score():,.1f}"
+        part = min(self.global_step / self.total, 1.0)
+        line = f"{self.unit} {part:4.0%} {self.sps():>7,.0f}/s  return {score:>9}  {left}{self.headline}"
+        self.progress.show(line, self.global_step, self.total)
 
     def score(self) -> float | None:
         """Mean return of the last 100 training episodes."""
@@ -1081,79 +1509,80 @@ class Run:
             return self.first_step / self.earlier_time
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
-    def log(self, steps: int, episodes: list[tuple[int, float, int, int]], values: dict[str, float]) -> None:
-        """Records what an iteration was: steps, episodes as Episodes.collect returns them, and values by their tags."""
-        before, now = self.global_step, f"{self.wall_time():.3f}"
-        self.global_step += steps
-        csv.writer(self.files["episodes"]).writerows([before + step, now, *rest] for step, *rest, _ in episodes)
-        self.last_returns = (self.last_returns + [episode[1] for episode in episodes])[-100:]
-        values["charts/SPS"] = self.sps()
-        row = {"global_step": self.global_step, "wall_time": now, "sps": values["charts/SPS"]}
-        row |= {"charts/episodic_return": "", "charts/episodic_length": ""} | values
-        if episodes:
-            means = dict(zip(("charts/episodic_return", "charts/episodic_length"), np.mean(episodes, 0)[1:3].tolist()))
-            row, values = row | means, values | means
-        if not self.columns:
-            self.columns = list(row)
-            csv.writer(self.files["progress"]).writerow(self.columns)
-        csv.writer(self.files["progress"]).writerow([row[column] for column in self.columns])
-        for file in self.files.values():
-            file.flush()
-        self.unwritten += [(tag, value, self.global_step) for tag, value in values.items()]
-        if time.perf_counter() - self.written > 2.0:
-            self.write_scalars()
-        if self.wandb and self.global_step > self.wandb.step:  # it refuses what a killed run has sent already
-            self.wandb.log(values, step=self.global_step)
-        self.print_progress()
+    def save(self, exact: bool) -> None:
+        """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best."""
+        better = self.score() is not None and self.score() > self.best
+        if better:
+            self.best = self.score()
+        kind, keys, *position = np.random.get_state()
+        state = {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()}
+        state |= {
+            "exact": exact,
+            "csv_bytes": self.log_files.sync(),
+            "iteration": self.iteration,
+            "global_step": self.global_step,
+            "wall_time": self.wall_time(),
+            "last_returns": self.last_returns,
+            "best": self.best,
+            "notes": self.notes,
+            "total": self.total,
+            "versions": versions(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
+            "numpy_rng": [kind, keys.tolist(), *position],
+            "python_rng": random.getstate(),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        folder = self.path / "checkpoints"
+        if better:  # first, because the other one says that it is done
+            write_atomically(folder / "best.pt", buffer.getbuffer())
+        write_atomically(folder / f"step_{self.global_step:012}.pt", buffer.getbuffer())
+        for old in sorted(folder.glob("step_*.pt"))[:-2]:
+            old.unlink()
 
-    def write_scalars(self) -> None:
-        """Hands TensorBoard what has gathered, at most every other second: its thread gets in the way of this one."""
-        for scalar in self.unwritten:
-            self.writer.add_scalar(*scalar)
-        self.writer.flush()
-        self.unwritten, self.written = [], time.perf_counter()
-
-    def print_progress(self) -> None:
-        """One line that renews itself on a terminal; a line every five seconds elsewhere."""
-        terminal, part = sys.stdout.isatty(), min(self.global_step / self.total, 1.0)
-        if time.perf_counter() - self.printed < (0.1 if terminal else 5.0) and part < 1:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        """Writes summary.json. Of an error it says when it happened and where the run can go on."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        if self.complete:
             return
-        self.printed = time.perf_counter()
-        seconds = int(max(self.total - self.global_step, 0) / self.sps())
-        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-        score = "-" if self.score() is None else f"{self.score():,.1f}"
-        line = f"{self.global_step:>11,} steps {part:4.0%} {self.sps():>7,.0f}/s  return {score:>9}  {left}"
-        bar = f"\r[{'#' * int(10 * part):.<10}]"
-        print(f"{bar}{line}\x1b[K" if terminal else line, end="" if terminal and part < 1 else "\n", flush=True)
+        self.progress.end()
+        status = getattr(error, "status", "failed") if error else "completed"
+        message = ""
+        if status in ("diverged", "failed"):
+            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
+            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
+        try:
+            write_json(self.path / "summary.json", self.summary(status, message))
+            self.log_files.close()
+        except OSError:  # a full disk again
+            if not error:
+                raise
+        if self.log_files.wandb:
+            self.log_files.wandb.finish(exit_code=int(status != "completed"))
+        if isinstance(error, (Failed, OSError)):
+            raise Failed(message, status) from error
+        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
 
-
-def save_checkpoint(run: Run, agent: Agent, boundary: bool, **learner: Any) -> None:
-    """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best so far.
-
-    learner is what the method carries on besides the agent. At a boundary an uninterrupted run restarts its
-    environments too: from there, a resumed one goes on exactly.
-    """
-    kind, keys, *position = np.random.get_state()
-    better = run.score() is not None and run.score() > run.best
-    run.best = run.score() if better else run.best
-    state = dict(iteration=run.iteration, global_step=run.global_step, exact=boundary and run.exact)
-    state |= dict(total_timesteps=run.args.total_timesteps, versions=versions(), agent=agent.state_dict(), **learner)
-    state |= dict(
-        torch_rng=torch.get_rng_state(), python_rng=random.getstate(), numpy_rng=[kind, keys.tolist(), *position]
-    )
-    state |= dict(cuda_rng=torch.cuda.get_rng_state_all() if agent.device.type == "cuda" else [])
-    state |= dict(wall_time=run.wall_time(), last_returns=run.last_returns, best=run.best)
-    state |= dict(csv_bytes={name: (run.path / f"{name}.csv").stat().st_size for name in run.files})
-    run.write_scalars()
-    for file in run.files.values():
-        os.fsync(file.fileno())  # what csv_bytes counts must outlive a power cut, too
-    buffer, folder = io.BytesIO(), run.path / "checkpoints"
-    torch.save(state, buffer)
-    if better:  # first, for the other one says that it is done
-        write_atomically(folder / "best.pt", buffer.getbuffer())
-    write_atomically(folder / f"step_{run.global_step:012}.pt", buffer.getbuffer())
-    for old in sorted(folder.glob("step_*.pt"))[:-2]:
-        old.unlink()
+    def summary(self, status: str, message: str) -> dict[str, Any]:
+        """What summary.json tells. The evaluations that are there stay."""
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        summary = {
+            "status": status,
+            "global_step": self.global_step,
+            "wall_time": self.wall_time(),
+            "sps": self.sps(),
+            "startup_time": self.startup_time,
+            "train_last100": self.score(),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+            **self.notes,
+        }
+        if evaluations := read_summary(self.path).get("eval"):
+            summary["eval"] = evaluations
+        if message:
+            summary["error"] = message
+        return summary
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -1169,98 +1598,62 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path} has no readable checkpoint.")
 
 
-def restore(state: dict[str, Any], agent: Agent) -> None:
-    """Puts back weights, normalisers and all random states."""
-    agent.load_state_dict(state["agent"])
-    torch.set_rng_state(state["torch_rng"])
-    if agent.device.type == "cuda":
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    np.random.set_state(tuple(state["numpy_rng"]))
-    version, keys, gauss = state["python_rng"]
-    random.setstate((version, tuple(keys), gauss))
+# ==== shared: evaluation ====
+class Camera:
+    """Films the first environment. Atari's emulators cannot render, so a twin plays the same game in colour."""
 
+    def __init__(self, args: RunArgs, envs: gym.vector.VectorEnv, folder: Path):
+        self.envs = envs
+        self.folder = folder
+        self.frames: list[np.ndarray] = []
+        self.twins = None
+        if environment_family(args.env_id) == "atari":
+            self.twins = make_envs(args, envs.num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
+            self.twin_obs, _ = reset_envs(self.twins, args.eval_seed, 0)
 
-# ---------------------------------------------------------------------------------------- evaluate, train, main
-def resolve(args: Args, envs: gym.vector.VectorEnv) -> None:
-    """Turns "auto" into what suits this network and machine and sets the threads; UsageError for what cannot be."""
-    image, cuda = is_image(envs.single_observation_space), torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    if args.norm_obs and (image or not isinstance(envs.single_observation_space, gym.spaces.Box)):
-        raise UsageError(f"--norm-obs is for vector observations, which {args.env_id} has not; use --no-norm-obs.")
-    if args.capture_video and importlib.util.find_spec("moviepy") is None:
-        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
-    if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
-        import wandb
+    def film(self, actions: np.ndarray) -> None:
+        """Takes the picture before these actions."""
+        if self.twins:
+            self.frames.append(self.twin_obs[0, -1])
+            self.twin_obs = self.twins.step(actions)[0]
+        else:
+            self.frames.append(self.envs.envs[0].render())
 
-        try:
-            problem = None if wandb.login(prompt=False) else "wandb is not logged in"
-        except Exception as error:
-            problem = f"wandb cannot log in ({' '.join(str(error).split())})"
-        if problem:
-            raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
-    if args.device == "auto":
-        args.device = "cuda" if image and cuda else "cpu"
-    if args.bf16 == "auto":
-        cpu = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        native = cpu if args.device == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
-        args.bf16 = "on" if image and native else "off"
-    args.num_threads = args.num_threads or ((os.cpu_count() or 1) if image else 1)
-    torch.set_num_threads(args.num_threads)
+    def write(self, name: str) -> None:
+        """Writes an episode as an mp4."""
+        from moviepy import ImageSequenceClip
 
-
-def film(frames: list[np.ndarray], path: Path) -> None:
-    """Writes frames (height, width, 3) as an mp4."""
-    from moviepy import ImageSequenceClip
-
-    path.parent.mkdir(exist_ok=True)
-    ImageSequenceClip(frames, fps=30).write_videofile(str(path), logger=None)
+        self.folder.mkdir(exist_ok=True)
+        ImageSequenceClip(self.frames, fps=30).write_videofile(str(self.folder / f"{name}.mp4"), logger=None)
+        self.frames = []
 
 
 @torch.no_grad()
-def evaluate(args: Args) -> list[float]:
-    """Plays eval_episodes with the run args.evaluate, its normalisers frozen; returns the raw returns.
+def evaluate(args: RunArgs) -> list[float]:
+    """Plays eval_episodes with the run args.evaluate, its normalisers frozen. Returns the raw returns.
 
     Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard.
     """
     check_args(args)
     path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
-    atari = environment_family(args.env_id) == "atari"
-    envs = make_envs(args, num_envs, **(dict(render_mode="rgb_array") if args.capture_video and not atari else {}))
-    resolve(args, envs)
+    options = {}
+    if args.capture_video and environment_family(args.env_id) != "atari":
+        options["render_mode"] = "rgb_array"
+    envs = make_envs(args, num_envs, **options)
+    settle(args, envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
     state, folder = load_checkpoint(path), run_dir_of(path)
     try:
         agent.load_state_dict(state["agent"])
     except RuntimeError:
         raise UsageError(f"{path} was trained on other spaces than those of --env-id {args.env_id}.") from None
-    torch.manual_seed(args.eval_seed)
-    (obs, info), episodes = reset_envs(envs, args.eval_seed, 0), Episodes(num_envs)
-    if args.capture_video and atari:  # the emulators cannot render, but twins that play the same games see in colour
-        twins = make_envs(args, num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
-        twin_obs, _ = reset_envs(twins, args.eval_seed, 0)
-    returns, frames = [[] for _ in range(num_envs)], []
-    shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # or else short episodes win
-    while any(len(played) < share for played, share in zip(returns, shares)):
-        noise = agent.noise(num_envs) * float(args.eval_stochastic)
-        features = agent.features(torch.from_numpy(obs).to(agent.device, agent.obs_dtype))
-        actions, clock = agent.to_env(agent.act(features, noise).cpu().numpy()), info.get("episode_frame_number")
-        filming = args.capture_video and len(returns[0]) < shares[0]
-        if filming:
-            frames.append(twin_obs[0, -1] if atari else envs.envs[0].render())
-            twin_obs = twins.step(actions)[0] if atari else None
-        obs, rewards, terminations, truncations, info = envs.step(actions)
-        for _, ret, _, n in episodes.collect(rewards[None], whole_games(terminations | truncations, info, clock)[None]):
-            returns[n].append(ret)
-            if filming and n == 0:
-                film(frames, folder / "videos" / f"iteration_{state['iteration']}_episode_{len(returns[0])}.mp4")
-                frames.clear()
-    returns = [ret for played, share in zip(returns, shares) for ret in played[:share]]
+    camera = Camera(args, envs, folder / "videos") if args.capture_video else None
+    returns = play_episodes(agent, envs, camera, args, f"iteration_{state['iteration']}")
     kind = "stochastic" if args.eval_stochastic else "deterministic"
     result = {name: float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
     print(f"{len(returns)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
     if summary := read_summary(folder):
-        result |= dict(episodes=len(returns), seed=args.eval_seed, iteration=state["iteration"])
+        result |= {"episodes": len(returns), "seed": args.eval_seed, "iteration": state["iteration"]}
         summary["eval"] = summary.get("eval", {}) | {kind: result}
         write_json(folder / "summary.json", summary)
         with SummaryWriter(folder) as writer:
@@ -1268,68 +1661,41 @@ def evaluate(args: Args) -> list[float]:
     return returns
 
 
-def train(args: Args) -> Path:
-    """Trains for total_timesteps, or goes on with the run args.resume; returns the run directory.
-
-    Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
-    """
-    started = time.perf_counter()
-    check_args(args)
-    check_batch(args)
-    envs = make_envs(args, args.num_envs)
-    resolve(args, envs)
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
-    policy_optimizer = Adam(flatten_parameters(agent.policy_parameters()))
-    value_optimizer = Adam(flatten_parameters(agent.critic.parameters()))
-    with torch.random.fork_rng(devices=[]):  # compiling, or not, must not change the run
-        gradient = make_gradient(agent, args)
-    batch_size = args.num_envs * args.num_steps  # at least: the last episodes are longer
-    num_iterations = args.total_timesteps // batch_size  # at most
-    state = load_checkpoint(Path(args.resume)) if args.resume else None
-    complete = read_summary(Path(args.resume)).get("status") == "completed"  # not if killed just before it was written
-    if state and state["global_step"] >= num_iterations * batch_size and complete:
-        print(f"{args.resume} is complete; there is nothing left to train.")
-        return Path(args.resume)
-    if state:
-        restore(state, agent)
-        policy_optimizer.load_state_dict(state["policy_optimizer"])
-        value_optimizer.load_state_dict(state["value_optimizer"])
-
-    def learner() -> dict[str, Any]:
-        return dict(policy_optimizer=policy_optimizer.state_dict(), value_optimizer=value_optimizer.state_dict())
-
-    with Run(args, state, started) as run:
-        if not state:
-            save_checkpoint(run, agent, True, **learner())
-        while run.global_step < run.total:
-            run.iteration += 1
-            obs, info = reset_envs(envs, args.seed, run.iteration)  # so from every checkpoint a resumed run is exact
-            learning_rate = args.learning_rate * (1 - run.global_step / run.total if args.anneal_lr else 1)
-            batch, steps, finished = rollout(agent, envs, obs, info, args)
-            values = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, args)
-            values |= {"charts/learning_rate": learning_rate, "charts/episodes": len(finished)}
-            if agent.obs_norm:
-                agent.obs_norm.update(batch.obs)
-            twentieths = 20 * run.global_step // run.total
-            run.log(steps, finished, values)
-            due = 20 * run.global_step // run.total > twentieths
-            if args.checkpoint_interval:
-                due = run.iteration % args.checkpoint_interval == 0
-            last, stop = run.global_step >= run.total, bool(run.signals)
-            if due or last or stop:
-                save_checkpoint(run, agent, True, **learner())
-            if stop and not last:
-                raise Stopped(run.signals[0])
-    return run.path
+def play_episodes(
+    agent: Agent, envs: gym.vector.VectorEnv, camera: Camera | None, args: RunArgs, name: str
+) -> list[float]:
+    """The raw returns of eval_episodes. Each environment plays its share, because the first to end are the shortest."""
+    num_envs = envs.num_envs
+    shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
+    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    running = np.zeros(num_envs)
+    torch.manual_seed(args.eval_seed)
+    obs, info = reset_envs(envs, args.eval_seed, 0)
+    while any(len(played) < share for played, share in zip(returns, shares)):
+        noise = action_noise(agent, num_envs) * float(args.eval_stochastic)
+        features = agent.features(torch.from_numpy(obs).to(agent.device, obs_dtype(agent.observation_space)))
+        actions = to_env(agent.action_space, act(agent, features, noise).cpu().numpy())
+        filming = camera and len(returns[0]) < shares[0]
+        if filming:
+            camera.film(actions)
+        clock = info.get("episode_frame_number")
+        obs, rewards, terminations, truncations, info = envs.step(actions)
+        running += rewards
+        for n in np.flatnonzero(whole_games(terminations | truncations, info, clock)):
+            returns[n].append(float(running[n]))
+            running[n] = 0.0
+            if filming and n == 0:
+                camera.write(f"{name}_episode_{len(returns[0])}")
+    return [total for played, share in zip(returns, shares) for total in played[:share]]
 
 
+# ==== shared: main ====
 def main(argv: list[str] | None = None) -> int:
-    """The command line; the exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
+    """The command line. The exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
     try:
         args = parse_args(argv)
         path = args.evaluate or str(train(args))
-        if args.evaluate or args.capture_video:
+        if args.evaluate or vars(args).get("capture_video"):
             evaluate(replace(args, evaluate=path))
         return 0
     except Stopped as stopped:
