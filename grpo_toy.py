@@ -787,7 +787,7 @@ def tell(run: Run, groups: list[Group], batch: Batch, values: dict[str, float]) 
     run.notes["tokens_per_second"] = run.notes["tokens"] / run.wall_time()
     if run.iteration == 1 or last or run.iteration % math.ceil(run.args.max_steps / 4) == 0:
         table = table_of(groups, batch, run.args)
-        run.log_files.text("completions", [[f"`{cell}`" for cell in row] for row in table], run.iteration)
+        run.files.text("completions", [[f"`{cell}`" for cell in row] for row in table], run.iteration)
         widths = [max(map(len, column)) for column in zip(*table)]
         run.progress.end()
         for row in table[:9]:
@@ -842,12 +842,9 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result may depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "gymnasium", "numpy", "mujoco", "ale-py"):
-        if importlib.util.find_spec(name.replace("-", "_")):
-            found[name] = importlib.metadata.version(name)
-    return found
+    """Of Python and of the packages that results depend on."""
+    packages = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if importlib.util.find_spec(name)]
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def git(*command: str) -> str | None:
@@ -862,17 +859,15 @@ def create_run_dir(args: RunArgs) -> Path:
     """Makes the folder of a new run, never one that exists, and its config.json."""
     parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
     name = args.run_name or "__".join(str(part) for part in parts if part is not None)
-    path = first = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
-    while True:
-        try:
-            path.mkdir(parents=True)
-            break
-        except OSError as error:
-            if not path.exists():
-                raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
-            if args.run_name:
-                raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
-            path = first.with_name(f"{first.name}-{uuid.uuid4().hex[:4]}")
+    path = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+    if path.exists() and not args.run_name:  # another run was started in this second
+        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        if path.exists():
+            raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
+        raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
     (path / "checkpoints").mkdir()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     changes = git("status", "--porcelain")
@@ -894,54 +889,46 @@ def create_run_dir(args: RunArgs) -> Path:
 class Log:
     """episodes.csv and progress.csv of a run, and their views in TensorBoard and Weights & Biases."""
 
-    def __init__(self, path: Path, args: RunArgs, resumed_at: int | None, sizes: dict[str, int]):
+    def __init__(self, path: Path, args: RunArgs, state: dict[str, Any] | None):
         self.path = path
         self.waiting: list[tuple[str, float, int]] = []  # for TensorBoard
         self.handed_over = 0.0
-        self.first_row: dict[str, Any] = {}  # of step 0, which has not all columns
-        self.files = {name: open(path / f"{name}.csv", "a+", newline="", encoding="utf-8") for name in sizes}
-        for name, file in self.files.items():
-            file.truncate(sizes[name])  # what came after the checkpoint will come again
+        self.first_row: dict[str, Any] = {}  # that of step 0, which does not have all columns
+        self.files = {}
+        for name in ("episodes", "progress"):
+            file = self.files[name] = open(path / f"{name}.csv", "a+", newline="", encoding="utf-8")
+            file.truncate(state["csv_bytes"][name] if state else 0)  # what came after the checkpoint will come again
         self.files["progress"].seek(0)
         self.columns = next(csv.reader(self.files["progress"]), None)
-        if resumed_at is None:
-            self.write("episodes", [["global_step", "wall_time", "return", "length"]])
-        self.tensorboard = SummaryWriter(path, purge_step=None if resumed_at is None else resumed_at + 1)
-        arguments = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and environment
-        if resumed_at is None:
+        self.tensorboard = SummaryWriter(path, purge_step=state["global_step"] + 1 if state else None)
+        swept = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and the environment
+        if not state:
+            csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
             self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
-            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in arguments.items()}
+            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in swept.items()}
             for summary in hparams(plain, dict.fromkeys(METRICS, 0.0)):
                 self.tensorboard.file_writer.add_summary(summary)
         self.wandb = None
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(
-                id=read_config(path)[1]["wandb_id"],
-                resume="allow",
-                config=arguments,
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=path.name,
-                dir=path,
-            )
-
-    def write(self, name: str, rows: list) -> None:
-        csv.writer(self.files[name]).writerows(rows)
-        self.files[name].flush()
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": path.name, "dir": path}
+            self.wandb = wandb.init(id=read_config(path)[1]["wandb_id"], resume="allow", config=swept, **names)
 
     def row(self, step: int, columns: dict[str, Any], values: dict[str, float]) -> None:
-        """A row of progress.csv; the values go to TensorBoard and wandb, too."""
+        """A row of progress.csv. The values go to TensorBoard and wandb, too; NaN stands for none."""
         row = columns | {tag: "" if math.isnan(value) else value for tag, value in values.items()}
-        if not self.columns and not step:
+        rows = [row]
+        if not step:
             self.first_row = row
+            rows = []
         elif not self.columns:
             self.columns = list(row | self.first_row)
-            first = [[self.first_row.get(column, "") for column in self.columns]] if self.first_row else []
-            self.write("progress", [self.columns, *first])
-        if step:
-            self.write("progress", [[row.get(column, "") for column in self.columns]])
+            head = dict(zip(self.columns, self.columns))
+            rows = [head, self.first_row, row] if self.first_row else [head, row]
+        csv.writer(self.files["progress"]).writerows([one.get(name, "") for name in self.columns] for one in rows)
+        for file in self.files.values():
+            file.flush()
         values = {tag: value for tag, value in values.items() if not math.isnan(value)}
         self.waiting += [(tag, value, step) for tag, value in values.items()]
         if time.perf_counter() - self.handed_over > 2.0:  # not more often: its thread gets in the way of this one
@@ -951,8 +938,8 @@ class Log:
 
     def text(self, tag: str, table: list[Any], step: int) -> None:
         """A table, its head first, as text in TensorBoard."""
-        head, *rows = ["|".join(str(cell) for cell in row) for row in table]
-        lines = [head, "|".join("-" for _ in table[0]), *rows]
+        lines = ["|".join(str(cell) for cell in row) for row in table]
+        lines.insert(1, "|".join("-" for _ in table[0]))
         self.tensorboard.add_text(tag, "".join(f"|{line}|\n" for line in lines), step)
 
     def hand_over(self) -> None:
@@ -964,9 +951,10 @@ class Log:
         self.handed_over = time.perf_counter()
 
     def sync(self) -> dict[str, int]:
-        """Puts all on the disk; returns the sizes of the files."""
+        """Puts all on the disk, so that it outlives a power cut. Returns the sizes of the files."""
         self.hand_over()
         for file in self.files.values():
+            file.flush()
             os.fsync(file.fileno())
         return {name: (self.path / f"{name}.csv").stat().st_size for name in self.files}
 
@@ -1005,58 +993,43 @@ class Progress:
 class Run:
     """What a run is: its directory, iterations, checkpoints, signals, and how it ends.
 
-    learner is what a checkpoint holds, by name: tensors, and whatever has a state_dict. A step is what total counts.
+    A step is what total counts. learner is what a checkpoint holds, by name: tensors, and all that has a state_dict.
     """
 
     def __init__(
-        self,
-        args: RunArgs,
-        total: int,
-        started: float,
-        interval: int = 0,
-        log_interval: int = 1,
-        unit: str = "steps",
-        **learner,
+        self, args: RunArgs, total: int, started: float, log_interval: int = 1, unit: str = "steps", **learner
     ):
         self.args = args
         self.total = total
         self.started = started
-        self.interval = interval
         self.log_interval = log_interval
         self.unit = unit
         self.learner = learner
+        # A checkpoint holds the next five.
         self.iteration = 0
         self.global_step = 0
-        self.earlier_time = 0.0  # seconds of training in earlier sessions
         self.last_returns: list[float] = []  # of the last 100 training episodes
         self.best = -math.inf
         self.notes: dict[str, Any] = {}  # what else summary.json tells
+        self.earlier_time = 0.0  # seconds of training in earlier sessions
         self.headline = ""  # what else the progress line tells
         self.gathered: list[dict[str, float]] = []  # values of the iterations since the last row
-        self.episodes: list[tuple[float, int]] = []  # return and length of those that ended since the last row
+        self.episodes: list[list[float]] = []  # return and length of what ended since the last row
         self.signals: list[int] = []
         self.progress = Progress()
-        self.complete = False
-        sizes = {"episodes": 0, "progress": 0}
-        if args.resume:
-            self.path = Path(args.resume)
-            state = load_checkpoint(self.path)
-            self.restore(state)
-            self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
-            sizes = state["csv_bytes"]
-        else:
-            self.path = create_run_dir(args)
+        state = load_checkpoint(Path(args.resume)) if args.resume else None
+        how = self.restore(state) if state else ""
         self.first_step = self.global_step
+        self.path = Path(args.resume) if args.resume else create_run_dir(args)
+        self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
         if self.complete:
             print(f"{self.path} is complete; there is nothing left to train.")
             return
-        self.log_files = Log(self.path, args, self.global_step if args.resume else None, sizes)
-        machine = f"{args.device}, threads: {args.num_threads}"
-        if vars(args).get("compile") == "on":
-            machine += ", compiled"
-        print(f"{self.path} ({machine})")
-        if args.resume:
-            print(f"goes on from step {self.global_step:,}, {self.how_exactly(state)}")
+        self.files = Log(self.path, args, state)
+        compiled = ", compiled" if vars(args).get("compile") == "on" else ""
+        print(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
+        if how:
+            print(f"goes on from step {self.global_step:,}, {how}")
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -1064,8 +1037,8 @@ class Run:
         self.begun = time.perf_counter()
         self.startup_time = self.begun - self.started
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Puts back what save has written."""
+    def restore(self, state: dict[str, Any]) -> str:
+        """Puts back what save has written. Says how exactly the run goes on."""
         for name, part in self.learner.items():
             if isinstance(part, Tensor):
                 part.copy_(state[name])
@@ -1080,13 +1053,18 @@ class Run:
         np.random.set_state(tuple(state["numpy_rng"]))
         version, keys, gauss = state["python_rng"]
         random.setstate((version, tuple(keys), gauss))
+        differs = [part.inexact for part in self.learner.values() if getattr(part, "inexact", "")]
+        differs += [f"{name} is another" for name, was in state["conditions"].items() if was != self.conditions()[name]]
+        if self.args.device == "cuda":
+            differs.append("a GPU does not repeat itself bit for bit")
+        return f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
 
-    def how_exactly(self, state: dict[str, Any]) -> str:
-        saved, here = vars(read_config(self.path)[0]), vars(self.args)
-        same = all(saved.get(name) == here.get(name) for name in ("device", "compile", "num_threads"))
-        if same and here["device"] == "cpu" and state["exact"] and state["versions"] == versions():
-            return "exactly as if it had never stopped"
-        return "validly, but not bit for bit as without the stop"
+    def conditions(self) -> dict[str, Any]:
+        """What must be the same for the same bits."""
+        script = Path(__file__).read_bytes() if "__file__" in globals() else b""
+        machine = {name: vars(self.args).get(name) for name in MACHINE}
+        capability = torch.backends.cpu.get_cpu_capability()
+        return versions() | machine | {"processor": capability, "script": hashlib.sha256(script).hexdigest()}
 
     def __enter__(self) -> Run:
         def remember(signum: int, frame: Any) -> None:
@@ -1096,30 +1074,26 @@ class Run:
 
         self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
         if not self.args.resume:
-            self.save(True)
+            self.save()
         return self
 
     def iterations(self) -> Iterator[int]:
         """The numbers of the iterations that are left. After each comes what is due: a row, a checkpoint, the end."""
-        while self.global_step < self.total and not self.complete:
+        while self.global_step < self.total:
             self.iteration += 1
             before = self.global_step
             yield self.iteration
             last, stop = self.global_step >= self.total, bool(self.signals)
-            due = last or stop or self.checkpoint_is_due(before)
-            if due or self.iteration % self.log_interval == 0:
+            if self.args.checkpoint_interval:
+                due = self.iteration % self.args.checkpoint_interval == 0
+            else:
+                due = 20 * self.global_step // self.total > 20 * before // self.total
+            if due or last or stop or self.iteration % self.log_interval == 0:
                 self.write_row()
-            if due:
-                self.save(self.checkpoint_is_due(before) or last)
+            if due or last or stop:
+                self.save()
             if stop and not last:
                 raise Stopped(self.signals[0])
-
-    def checkpoint_is_due(self, step_before: int) -> bool:
-        if self.args.checkpoint_interval:
-            return self.iteration % self.args.checkpoint_interval == 0
-        if self.interval:
-            return self.iteration % self.interval == 0
-        return 20 * self.global_step // self.total > 20 * step_before // self.total
 
     def part_left(self) -> float:
         """The part of the budget that is left, from 1 to 0."""
@@ -1128,20 +1102,24 @@ class Run:
     def log(self, steps: int, episodes: list, values: dict[str, Any] | None = None, **groups: dict[str, Any]) -> None:
         """Takes in an iteration: its steps, episodes (step, return, length, ...), and values by their tags.
 
-        A group of values gets its name before theirs. Raises Failed for the first value that is not finite.
+        The name of a group comes before the names of its values. Raises Failed for the first that is not finite.
         """
         tagged = dict(values or {})
         for group, members in groups.items():
             tagged |= {f"{group}/{name}": value for name, value in members.items()}
-        numbers = dict(zip(tagged, torch.stack([torch.as_tensor(x).float() for x in tagged.values()]).tolist()))
-        for tag, value in numbers.items():
-            if not math.isfinite(value):
-                raise Failed(f"{tag.removeprefix('losses/')} is {value}")
-        self.gathered.append(numbers)
-        now = f"{self.wall_time():.3f}"
-        self.log_files.write("episodes", [[self.global_step + step, now, *rest[:2]] for step, *rest in episodes])
-        self.episodes += [(rest[0], rest[1]) for _, *rest in episodes]
-        self.last_returns = (self.last_returns + [rest[0] for _, *rest in episodes])[-100:]
+        numbers = torch.stack(
+            [torch.as_tensor(value).float() for value in tagged.values()]
+        ).tolist()  # one read of a GPU
+        self.gathered.append(dict(zip(tagged, numbers)))
+        for tag, number in self.gathered[-1].items():
+            if not math.isfinite(number):
+                raise Failed(f"{tag.removeprefix('losses/')} is {number}")
+        if episodes:
+            now = f"{self.wall_time():.3f}"
+            rows = [[self.global_step + step, now, *rest[:2]] for step, *rest in episodes]
+            csv.writer(self.files.files["episodes"]).writerows(rows)
+            self.episodes += [row[2:] for row in rows]
+            self.last_returns = (self.last_returns + [row[2] for row in rows])[-100:]
         self.global_step += steps
 
     def write_row(self) -> None:
@@ -1152,27 +1130,18 @@ class Run:
             residual = means.pop("losses/residual_variance")
             means["losses/explained_variance"] = 1 - residual / variance if variance else math.nan
         returns, lengths = np.mean(self.episodes, 0).tolist() if self.episodes else (math.nan, math.nan)
-        score = self.score()
-        values = {
-            "charts/episodic_return": returns,
-            "charts/episodic_length": lengths,
-            "charts/train_last100": math.nan if score is None else score,
-            "charts/SPS": self.sps(),
-        }
-        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": self.sps()}
-        columns["sps"] = values["charts/SPS"]
-        self.log_files.row(self.global_step, columns, values | means)
+        score = math.nan if self.score() is None else self.score()
+        charts = {"episodic_return": returns, "episodic_length": lengths, "train_last100": score, "SPS": self.sps()}
+        values = {f"charts/{name}": value for name, value in charts.items()} | means
+        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": charts["SPS"]}
+        self.files.row(self.global_step, columns, values)
         self.gathered = []
         self.episodes = []
-        self.show_progress()
-
-    def show_progress(self) -> None:
-        seconds = int(max(self.total - self.global_step, 0) / max(self.sps(), 1e-9))
+        seconds = int(max(self.total - self.global_step, 0) / max(charts["SPS"], 1e-9))
         left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-        score = "-" if self.score() is None else f"{self.score():,.1f}"
-        part = min(self.global_step / self.total, 1.0)
-        line = f"{self.unit} {part:4.0%} {self.sps():>7,.0f}/s  return {score:>9}  {left}{self.headline}"
-        self.progress.show(line, self.global_step, self.total)
+        line = f"{self.unit} {min(self.global_step / self.total, 1):4.0%} {charts['SPS']:>7,.0f}/s  return "
+        line += "        -" if self.score() is None else f"{score:>9,.1f}"
+        self.progress.show(f"{line}  {left}{self.headline}", self.global_step, self.total)
 
     def score(self) -> float | None:
         """Mean return of the last 100 training episodes."""
@@ -1188,32 +1157,27 @@ class Run:
             return self.first_step / self.earlier_time
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
-    def save(self, exact: bool) -> None:
+    def save(self) -> None:
         """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best."""
-        better = self.score() is not None and self.score() > self.best
+        score = self.score()
+        better = score is not None and score > self.best
         if better:
-            self.best = self.score()
+            self.best = score
         kind, keys, *position = np.random.get_state()
-        state = {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()}
-        state |= {
-            "exact": exact,
-            "csv_bytes": self.log_files.sync(),
-            "iteration": self.iteration,
-            "global_step": self.global_step,
+        state = {
+            **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
+            **{name: getattr(self, name) for name in ("iteration", "global_step", "last_returns", "best", "notes")},
             "wall_time": self.wall_time(),
-            "last_returns": self.last_returns,
-            "best": self.best,
-            "notes": self.notes,
+            "csv_bytes": self.files.sync(),
             "total": self.total,
-            "versions": versions(),
+            "conditions": self.conditions(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
             "numpy_rng": [kind, keys.tolist(), *position],
             "python_rng": random.getstate(),
         }
-        buffer = io.BytesIO()
+        buffer, folder = io.BytesIO(), self.path / "checkpoints"
         torch.save(state, buffer)
-        folder = self.path / "checkpoints"
         if better:  # first, because the other one says that it is done
             write_atomically(folder / "best.pt", buffer.getbuffer())
         write_atomically(folder / f"step_{self.global_step:012}.pt", buffer.getbuffer())
@@ -1228,24 +1192,6 @@ class Run:
             return
         self.progress.end()
         status = getattr(error, "status", "failed") if error else "completed"
-        message = ""
-        if status in ("diverged", "failed"):
-            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
-            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
-        try:
-            write_json(self.path / "summary.json", self.summary(status, message))
-            self.log_files.close()
-        except OSError:  # a full disk again
-            if not error:
-                raise
-        if self.log_files.wandb:
-            self.log_files.wandb.finish(exit_code=int(status != "completed"))
-        if isinstance(error, (Failed, OSError)):
-            raise Failed(message, status) from error
-        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
-
-    def summary(self, status: str, message: str) -> dict[str, Any]:
-        """What summary.json tells. The evaluations that are there stay."""
         unit = 2**20 if sys.platform == "darwin" else 2**10
         summary = {
             "status": status,
@@ -1259,9 +1205,22 @@ class Run:
         }
         if evaluations := read_summary(self.path).get("eval"):
             summary["eval"] = evaluations
-        if message:
+        message = ""
+        if status in ("diverged", "failed"):
+            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
+            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
             summary["error"] = message
-        return summary
+        try:
+            write_json(self.path / "summary.json", summary)
+            self.files.close()
+        except OSError:  # a full disk again
+            if not error:
+                raise
+        if self.files.wandb:
+            self.files.wandb.finish(exit_code=int(status != "completed"))
+        if isinstance(error, (Failed, OSError)):
+            raise Failed(message, status) from error
+        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

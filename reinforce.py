@@ -50,6 +50,7 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -136,7 +137,7 @@ class Agent(nn.Module):
     Actor and critic have an MLP each. For images they share the convolutions if share_body, else they have their own.
     """
 
-    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: RunArgs, share_body: bool = True):
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: RunArgs, share_body: bool):
         super().__init__()
         self.observation_space = observation_space
         self.action_space = action_space
@@ -365,6 +366,12 @@ def update(
     return stats
 
 
+def make_agent(envs: Environments, args: RunArgs) -> Agent:
+    """Actor and critic share nothing, so what fits V leaves the policy as it is."""
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args, share_body=False)
+    return agent.to(args.device)
+
+
 def check_batch(args: Args) -> None:
     """Raises UsageError where a batch has no variance to measure."""
     if args.num_envs < 2:
@@ -379,27 +386,25 @@ def train(args: RunArgs) -> Path:
     started = time.perf_counter()
     check_args(args)
     check_batch(args)
-    envs = make_envs(args, args.num_envs)
+    envs = make_envs(args, args.num_envs, args.seed)
     settle(args, envs)
     player = Player(envs, args)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args, share_body=False).to(args.device)
+    agent = make_agent(envs, args)
     policy_optimizer = Adam(flatten_parameters(agent.policy_parameters()))
     value_optimizer = Adam(flatten_parameters(agent.critic.parameters()))
     gradient = make_gradient(agent, args)
+    optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+    total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
 
-    batch_size = args.num_envs * args.num_steps
-    total = args.total_timesteps // batch_size * batch_size
-    learner = {"agent": agent, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
-    with Run(args, total, started, **learner) as run:
-        for iteration in run.iterations():
-            player.restart(iteration)
+    with Run(args, total, started, agent=agent, player=player, **optimizers) as run:
+        for _ in run.iterations():
             learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
             batch = rollout(agent, player, args)
-            stats = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, args)
+            losses = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, args)
             if agent.obs_norm:
                 agent.obs_norm.update(batch.obs)
             charts = {"learning_rate": learning_rate, "episodes": len(player.finished)}
-            run.log(player.steps, player.finished, losses=stats, charts=charts)
+            run.log(player.steps, player.finished, losses=losses, charts=charts)
     return run.path
 
 
@@ -555,8 +560,8 @@ def environment_family(env_id: str) -> str:
     return next((family for home, family in families.items() if entry_point.startswith(home)), "classic")
 
 
-class Bare(gym.Wrapper):
-    """An environment without its info, which is slow to merge, that says which one it is when it raises."""
+class NamedEnv(gym.Wrapper):
+    """An environment that names itself when it raises, and leaves out info, which is slow to merge."""
 
     def __init__(self, env: gym.Env, index: int):
         super().__init__(env)
@@ -564,12 +569,9 @@ class Bare(gym.Wrapper):
 
     def step(self, action: Any) -> tuple:
         try:
-            obs, reward, terminated, truncated, _ = self.env.step(action)
+            return *self.env.step(action)[:4], {}
         except Exception as error:
             raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
-        if terminated or truncated:
-            obs = np.copy(obs)  # the reset that follows may reuse the array
-        return obs, reward, terminated, truncated, {}
 
     def reset(self, **options: Any) -> tuple:
         try:
@@ -578,13 +580,60 @@ class Bare(gym.Wrapper):
             raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
 
 
-def make_envs(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
-    """The vector environment of a run. It resets in the step that ends an episode (SAME_STEP).
+class Environments:
+    """Environments side by side. An episode begins in the step in which the one before it ended.
 
-    Raises UsageError for a missing extra and for spaces that the networks cannot take.
+    Every episode has a seed of its own, from (seed, environment, number of the episode): with the actions since, it is
+    all that an environment is made of.
     """
+
+    def __init__(self, envs: gym.vector.VectorEnv, seed: int):
+        self.envs = envs
+        self.seed = seed
+        self.num_envs = envs.num_envs
+        self.single_observation_space = envs.single_observation_space
+        self.single_action_space = envs.single_action_space
+        self.atari = not isinstance(envs, gym.vector.SyncVectorEnv)
+        self.numbers = np.zeros(envs.num_envs, dtype=np.int64)  # of the episodes in play, from 1
+
+    def reset(self) -> np.ndarray:
+        """Begins an episode in all environments. Returns the observations."""
+        return self.begin(np.ones(self.num_envs, dtype=bool))
+
+    def begin(self, where: np.ndarray) -> np.ndarray:
+        """Begins an episode where (num_envs,) is true. Returns the observations of all environments."""
+        self.numbers += where
+        seeds = np.zeros(self.num_envs, dtype=np.int64)
+        for n in np.flatnonzero(where):
+            seeds[n] = np.random.SeedSequence([self.seed, n, self.numbers[n]]).generate_state(1)[0] // 2
+        seeds = seeds[where] if self.atari else seeds.tolist()
+        obs, info = self.envs.reset(seed=seeds, options={"reset_mask": where})
+        self.clock = info.get("episode_frame_number")
+        return obs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns observations, rewards, terminations, truncations, over, and final observations where one ended.
+
+        over says where an episode of the environment ended. On Atari that is a game: a lost life is a termination, too,
+        but the game's clock turns back only after its end.
+        """
+        obs, rewards, terminations, truncations, info = self.envs.step(actions)
+        over = terminations | truncations
+        final_obs = obs
+        if self.atari:
+            final_obs = info.get("final_obs")
+            over = over & (info["episode_frame_number"] < self.clock)
+            self.clock = info["episode_frame_number"]
+        if over.any():
+            final_obs = final_obs.copy()
+            obs = self.begin(over)
+        return obs, rewards, terminations, truncations, over, final_obs
+
+
+def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Environments:
+    """The environments of a run. Raises UsageError for a missing extra and for spaces that networks cannot take."""
     if environment_family(args.env_id) == "atari":
-        return make_atari(args, num_envs, **options)
+        return Environments(make_atari(args, num_envs, **options), seed)
     index = itertools.count()
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
@@ -593,8 +642,8 @@ def make_envs(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.Vector
                 args.env_id,
                 num_envs,
                 vectorization_mode="sync",
-                vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False},
-                wrappers=[lambda env: Bare(env, next(index))],
+                vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED, "copy": False},
+                wrappers=[lambda env: NamedEnv(env, next(index))],
                 disable_env_checker=True,
                 **options,
             )
@@ -605,7 +654,7 @@ def make_envs(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.Vector
         raise UsageError(f"--env-id {args.env_id} observes {observations}; Box and Discrete are supported.")
     if not isinstance(actions, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
         raise UsageError(f"--env-id {args.env_id} acts in {actions}; Box, Discrete and MultiDiscrete are supported.")
-    return envs
+    return Environments(envs, seed)
 
 
 def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
@@ -635,18 +684,7 @@ def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.Vecto
     return gym.make_vec(game, num_envs, **settings | options)
 
 
-def reset_envs(envs: gym.vector.VectorEnv, seed: int, iteration: int) -> tuple[np.ndarray, dict]:
-    """First observations and info; seeds come from (seed, iteration), so a resumed run starts as this one goes on."""
-    seeds = np.random.SeedSequence([seed, iteration]).generate_state(envs.num_envs).astype(np.int64) % 2**31
-    return envs.reset(seed=seeds.tolist() if isinstance(envs, gym.vector.SyncVectorEnv) else seeds)
-
-
-def whole_games(ended: np.ndarray, info: dict, clock: np.ndarray | None) -> np.ndarray:
-    """Which of ended (num_envs,) are whole games: ALE also ends at a lost life, but its clock only turns back after."""
-    return ended if clock is None else ended & (info["episode_frame_number"] < clock)
-
-
-def settle(args: RunArgs, envs: gym.vector.VectorEnv) -> None:
+def settle(args: RunArgs, envs: Environments) -> None:
     """Decides what is "auto" for this network and machine, and sets threads and seeds.
 
     Raises UsageError for what cannot be.
@@ -816,6 +854,9 @@ def choices_of(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[t
 
 
 # ==== shared: acting ====
+LONGEST = 1_000_000  # steps of an episode whose actions a checkpoint still holds
+
+
 class Episode(NamedTuple):
     """A finished training episode."""
 
@@ -823,6 +864,87 @@ class Episode(NamedTuple):
     episodic_return: float  # raw
     length: int
     env: int
+
+
+class Episodes:
+    """The last episode that ended and the one in play, in each environment, across rollouts.
+
+    With its seed that brings an environment back. The one that ended is there to notice an environment that carries
+    something over to the next episode.
+    """
+
+    def __init__(self, envs: Environments):
+        self.envs = envs
+        self.ended: list[list] = [[] for _ in range(envs.num_envs)]  # parts (actions, rewards) of an episode
+        self.in_play: list[list] = [[] for _ in range(envs.num_envs)]
+
+    def collect(self, actions: np.ndarray, rewards: np.ndarray, over: np.ndarray) -> list[Episode]:
+        """Takes in a rollout, (num_steps, num_envs, ...). Returns the episodes that ended in it."""
+        num_envs = self.envs.num_envs
+        found = []
+        begins = [0] * num_envs
+        for t, n in np.argwhere(over).tolist():
+            part = slice(begins[n], t + 1)
+            self.ended[n] = [*self.in_play[n], (actions[part, n], rewards[part, n])]
+            paid = np.concatenate([rewards for _, rewards in self.ended[n]])
+            found.append(Episode((t + 1) * num_envs, float(paid.sum()), len(paid), n))
+            self.in_play[n] = []
+            begins[n] = t + 1
+        for n, begin in enumerate(begins):
+            self.in_play[n].append((actions[begin:, n], rewards[begin:, n]))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """For each environment the actions and rewards of both episodes; none of an episode that is too long."""
+        state: dict[str, Any] = {"numbers": torch.from_numpy(self.envs.numbers.copy())}
+        for name, episodes in (("ended", self.ended), ("in_play", self.in_play)):
+            joined = [[np.concatenate(column) for column in zip(*parts)] for parts in episodes]
+            joined = [[] if pair and len(pair[1]) > LONGEST else pair for pair in joined]
+            state[name] = [[torch.from_numpy(x) for x in pair] for pair in joined]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], obs: Tensor) -> tuple[np.ndarray, str]:
+        """Plays the episodes of state again, to end with obs. Returns the observations, and what is not as it was.
+
+        If something is not, all environments have begun new episodes.
+        """
+        numbers = state["numbers"].numpy()
+        for name in ("ended", "in_play"):
+            setattr(self, name, [[tuple(x.numpy() for x in pair)] if pair else [] for pair in state[name]])
+        try:
+            replayed = self.replay(numbers)
+            if np.array_equal(replayed, obs.numpy()) and (self.envs.numbers == numbers).all():
+                return replayed, ""
+            problem = "an environment does not repeat its observations"
+        except Failed as error:
+            problem = str(error)
+        self.__init__(self.envs)
+        self.envs.numbers[:] = numbers
+        return self.envs.reset(), problem
+
+    def replay(self, numbers: np.ndarray) -> np.ndarray:
+        """Plays both episodes of each environment. Returns the observations; raises Failed for another reward.
+
+        Environments begin one after the other, so that all are through at the same time.
+        """
+        parts = [[*ended, *in_play] for ended, in_play in zip(self.ended, self.in_play)]
+        actions = [np.concatenate([part[0] for part in one]) if one else [] for one in parts]
+        rewards = [np.concatenate([part[1] for part in one]) if one else [] for one in parts]
+        steps = max(map(len, actions))
+        waiting = steps - np.array([len(one) for one in actions])
+        first = numbers - np.array([len(ended) for ended in self.ended])
+        idle = next((one[0] for one in actions if len(one)), None)  # the action of those that have not begun
+        for t in range(steps + 1):
+            if (waiting == t).any():
+                self.envs.numbers[waiting == t] = first[waiting == t] - 1
+                obs = self.envs.begin(waiting == t)
+            if t == steps:
+                return obs
+            now = [one[t - wait] if t >= wait else idle for one, wait in zip(actions, waiting)]
+            obs, paid, *_ = self.envs.step(to_env(self.envs.single_action_space, np.stack(now)))
+            for n in np.flatnonzero(waiting <= t):
+                if paid[n] != rewards[n][t - waiting[n]]:
+                    raise Failed(f"environment {n} does not repeat its rewards")
 
 
 def obs_dtype(space: gym.Space) -> torch.dtype:
@@ -883,12 +1005,15 @@ def to_env(space: gym.Space, actions: np.ndarray) -> np.ndarray:
     return actions + space.start
 
 
-def check_finite(observations: Tensor, rewards: np.ndarray) -> None:
-    """Raises Failed for the first NaN or infinity in observations or rewards, (steps, num_envs, ...)."""
+def check_finite(observations: Tensor, rewards: np.ndarray, final_obs: dict[tuple[int, int], np.ndarray]) -> None:
+    """Raises Failed for the first NaN or infinity; observations and rewards are (steps, num_envs, ...)."""
     for name, x in (("observation", observations), ("reward", torch.from_numpy(rewards))):
         if x.is_floating_point() and not x.isfinite().all():
             step, env = (~x.isfinite()).nonzero()[0, :2].tolist()
             raise Failed(f"the {name} of environment {env} in step {step} of the rollout is NaN or infinite")
+    for (step, env), x in final_obs.items():
+        if not np.isfinite(x).all():
+            raise Failed(f"the last observation of environment {env} in step {step} of the rollout is NaN or infinite")
 
 
 def scale_rewards(
@@ -914,7 +1039,7 @@ def values_at(agent: Agent, final_obs: dict[tuple[int, int], np.ndarray], shape:
 
 
 # ==== playing whole episodes ====
-LONGEST = 200_000  # steps, after which an episode is taken for one that never ends
+ENDLESS = 200_000  # steps, after which an episode is taken for one that never ends
 
 
 class Steps(NamedTuple):
@@ -930,16 +1055,17 @@ class Steps(NamedTuple):
 
 
 class Player:
-    """Plays whole episodes."""
+    """Plays whole episodes in the environments of a run."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: RunArgs):
+    def __init__(self, envs: Environments, args: RunArgs, explore: bool = True):
         self.envs = envs
         self.args = args
+        self.explore = explore
+        self.obs = envs.reset()
+        self.episodes = Episodes(envs)
         self.finished: list[Episode] = []  # in the last rollout
         self.steps = 0  # of the last rollout, with waiting
-
-    def restart(self, iteration: int) -> None:
-        self.obs, self.info = reset_envs(self.envs, self.args.seed, iteration)
+        self.inexact = ""  # why a resumed run is not the one that stopped
 
     @torch.no_grad()
     def play(self, agent: Agent) -> Steps:
@@ -952,17 +1078,18 @@ class Player:
         num_steps, num_envs = self.args.num_steps, self.envs.num_envs
         dtype = obs_dtype(agent.observation_space)
         observations, actions, outcomes = [], [], []
-        final_obs: dict[tuple[int, int], np.ndarray] = {}
+        final_obs: dict[tuple[int, int], np.ndarray] = {}  # where an episode was truncated, by step and environment
         actor = numpy_actor(agent)
         playing = np.ones(num_envs, dtype=bool)
+        self.obs = self.envs.reset()
+        self.episodes.in_play = [[] for _ in range(num_envs)]
         while playing.any():
             t = len(observations)
-            if t == num_steps + LONGEST:
-                raise Failed(
-                    f"an episode of environment {playing.argmax()} lasts for more than {LONGEST:,} steps", "failed"
-                )
+            if t == num_steps + ENDLESS:
+                where = f"an episode of environment {playing.argmax()}"
+                raise Failed(f"{where} lasts for more than {ENDLESS:,} steps", "failed")
             if t % num_steps == 0:
-                noise = action_noise(agent, num_steps, num_envs)
+                noise = action_noise(agent, num_steps, num_envs) * float(self.explore)
                 noise = iter(noise.numpy() if actor else noise)
             observations.append(self.obs.astype(str(dtype).removeprefix("torch.")))
             if actor:
@@ -970,44 +1097,39 @@ class Player:
             else:
                 features = agent.features(torch.from_numpy(observations[t]).to(agent.device))
                 actions.append(act(agent, features, next(noise)).cpu().numpy())
-            clock = self.info.get("episode_frame_number")
             try:
                 step = self.envs.step(to_env(agent.action_space, actions[t]))
             except Failed as error:
-                check_finite(torch.from_numpy(np.stack(observations)), np.array([outcome[0] for outcome in outcomes]))
+                seen = torch.from_numpy(np.stack(observations))
+                check_finite(seen, np.array([outcome[0] for outcome in outcomes]), final_obs)
                 raise Failed(f"{error} in step {t} of the rollout", error.status) from error
-            self.obs, rewards, terminations, truncations, self.info = step
-            finished = np.zeros_like(playing)
-            if "final_obs" in self.info:
-                finished = whole_games(terminations | truncations, self.info, clock) & playing
-                for n in np.flatnonzero(truncations & ~terminations & playing):
-                    final_obs[t, n] = self.info["final_obs"][n]
-                    if dtype == torch.float32 and not np.isfinite(final_obs[t, n]).all():
-                        where = f"environment {n} in step {t} of the rollout"
-                        raise Failed(f"the last observation of {where} is NaN or infinite")
-            outcomes.append([np.array(x) for x in (rewards, terminations, truncations, playing, finished)])
+            self.obs, *outcome, over, last = step
+            for n in np.flatnonzero(outcome[2] & ~outcome[1] & playing):
+                final_obs[t, n] = last[n]
+            outcomes.append([*outcome, over, playing.copy()])
             if t + 1 >= num_steps:
-                playing &= ~finished
-        return self.arrange(agent, observations, actions, outcomes, final_obs)
+                playing &= ~over
+        return self.arrange(agent, observations, np.stack(actions), outcomes, final_obs)
 
-    def arrange(self, agent: Agent, observations: list, actions: list, outcomes: list, final_obs: dict) -> Steps:
+    def arrange(self, agent: Agent, observations: list, actions: np.ndarray, outcomes: list, final_obs: dict) -> Steps:
         """Checks and stacks what was played."""
         observations = torch.from_numpy(np.stack(observations)).to(agent.device)
-        rewards, terminations, truncations, played, finished = (np.stack(x) for x in zip(*outcomes))
+        rewards, terminations, truncations, over, played = (np.stack(x) for x in zip(*outcomes))
         rewards = rewards.astype(np.float64)
-        check_finite(observations, rewards)
+        check_finite(observations, rewards, final_obs)
         self.steps = played.size
-        self.finished = self.collect(rewards, finished)
+        ended = self.episodes.collect(actions, rewards, over)
+        self.finished = [episode for episode in ended if played[episode.step // self.envs.num_envs - 1, episode.env]]
         if self.args.clip_reward:
             rewards = np.sign(rewards)
         if self.args.norm_reward:  # all episodes one after the other, because every one is whole
             column = rewards.T[played.T][:, None]
-            ended = (terminations | truncations).T[played.T][:, None]
-            scaled = scale_rewards(agent.return_norm, column, ended, np.zeros(1), self.args.gamma)
+            flags = (terminations | truncations).T[played.T][:, None]
+            scaled = scale_rewards(agent.return_norm, column, flags, np.zeros(1), self.args.gamma)
             rewards.T[played.T] = scaled[:, 0]
         return Steps(
             observations=observations,
-            actions=torch.from_numpy(np.stack(actions)).to(agent.device),
+            actions=torch.from_numpy(actions).to(agent.device),
             rewards=torch.from_numpy(rewards.astype(np.float32)).to(agent.device),
             terminations=torch.from_numpy(terminations).to(agent.device),
             truncations=torch.from_numpy(truncations).to(agent.device),
@@ -1015,16 +1137,12 @@ class Player:
             final_values=values_at(agent, final_obs, rewards.shape),
         )
 
-    def collect(self, rewards: np.ndarray, finished: np.ndarray) -> list[Episode]:
-        """The episodes that finished; rewards and flags are (steps, num_envs)."""
-        num_envs = rewards.shape[1]
-        episodes = []
-        begin = np.zeros(num_envs, dtype=np.int64)
-        for t, n in np.argwhere(finished):
-            total = float(rewards[begin[n] : t + 1, n].sum())
-            episodes.append(Episode((int(t) + 1) * num_envs, total, int(t + 1 - begin[n]), int(n)))
-            begin[n] = t + 1
-        return episodes
+    def state_dict(self) -> dict[str, Any]:
+        return {"obs": torch.from_numpy(np.copy(self.obs)), "episodes": self.episodes.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Plays the last episodes again, to see that they are what they were."""
+        self.obs, self.inexact = self.episodes.load_state_dict(state["episodes"], state["obs"])
 
 
 # ==== shared: optimising ====
@@ -1163,12 +1281,9 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result may depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "gymnasium", "numpy", "mujoco", "ale-py"):
-        if importlib.util.find_spec(name.replace("-", "_")):
-            found[name] = importlib.metadata.version(name)
-    return found
+    """Of Python and of the packages that results depend on."""
+    packages = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if importlib.util.find_spec(name)]
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def git(*command: str) -> str | None:
@@ -1183,17 +1298,15 @@ def create_run_dir(args: RunArgs) -> Path:
     """Makes the folder of a new run, never one that exists, and its config.json."""
     parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
     name = args.run_name or "__".join(str(part) for part in parts if part is not None)
-    path = first = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
-    while True:
-        try:
-            path.mkdir(parents=True)
-            break
-        except OSError as error:
-            if not path.exists():
-                raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
-            if args.run_name:
-                raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
-            path = first.with_name(f"{first.name}-{uuid.uuid4().hex[:4]}")
+    path = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+    if path.exists() and not args.run_name:  # another run was started in this second
+        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        if path.exists():
+            raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
+        raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
     (path / "checkpoints").mkdir()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     changes = git("status", "--porcelain")
@@ -1215,54 +1328,46 @@ def create_run_dir(args: RunArgs) -> Path:
 class Log:
     """episodes.csv and progress.csv of a run, and their views in TensorBoard and Weights & Biases."""
 
-    def __init__(self, path: Path, args: RunArgs, resumed_at: int | None, sizes: dict[str, int]):
+    def __init__(self, path: Path, args: RunArgs, state: dict[str, Any] | None):
         self.path = path
         self.waiting: list[tuple[str, float, int]] = []  # for TensorBoard
         self.handed_over = 0.0
-        self.first_row: dict[str, Any] = {}  # of step 0, which has not all columns
-        self.files = {name: open(path / f"{name}.csv", "a+", newline="", encoding="utf-8") for name in sizes}
-        for name, file in self.files.items():
-            file.truncate(sizes[name])  # what came after the checkpoint will come again
+        self.first_row: dict[str, Any] = {}  # that of step 0, which does not have all columns
+        self.files = {}
+        for name in ("episodes", "progress"):
+            file = self.files[name] = open(path / f"{name}.csv", "a+", newline="", encoding="utf-8")
+            file.truncate(state["csv_bytes"][name] if state else 0)  # what came after the checkpoint will come again
         self.files["progress"].seek(0)
         self.columns = next(csv.reader(self.files["progress"]), None)
-        if resumed_at is None:
-            self.write("episodes", [["global_step", "wall_time", "return", "length"]])
-        self.tensorboard = SummaryWriter(path, purge_step=None if resumed_at is None else resumed_at + 1)
-        arguments = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and environment
-        if resumed_at is None:
+        self.tensorboard = SummaryWriter(path, purge_step=state["global_step"] + 1 if state else None)
+        swept = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and the environment
+        if not state:
+            csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
             self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
-            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in arguments.items()}
+            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in swept.items()}
             for summary in hparams(plain, dict.fromkeys(METRICS, 0.0)):
                 self.tensorboard.file_writer.add_summary(summary)
         self.wandb = None
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(
-                id=read_config(path)[1]["wandb_id"],
-                resume="allow",
-                config=arguments,
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=path.name,
-                dir=path,
-            )
-
-    def write(self, name: str, rows: list) -> None:
-        csv.writer(self.files[name]).writerows(rows)
-        self.files[name].flush()
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": path.name, "dir": path}
+            self.wandb = wandb.init(id=read_config(path)[1]["wandb_id"], resume="allow", config=swept, **names)
 
     def row(self, step: int, columns: dict[str, Any], values: dict[str, float]) -> None:
-        """A row of progress.csv; the values go to TensorBoard and wandb, too."""
+        """A row of progress.csv. The values go to TensorBoard and wandb, too; NaN stands for none."""
         row = columns | {tag: "" if math.isnan(value) else value for tag, value in values.items()}
-        if not self.columns and not step:
+        rows = [row]
+        if not step:
             self.first_row = row
+            rows = []
         elif not self.columns:
             self.columns = list(row | self.first_row)
-            first = [[self.first_row.get(column, "") for column in self.columns]] if self.first_row else []
-            self.write("progress", [self.columns, *first])
-        if step:
-            self.write("progress", [[row.get(column, "") for column in self.columns]])
+            head = dict(zip(self.columns, self.columns))
+            rows = [head, self.first_row, row] if self.first_row else [head, row]
+        csv.writer(self.files["progress"]).writerows([one.get(name, "") for name in self.columns] for one in rows)
+        for file in self.files.values():
+            file.flush()
         values = {tag: value for tag, value in values.items() if not math.isnan(value)}
         self.waiting += [(tag, value, step) for tag, value in values.items()]
         if time.perf_counter() - self.handed_over > 2.0:  # not more often: its thread gets in the way of this one
@@ -1272,8 +1377,8 @@ class Log:
 
     def text(self, tag: str, table: list[Any], step: int) -> None:
         """A table, its head first, as text in TensorBoard."""
-        head, *rows = ["|".join(str(cell) for cell in row) for row in table]
-        lines = [head, "|".join("-" for _ in table[0]), *rows]
+        lines = ["|".join(str(cell) for cell in row) for row in table]
+        lines.insert(1, "|".join("-" for _ in table[0]))
         self.tensorboard.add_text(tag, "".join(f"|{line}|\n" for line in lines), step)
 
     def hand_over(self) -> None:
@@ -1285,9 +1390,10 @@ class Log:
         self.handed_over = time.perf_counter()
 
     def sync(self) -> dict[str, int]:
-        """Puts all on the disk; returns the sizes of the files."""
+        """Puts all on the disk, so that it outlives a power cut. Returns the sizes of the files."""
         self.hand_over()
         for file in self.files.values():
+            file.flush()
             os.fsync(file.fileno())
         return {name: (self.path / f"{name}.csv").stat().st_size for name in self.files}
 
@@ -1326,58 +1432,43 @@ class Progress:
 class Run:
     """What a run is: its directory, iterations, checkpoints, signals, and how it ends.
 
-    learner is what a checkpoint holds, by name: tensors, and whatever has a state_dict. A step is what total counts.
+    A step is what total counts. learner is what a checkpoint holds, by name: tensors, and all that has a state_dict.
     """
 
     def __init__(
-        self,
-        args: RunArgs,
-        total: int,
-        started: float,
-        interval: int = 0,
-        log_interval: int = 1,
-        unit: str = "steps",
-        **learner,
+        self, args: RunArgs, total: int, started: float, log_interval: int = 1, unit: str = "steps", **learner
     ):
         self.args = args
         self.total = total
         self.started = started
-        self.interval = interval
         self.log_interval = log_interval
         self.unit = unit
         self.learner = learner
+        # A checkpoint holds the next five.
         self.iteration = 0
         self.global_step = 0
-        self.earlier_time = 0.0  # seconds of training in earlier sessions
         self.last_returns: list[float] = []  # of the last 100 training episodes
         self.best = -math.inf
         self.notes: dict[str, Any] = {}  # what else summary.json tells
+        self.earlier_time = 0.0  # seconds of training in earlier sessions
         self.headline = ""  # what else the progress line tells
         self.gathered: list[dict[str, float]] = []  # values of the iterations since the last row
-        self.episodes: list[tuple[float, int]] = []  # return and length of those that ended since the last row
+        self.episodes: list[list[float]] = []  # return and length of what ended since the last row
         self.signals: list[int] = []
         self.progress = Progress()
-        self.complete = False
-        sizes = {"episodes": 0, "progress": 0}
-        if args.resume:
-            self.path = Path(args.resume)
-            state = load_checkpoint(self.path)
-            self.restore(state)
-            self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
-            sizes = state["csv_bytes"]
-        else:
-            self.path = create_run_dir(args)
+        state = load_checkpoint(Path(args.resume)) if args.resume else None
+        how = self.restore(state) if state else ""
         self.first_step = self.global_step
+        self.path = Path(args.resume) if args.resume else create_run_dir(args)
+        self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
         if self.complete:
             print(f"{self.path} is complete; there is nothing left to train.")
             return
-        self.log_files = Log(self.path, args, self.global_step if args.resume else None, sizes)
-        machine = f"{args.device}, threads: {args.num_threads}"
-        if vars(args).get("compile") == "on":
-            machine += ", compiled"
-        print(f"{self.path} ({machine})")
-        if args.resume:
-            print(f"goes on from step {self.global_step:,}, {self.how_exactly(state)}")
+        self.files = Log(self.path, args, state)
+        compiled = ", compiled" if vars(args).get("compile") == "on" else ""
+        print(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
+        if how:
+            print(f"goes on from step {self.global_step:,}, {how}")
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -1385,8 +1476,8 @@ class Run:
         self.begun = time.perf_counter()
         self.startup_time = self.begun - self.started
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Puts back what save has written."""
+    def restore(self, state: dict[str, Any]) -> str:
+        """Puts back what save has written. Says how exactly the run goes on."""
         for name, part in self.learner.items():
             if isinstance(part, Tensor):
                 part.copy_(state[name])
@@ -1401,13 +1492,18 @@ class Run:
         np.random.set_state(tuple(state["numpy_rng"]))
         version, keys, gauss = state["python_rng"]
         random.setstate((version, tuple(keys), gauss))
+        differs = [part.inexact for part in self.learner.values() if getattr(part, "inexact", "")]
+        differs += [f"{name} is another" for name, was in state["conditions"].items() if was != self.conditions()[name]]
+        if self.args.device == "cuda":
+            differs.append("a GPU does not repeat itself bit for bit")
+        return f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
 
-    def how_exactly(self, state: dict[str, Any]) -> str:
-        saved, here = vars(read_config(self.path)[0]), vars(self.args)
-        same = all(saved.get(name) == here.get(name) for name in ("device", "compile", "num_threads"))
-        if same and here["device"] == "cpu" and state["exact"] and state["versions"] == versions():
-            return "exactly as if it had never stopped"
-        return "validly, but not bit for bit as without the stop"
+    def conditions(self) -> dict[str, Any]:
+        """What must be the same for the same bits."""
+        script = Path(__file__).read_bytes() if "__file__" in globals() else b""
+        machine = {name: vars(self.args).get(name) for name in MACHINE}
+        capability = torch.backends.cpu.get_cpu_capability()
+        return versions() | machine | {"processor": capability, "script": hashlib.sha256(script).hexdigest()}
 
     def __enter__(self) -> Run:
         def remember(signum: int, frame: Any) -> None:
@@ -1417,30 +1513,26 @@ class Run:
 
         self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
         if not self.args.resume:
-            self.save(True)
+            self.save()
         return self
 
     def iterations(self) -> Iterator[int]:
         """The numbers of the iterations that are left. After each comes what is due: a row, a checkpoint, the end."""
-        while self.global_step < self.total and not self.complete:
+        while self.global_step < self.total:
             self.iteration += 1
             before = self.global_step
             yield self.iteration
             last, stop = self.global_step >= self.total, bool(self.signals)
-            due = last or stop or self.checkpoint_is_due(before)
-            if due or self.iteration % self.log_interval == 0:
+            if self.args.checkpoint_interval:
+                due = self.iteration % self.args.checkpoint_interval == 0
+            else:
+                due = 20 * self.global_step // self.total > 20 * before // self.total
+            if due or last or stop or self.iteration % self.log_interval == 0:
                 self.write_row()
-            if due:
-                self.save(self.checkpoint_is_due(before) or last)
+            if due or last or stop:
+                self.save()
             if stop and not last:
                 raise Stopped(self.signals[0])
-
-    def checkpoint_is_due(self, step_before: int) -> bool:
-        if self.args.checkpoint_interval:
-            return self.iteration % self.args.checkpoint_interval == 0
-        if self.interval:
-            return self.iteration % self.interval == 0
-        return 20 * self.global_step // self.total > 20 * step_before // self.total
 
     def part_left(self) -> float:
         """The part of the budget that is left, from 1 to 0."""
@@ -1449,20 +1541,24 @@ class Run:
     def log(self, steps: int, episodes: list, values: dict[str, Any] | None = None, **groups: dict[str, Any]) -> None:
         """Takes in an iteration: its steps, episodes (step, return, length, ...), and values by their tags.
 
-        A group of values gets its name before theirs. Raises Failed for the first value that is not finite.
+        The name of a group comes before the names of its values. Raises Failed for the first that is not finite.
         """
         tagged = dict(values or {})
         for group, members in groups.items():
             tagged |= {f"{group}/{name}": value for name, value in members.items()}
-        numbers = dict(zip(tagged, torch.stack([torch.as_tensor(x).float() for x in tagged.values()]).tolist()))
-        for tag, value in numbers.items():
-            if not math.isfinite(value):
-                raise Failed(f"{tag.removeprefix('losses/')} is {value}")
-        self.gathered.append(numbers)
-        now = f"{self.wall_time():.3f}"
-        self.log_files.write("episodes", [[self.global_step + step, now, *rest[:2]] for step, *rest in episodes])
-        self.episodes += [(rest[0], rest[1]) for _, *rest in episodes]
-        self.last_returns = (self.last_returns + [rest[0] for _, *rest in episodes])[-100:]
+        numbers = torch.stack(
+            [torch.as_tensor(value).float() for value in tagged.values()]
+        ).tolist()  # one read of a GPU
+        self.gathered.append(dict(zip(tagged, numbers)))
+        for tag, number in self.gathered[-1].items():
+            if not math.isfinite(number):
+                raise Failed(f"{tag.removeprefix('losses/')} is {number}")
+        if episodes:
+            now = f"{self.wall_time():.3f}"
+            rows = [[self.global_step + step, now, *rest[:2]] for step, *rest in episodes]
+            csv.writer(self.files.files["episodes"]).writerows(rows)
+            self.episodes += [row[2:] for row in rows]
+            self.last_returns = (self.last_returns + [row[2] for row in rows])[-100:]
         self.global_step += steps
 
     def write_row(self) -> None:
@@ -1473,27 +1569,18 @@ class Run:
             residual = means.pop("losses/residual_variance")
             means["losses/explained_variance"] = 1 - residual / variance if variance else math.nan
         returns, lengths = np.mean(self.episodes, 0).tolist() if self.episodes else (math.nan, math.nan)
-        score = self.score()
-        values = {
-            "charts/episodic_return": returns,
-            "charts/episodic_length": lengths,
-            "charts/train_last100": math.nan if score is None else score,
-            "charts/SPS": self.sps(),
-        }
-        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": self.sps()}
-        columns["sps"] = values["charts/SPS"]
-        self.log_files.row(self.global_step, columns, values | means)
+        score = math.nan if self.score() is None else self.score()
+        charts = {"episodic_return": returns, "episodic_length": lengths, "train_last100": score, "SPS": self.sps()}
+        values = {f"charts/{name}": value for name, value in charts.items()} | means
+        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": charts["SPS"]}
+        self.files.row(self.global_step, columns, values)
         self.gathered = []
         self.episodes = []
-        self.show_progress()
-
-    def show_progress(self) -> None:
-        seconds = int(max(self.total - self.global_step, 0) / max(self.sps(), 1e-9))
+        seconds = int(max(self.total - self.global_step, 0) / max(charts["SPS"], 1e-9))
         left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-        score = "-" if self.score() is None else f"{self.score():,.1f}"
-        part = min(self.global_step / self.total, 1.0)
-        line = f"{self.unit} {part:4.0%} {self.sps():>7,.0f}/s  return {score:>9}  {left}{self.headline}"
-        self.progress.show(line, self.global_step, self.total)
+        line = f"{self.unit} {min(self.global_step / self.total, 1):4.0%} {charts['SPS']:>7,.0f}/s  return "
+        line += "        -" if self.score() is None else f"{score:>9,.1f}"
+        self.progress.show(f"{line}  {left}{self.headline}", self.global_step, self.total)
 
     def score(self) -> float | None:
         """Mean return of the last 100 training episodes."""
@@ -1509,32 +1596,27 @@ class Run:
             return self.first_step / self.earlier_time
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
-    def save(self, exact: bool) -> None:
+    def save(self) -> None:
         """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best."""
-        better = self.score() is not None and self.score() > self.best
+        score = self.score()
+        better = score is not None and score > self.best
         if better:
-            self.best = self.score()
+            self.best = score
         kind, keys, *position = np.random.get_state()
-        state = {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()}
-        state |= {
-            "exact": exact,
-            "csv_bytes": self.log_files.sync(),
-            "iteration": self.iteration,
-            "global_step": self.global_step,
+        state = {
+            **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
+            **{name: getattr(self, name) for name in ("iteration", "global_step", "last_returns", "best", "notes")},
             "wall_time": self.wall_time(),
-            "last_returns": self.last_returns,
-            "best": self.best,
-            "notes": self.notes,
+            "csv_bytes": self.files.sync(),
             "total": self.total,
-            "versions": versions(),
+            "conditions": self.conditions(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
             "numpy_rng": [kind, keys.tolist(), *position],
             "python_rng": random.getstate(),
         }
-        buffer = io.BytesIO()
+        buffer, folder = io.BytesIO(), self.path / "checkpoints"
         torch.save(state, buffer)
-        folder = self.path / "checkpoints"
         if better:  # first, because the other one says that it is done
             write_atomically(folder / "best.pt", buffer.getbuffer())
         write_atomically(folder / f"step_{self.global_step:012}.pt", buffer.getbuffer())
@@ -1549,24 +1631,6 @@ class Run:
             return
         self.progress.end()
         status = getattr(error, "status", "failed") if error else "completed"
-        message = ""
-        if status in ("diverged", "failed"):
-            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
-            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
-        try:
-            write_json(self.path / "summary.json", self.summary(status, message))
-            self.log_files.close()
-        except OSError:  # a full disk again
-            if not error:
-                raise
-        if self.log_files.wandb:
-            self.log_files.wandb.finish(exit_code=int(status != "completed"))
-        if isinstance(error, (Failed, OSError)):
-            raise Failed(message, status) from error
-        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
-
-    def summary(self, status: str, message: str) -> dict[str, Any]:
-        """What summary.json tells. The evaluations that are there stay."""
         unit = 2**20 if sys.platform == "darwin" else 2**10
         summary = {
             "status": status,
@@ -1580,9 +1644,22 @@ class Run:
         }
         if evaluations := read_summary(self.path).get("eval"):
             summary["eval"] = evaluations
-        if message:
+        message = ""
+        if status in ("diverged", "failed"):
+            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
+            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
             summary["error"] = message
-        return summary
+        try:
+            write_json(self.path / "summary.json", summary)
+            self.files.close()
+        except OSError:  # a full disk again
+            if not error:
+                raise
+        if self.files.wandb:
+            self.files.wandb.finish(exit_code=int(status != "completed"))
+        if isinstance(error, (Failed, OSError)):
+            raise Failed(message, status) from error
+        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -1599,36 +1676,41 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 # ==== shared: evaluation ====
-class Camera:
-    """Films the first environment. Atari's emulators cannot render, so a twin plays the same game in colour."""
+class Camera(Environments):
+    """Environments that film the first one. Atari's emulators cannot render, so twins play the same games in colour."""
 
-    def __init__(self, args: RunArgs, envs: gym.vector.VectorEnv, folder: Path):
-        self.envs = envs
-        self.folder = folder
+    def __init__(self, envs: Environments, args: RunArgs, name: str, episodes: int):
+        super().__init__(envs.envs, envs.seed)
+        self.path = run_dir_of(Path(args.evaluate)) / "videos"
+        self.name = name
+        self.numbers_to_film = range(1, episodes + 1)
         self.frames: list[np.ndarray] = []
-        self.twins = None
-        if environment_family(args.env_id) == "atari":
-            self.twins = make_envs(args, envs.num_envs, grayscale=False, img_height=210, img_width=160, stack_num=1)
-            self.twin_obs, _ = reset_envs(self.twins, args.eval_seed, 0)
+        colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+        self.twins = make_envs(args, self.num_envs, self.seed, **colour) if self.atari else None
 
-    def film(self, actions: np.ndarray) -> None:
-        """Takes the picture before these actions."""
-        if self.twins:
-            self.frames.append(self.twin_obs[0, -1])
-            self.twin_obs = self.twins.step(actions)[0]
-        else:
-            self.frames.append(self.envs.envs[0].render())
-
-    def write(self, name: str) -> None:
-        """Writes an episode as an mp4."""
-        from moviepy import ImageSequenceClip
-
-        self.folder.mkdir(exist_ok=True)
-        ImageSequenceClip(self.frames, fps=30).write_videofile(str(self.folder / f"{name}.mp4"), logger=None)
+    def reset(self) -> np.ndarray:
         self.frames = []
+        if self.twins:
+            self.twin_obs = self.twins.reset()
+        return super().reset()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        number = self.numbers[0]
+        if number in self.numbers_to_film:
+            self.frames.append(self.twin_obs[0, -1] if self.twins else self.envs.envs[0].render())
+        if self.twins:
+            self.twin_obs = self.twins.step(actions)[0]
+        obs, rewards, terminations, truncations, over, final_obs = super().step(actions)
+        if over[0] and self.frames:
+            from moviepy import ImageSequenceClip
+
+            self.path.mkdir(exist_ok=True)
+            film = ImageSequenceClip(self.frames, fps=30)
+            film.write_videofile(str(self.path / f"{self.name}_episode_{number}.mp4"), logger=None)
+            self.frames = []
+        return obs, rewards, terminations, truncations, over, final_obs
 
 
-@torch.no_grad()
 def evaluate(args: RunArgs) -> list[float]:
     """Plays eval_episodes with the run args.evaluate, its normalisers frozen. Returns the raw returns.
 
@@ -1636,57 +1718,35 @@ def evaluate(args: RunArgs) -> list[float]:
     """
     check_args(args)
     path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
-    options = {}
-    if args.capture_video and environment_family(args.env_id) != "atari":
-        options["render_mode"] = "rgb_array"
-    envs = make_envs(args, num_envs, **options)
+    rendered = args.capture_video and environment_family(args.env_id) != "atari"
+    envs = make_envs(args, num_envs, args.eval_seed, **{"render_mode": "rgb_array"} if rendered else {})
     settle(args, envs)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
-    state, folder = load_checkpoint(path), run_dir_of(path)
-    try:
-        agent.load_state_dict(state["agent"])
-    except RuntimeError:
-        raise UsageError(f"{path} was trained on other spaces than those of --env-id {args.env_id}.") from None
-    camera = Camera(args, envs, folder / "videos") if args.capture_video else None
-    returns = play_episodes(agent, envs, camera, args, f"iteration_{state['iteration']}")
-    kind = "stochastic" if args.eval_stochastic else "deterministic"
-    result = {name: float(getattr(np, name)(returns)) for name in ("mean", "std", "min", "max")}
-    print(f"{len(returns)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
-    if summary := read_summary(folder):
-        result |= {"episodes": len(returns), "seed": args.eval_seed, "iteration": state["iteration"]}
-        summary["eval"] = summary.get("eval", {}) | {kind: result}
-        write_json(folder / "summary.json", summary)
-        with SummaryWriter(folder) as writer:
-            writer.add_scalar("eval/episodic_return", result["mean"], state["global_step"])
-    return returns
-
-
-def play_episodes(
-    agent: Agent, envs: gym.vector.VectorEnv, camera: Camera | None, args: RunArgs, name: str
-) -> list[float]:
-    """The raw returns of eval_episodes. Each environment plays its share, because the first to end are the shortest."""
-    num_envs = envs.num_envs
+    agent = make_agent(envs, args)
+    state = load_checkpoint(path)
+    agent.load_state_dict(state["agent"])
+    # Each environment plays its share of the episodes, because the first ones to end are the shortest.
     shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
     returns: list[list[float]] = [[] for _ in range(num_envs)]
-    running = np.zeros(num_envs)
+    if args.capture_video:
+        envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
     torch.manual_seed(args.eval_seed)
-    obs, info = reset_envs(envs, args.eval_seed, 0)
+    frozen = replace(args, num_steps=min(args.num_steps, 128), norm_reward=False)
+    player = Player(envs, frozen, explore=args.eval_stochastic)
     while any(len(played) < share for played, share in zip(returns, shares)):
-        noise = action_noise(agent, num_envs) * float(args.eval_stochastic)
-        features = agent.features(torch.from_numpy(obs).to(agent.device, obs_dtype(agent.observation_space)))
-        actions = to_env(agent.action_space, act(agent, features, noise).cpu().numpy())
-        filming = camera and len(returns[0]) < shares[0]
-        if filming:
-            camera.film(actions)
-        clock = info.get("episode_frame_number")
-        obs, rewards, terminations, truncations, info = envs.step(actions)
-        running += rewards
-        for n in np.flatnonzero(whole_games(terminations | truncations, info, clock)):
-            returns[n].append(float(running[n]))
-            running[n] = 0.0
-            if filming and n == 0:
-                camera.write(f"{name}_episode_{len(returns[0])}")
-    return [total for played, share in zip(returns, shares) for total in played[:share]]
+        player.play(agent)
+        for episode in player.finished:
+            returns[episode.env].append(episode.episodic_return)
+    scores = [score for played, share in zip(returns, shares) for score in played[:share]]
+    kind = "stochastic" if args.eval_stochastic else "deterministic"
+    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max")}
+    print(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    if summary := read_summary(run_dir_of(path)):
+        result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
+        summary["eval"] = summary.get("eval", {}) | {kind: result}
+        write_json(run_dir_of(path) / "summary.json", summary)
+        with SummaryWriter(run_dir_of(path)) as writer:
+            writer.add_scalar("eval/episodic_return", result["mean"], state["global_step"])
+    return scores
 
 
 # ==== shared: main ====
