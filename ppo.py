@@ -1188,32 +1188,31 @@ def clip_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
 
 
 class Adam:
-    """Adam (arXiv 1412.6980) on one vector: torch.optim.Adam needs three times as long for so few numbers."""
+    """Adam (arXiv 1412.6980) on one vector, by the kernel of torch.optim.Adam(fused=True).
 
-    def __init__(self, parameters: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5):
+    Without the optimizer around it a step takes 8 us instead of 71 us for an MLP, a tenth of a minibatch.
+    """
+
+    def __init__(self, parameters: Tensor, eps: float = 1e-5):
         self.parameters = parameters
-        self.beta1 = beta1
-        self.beta2 = beta2
         self.eps = eps
-        self.t = 0
         self.m = torch.zeros_like(parameters)
         self.v = torch.zeros_like(parameters)
+        self.t = torch.zeros((), device=parameters.device)  # steps
 
     @torch.no_grad()
     def step(self, grad: Tensor, learning_rate: float) -> None:
         self.t += 1
-        self.m.lerp_(grad, 1 - self.beta1)
-        self.v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
-        deviation = (self.v / (1 - self.beta2**self.t)).sqrt_().add_(self.eps)
-        self.parameters.addcdiv_(self.m, deviation, value=-learning_rate / (1 - self.beta1**self.t))
+        vectors = ([self.parameters], [grad], [self.m], [self.v], [], [self.t])
+        options = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+        torch._fused_adam_(*vectors, lr=learning_rate, eps=self.eps, **options)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {"m": self.m, "v": self.v, "t": self.t}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.m.copy_(state["m"])
-        self.v.copy_(state["v"])
-        self.t = state["t"]
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, x in state.items():
+            getattr(self, name).copy_(x)
 
 
 def compile_for(example: Callable[[], tuple], function: Callable, args: RunArgs, worth_it: bool) -> Callable:
