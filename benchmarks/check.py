@@ -24,8 +24,8 @@ import numpy as np
 import tyro
 
 from benchmarks.jobs import UsageError
+from benchmarks.records import Run, rank, read_runs, read_scores
 from benchmarks.report import game_of, number, score_range
-from benchmarks.runs import Run, rank, read_runs, read_scores
 from benchmarks.stats import difference
 
 FAILED = ("failed", "diverged")

@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from benchmarks import stats
 from benchmarks.jobs import PEERS
-from benchmarks.runs import ORDER, STORED, Run, rank
+from benchmarks.records import ORDER, STORED, Run, rank
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

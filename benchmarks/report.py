@@ -23,7 +23,7 @@ import tyro
 
 from benchmarks import stats
 from benchmarks.jobs import UsageError, default_is, is_atari, read_json
-from benchmarks.runs import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs
+from benchmarks.records import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs
 
 REFERENCES = Path(__file__).resolve().parent / "references"
 AGGREGATES = {  # by their titles

@@ -13,8 +13,8 @@ from scipy import stats as oracle
 
 from benchmarks import __main__, check
 from benchmarks.jobs import Job, UsageError
+from benchmarks.records import read_runs
 from benchmarks.report import score_range, write_scores
-from benchmarks.runs import read_runs
 
 RESULTS = Path(check.__file__).parent / "results"
 HEADER = "env_id algo seed status total_timesteps global_step train_last100 train_auc eval_deterministic"

@@ -17,7 +17,7 @@ import pytest
 from benchmarks import figures, report, stats
 from benchmarks.__main__ import main
 from benchmarks.jobs import UsageError, read_suite
-from benchmarks.runs import find_runs, key_of, read_runs
+from benchmarks.records import find_runs, key_of, read_runs
 
 
 def make_run(folder, env_id="CartPole-v1", algo="ppo", seed=1, returns=(), status="completed", evaluation=None, **args):
