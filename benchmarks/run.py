@@ -5,10 +5,8 @@ on several that share the folder.
 """
 
 import fcntl
-import importlib.util
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -22,11 +20,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from benchmarks.arguments import Arguments, arguments_of
 from benchmarks.jobs import (
     Children,
     Job,
     Suite,
     UsageError,
+    command_of,
     default_is,
     end_of_log,
     execute,
@@ -35,13 +35,17 @@ from benchmarks.jobs import (
     jobs_of,
     log_of,
     near_miss,
+    options_of,
     progress_of,
     read_json,
     read_suite,
+    require,
+    script_of,
     status_of,
     suite_file,
+    tables_of,
+    wrong,
 )
-from benchmarks.space import Flags, help_of
 
 OF_SUITE = default_is("those of the suite")
 
@@ -121,58 +125,59 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
         raise UsageError(f"--workers is {options.workers}, but must be 1 or more.")
     if min(options.seeds, options.total_timesteps, options.threads, options.eval_episodes + 1) < 0:
         raise UsageError("--seeds, --total-timesteps, --threads and --eval-episodes must be 0 or more.")
-    changes: dict[str, Any] = {}
-    changes |= {"algos": list(options.algos)} if options.algos else {}
-    changes |= {"envs": list(options.env_ids)} if options.env_ids else {}
-    changes |= {"seeds": options.seeds} if options.seeds else {}
-    changes |= {"eval_episodes": options.eval_episodes} if options.eval_episodes >= 0 else {}
-    suite = replace(suite, **changes)
-    if options.backend == "local" and not options.backend_args:
-        threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
-    else:
-        from benchmarks import backends
-
-        backends.check(options)
-        threads = options.threads or 1
-    jobs = jobs_of(suite, threads, options.total_timesteps)
+    suite = replace(
+        suite,
+        algos=list(options.algos) or suite.algos,
+        envs=list(options.env_ids) or suite.envs,
+        seeds=options.seeds or suite.seeds,
+        eval_episodes=suite.eval_episodes if options.eval_episodes < 0 else options.eval_episodes,
+    )
+    jobs = jobs_of(suite, threads_of(options), options.total_timesteps)
     for package, peers in (("stable_baselines3", ("sb3:ppo", "sb3:a2c")), ("sb3_contrib", ("sb3:trpo",))):
-        needs = next((job.command[-1] for job in jobs if job.command[-1] in peers), None)
-        if needs and importlib.util.find_spec(package) is None:
-            raise UsageError(f'{needs} needs {package}: pip install -c constraints.txt -e ".[peers]"')
-    check_flags(options.suite, jobs)
+        if peer := next((job.command[-1] for job in jobs if job.command[-1] in peers), None):
+            require(peer, "peers", package)
+    check_flags(options.suite, suite)
     return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs
 
 
-def check_flags(suite: str, jobs: list[Job]) -> None:
-    """Raises UsageError for a flag of the suite that a script has not, or a value that it does not take.
+def threads_of(options: Options) -> int:
+    """Threads of an Atari run. Raises UsageError for a backend that cannot be used."""
+    if options.backend == "local" and not options.backend_args:
+        return options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+    from benchmarks import backends
 
-    Asks each script for its --help once: environments change the defaults in it, not the flags. Scripts without flags
-    in the suite are not asked.
+    backends.check(options)
+    return options.threads or 1
+
+
+def check_flags(file: str, suite: Suite) -> None:
+    """Raises UsageError for a flag of the suite that a script does not have, or a value that it does not take.
+
+    Each script is asked once: environments change the defaults, not the flags. A script without flags in the suite is
+    not asked.
     """
-    known: dict[tuple[str, ...], Flags] = {}
-    lines = suite_file(suite).read_text().splitlines()
-    for job in {(job.command, job.flags): job for job in jobs}.values():
-        given = re.findall(r"^--(.*)((?:\n(?!--).*)*)", "\n".join(job.flags), re.MULTILINE)
-        budget = dict(given).get("total-timesteps", "\n1")
-        if {name for name, _ in given} <= {"total-timesteps", "exp-name"} and budget.strip().isdecimal():
-            continue
-        command = job.command
-        if (ours := ("hyperparameters", "\nours")) in given:  # a peer; its --help is then that of our script
-            command += ("--hyperparameters", "ours")
-            given.remove(ours)
-        flags = known[command] = known.get(command) or help_of(command, job.env_id)
-        script = Path(job.command[-1]).name
-        for name, values in given:
-            words, flag = values.split("\n")[1:], name if name in flags else name.removeprefix("no-")
-            spelled = "[-_]".join(map(re.escape, flag.split("-")))
-            spelled = re.compile(rf"(^|[{{,])\s*[\"']?(no[-_])?{spelled}[\"']?\s*=")
-            fits = [n for n, line in enumerate(lines, 1) if spelled.search(line) and not line.lstrip().startswith("#")]
-            fits = [n for n in fits if all(word in lines[n - 1] for word in words)] or fits
-            where = f"{suite}, {f'line {fits[0]}, ' if fits else ''}flags of {job.algo}, {name}"
-            if flag not in flags:
-                raise UsageError(f"{where}: {script} has no such flag; {near_miss(name, flags, 'see its --help.')}")
-            if problem := flags[flag].misfit(words):
-                raise UsageError(f"{where}: {script} {problem}.")
+    known: dict[tuple[str, bool], Arguments] = {}
+    for algo in suite.algos:
+        script = script_of(suite, algo)
+        for env_id in suite.envs:
+            options = options_of(suite, env_id, algo)
+            whose = (script, options.get("hyperparameters") == "ours")
+            if options and whose not in known:
+                known[whose] = arguments_of(script, env_id, ours=whose[1])
+            for place, flags in tables_of(suite, env_id, algo):
+                for name, value in flags.items():
+                    if problem := misfit(known[whose], name.replace("_", "-"), value):
+                        who = Path(command_of(script)[0][-1]).name
+                        raise wrong(suite_file(file), *place, name, what=f"{who} {problem}")
+
+
+def misfit(arguments: Arguments, name: str, value: Any) -> str:
+    """What is wrong with a flag and its value, for the end of a sentence; "" if nothing is."""
+    if name not in arguments and value is True:
+        name = name.removeprefix("no-")
+    if name not in arguments:
+        return f"has no such flag; {near_miss(name, arguments, 'see its --help.')}"
+    return arguments[name].misfit(value)
 
 
 class Local:

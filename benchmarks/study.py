@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from benchmarks import run, stats
 from benchmarks.check import interval
 from benchmarks.jobs import OWNER, UsageError, as_flags, jobs_of, read_json, read_suite, status_of
+from benchmarks.plan import FAILURE, FLOOR, TUNING, Plan
 from benchmarks.space import values_of
 
 try:
@@ -29,11 +30,6 @@ try:
 except ImportError:  # of an extra; make_plan says so
     optuna = None
 
-if TYPE_CHECKING:
-    from benchmarks.sweep import Plan
-
-TUNING = 1000  # seeds of tuning come after it, those of the final check before
-FAILURE, FLOOR = -1.0, -0.5  # normalised scores: of a run that failed, and the lowest of the others
 ENOUGH = 5  # finished trials, before one is stopped early
 SILENCE = 600.0  # seconds after which a worker that gives no sign of life is dead
 
@@ -64,7 +60,7 @@ class JournalLock:
         self.file.close()
 
 
-def open_study(plan: "Plan") -> Any:
+def open_study(plan: Plan) -> Any:
     """Creates the study, with the script's defaults as its first trials, or joins it; raises UsageError."""
     options, folder, storages = plan.options, plan.runs_dir, optuna.storages
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -180,7 +176,7 @@ def show(number: float | None) -> str:
 
 
 # -------------------------------------------------------------------------------------------------- final check
-def conclude(plan: "Plan", study: Any) -> int:
+def conclude(plan: Plan, study: Any) -> int:
     """After the trials: the report, the final check, the report with the check in it; the exit status."""
     winner, check, status = best_of(study), [], 0
     if all(known["value"] is None for known in winner.user_attrs["runs"].values()):
@@ -204,7 +200,7 @@ def conclude(plan: "Plan", study: Any) -> int:
     return status
 
 
-def write_suite(plan: "Plan", winner: Any, path: Path) -> None:
+def write_suite(plan: Plan, winner: Any, path: Path) -> None:
     """The default and the winner as a suite, for python -m benchmarks run PATH."""
     options = plan.options
     lines = [f"# The default, and the winner of the study {options.study}: trial {number_of(winner)}."]
@@ -217,7 +213,7 @@ def write_suite(plan: "Plan", winner: Any, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def final_check(plan: "Plan", winner: Any) -> tuple[int, list[str]]:
+def final_check(plan: Plan, winner: Any) -> tuple[int, list[str]]:
     """Runs the default and the winner on seeds that no trial has seen; the exit status, and a table in Markdown."""
     folder, suite = plan.runs_dir / f"final-{number_of(winner):04}", plan.out / "winner.toml"
     folder.mkdir(parents=True, exist_ok=True)
@@ -235,7 +231,7 @@ def final_check(plan: "Plan", winner: Any) -> tuple[int, list[str]]:
     return status, compare(plan, values["default"], values["winner"])
 
 
-def filled(plan: "Plan", default: list[float | None], winner: list[float | None], env_id: str) -> list[np.ndarray]:
+def filled(plan: Plan, default: list[float | None], winner: list[float | None], env_id: str) -> list[np.ndarray]:
     """Returns of both with a number for the runs that failed: the lowest of all, and that which counts as 0 at most;
     nan where no return counts as 0."""
     known = [value for value in [*default, *winner] if value is not None]
@@ -243,7 +239,7 @@ def filled(plan: "Plan", default: list[float | None], winner: list[float | None]
     return [np.array([lowest if value is None else value for value in values]) for values in (default, winner)]
 
 
-def compare(plan: "Plan", default: dict[str, list[float | None]], winner: dict[str, list[float | None]]) -> list[str]:
+def compare(plan: Plan, default: dict[str, list[float | None]], winner: dict[str, list[float | None]]) -> list[str]:
     """Means, their difference, and 95% bootstrap intervals of them, as a table in Markdown; None is a failed run.
 
     The interval of a difference, which the verdict is by, is stretched for few seeds (benchmarks.check). Over several
@@ -283,7 +279,7 @@ def compare(plan: "Plan", default: dict[str, list[float | None]], winner: dict[s
 
 
 # ------------------------------------------------------------------------------------------------------- report
-def write_report(plan: "Plan", study: Any, check: list[str]) -> None:
+def write_report(plan: Plan, study: Any, check: list[str]) -> None:
     """report.md, trials.csv and the figures."""
     options, winner, trials = plan.options, best_of(study), finished(study)
     trials.sort(key=lambda trial: (trial.state != TrialState.COMPLETE, -trial.value))
@@ -351,7 +347,7 @@ def importances(trials: list[Any]) -> dict[str, float]:
         return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
-def draw(plan: "Plan", trials: list[Any]) -> None:
+def draw(plan: Plan, trials: list[Any]) -> None:
     """history.png: score by trial; importance.png; parameters.png: score by parameter, the most important one first."""
     from benchmarks.figures import PALETTE, new_figure, plt, save_figure
 
