@@ -12,20 +12,10 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.arguments import arguments_of
-from benchmarks.jobs import (
-    PEERS,
-    ROOT,
-    Job,
-    Suite,
-    UsageError,
-    check_environment,
-    command_of,
-    default_is,
-    jobs_of,
-    require,
-)
+from benchmarks.jobs import PEERS, ROOT, Job, UsageError, check_environment, command_of, default_is, require
 from benchmarks.report import score_range
 from benchmarks.space import Space, check_flags, default_of, read_space
+from benchmarks.suite import Suite, jobs_of
 
 TUNING = 1000  # seeds of tuning come after it, those of the final check before
 FAILURE, FLOOR = -1.0, -0.5  # normalised scores: of a run that failed, and the lowest of the others
@@ -169,7 +159,7 @@ def check_options(options: Options) -> None:
     """Raises UsageError for what is wrong whatever the script and the space."""
     if not options.export_wandb:
         require("a sweep", "sweep", "optuna")
-        require("a sweep", "bench", "matplotlib")
+        require("a sweep", "bench", "matplotlib", "scipy")
     positive = min(len(options.env_ids), options.trials, options.workers, options.seeds) >= 1
     if not positive or not 0 <= options.final_seeds <= TUNING:
         raise UsageError(

@@ -24,7 +24,6 @@ from benchmarks.arguments import Arguments, arguments_of
 from benchmarks.jobs import (
     Children,
     Job,
-    Suite,
     UsageError,
     command_of,
     default_is,
@@ -32,20 +31,14 @@ from benchmarks.jobs import (
     execute,
     is_orphan,
     is_running,
-    jobs_of,
     log_of,
     near_miss,
-    options_of,
     progress_of,
     read_json,
-    read_suite,
     require,
-    script_of,
     status_of,
-    suite_file,
-    tables_of,
-    wrong,
 )
+from benchmarks.suite import Suite, jobs_of, options_of, read_suite, script_of, suite_file, tables_of, wrong
 
 OF_SUITE = default_is("those of the suite")
 

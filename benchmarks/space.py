@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arguments import Arguments
-from benchmarks.jobs import RESERVED, UsageError, as_flags, dashed, near_miss, parse_toml, wrong
+from benchmarks.jobs import RESERVED, UsageError, as_flags, dashed, near_miss
+from benchmarks.suite import parse_toml, wrong
 
 SPACES = Path(__file__).resolve().parent / "spaces"
 KEYS = ("low", "high", "log", "step", "choices")

@@ -20,9 +20,10 @@ import numpy as np
 
 from benchmarks import run, stats
 from benchmarks.check import interval
-from benchmarks.jobs import OWNER, UsageError, as_flags, jobs_of, read_json, read_suite, status_of
+from benchmarks.jobs import OWNER, UsageError, as_flags, read_json, status_of
 from benchmarks.plan import FAILURE, FLOOR, TUNING, Plan
 from benchmarks.space import values_of
+from benchmarks.suite import jobs_of, read_suite
 
 try:
     import optuna

@@ -21,7 +21,8 @@ import tyro
 
 from benchmarks import jobs, run
 from benchmarks.__main__ import main
-from benchmarks.jobs import SUITES, UsageError, jobs_of, read_suite, status_of
+from benchmarks.jobs import UsageError, status_of
+from benchmarks.suite import SUITES, jobs_of, read_suite
 
 ROOT = Path(run.__file__).parent.parent
 

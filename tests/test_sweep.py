@@ -21,8 +21,9 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import space, study, sweep
 from benchmarks.arguments import arguments_of
-from benchmarks.jobs import ROOT, UsageError, jobs_of, read_suite
+from benchmarks.jobs import ROOT, UsageError
 from benchmarks.plan import Options, make_plan
+from benchmarks.suite import jobs_of, read_suite
 
 SCRIPT = r"""
 import argparse, json, math, os, signal, sys, time
