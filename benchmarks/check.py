@@ -11,19 +11,17 @@ one sample). In simulations of 12 cells, the same code on fresh seeds raises a f
 5 seeds against 5 (without the stretching in one of four), of 40 with 10 against 10, of eight with 3 against 10.
 """
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated
 
 import numpy as np
 import tyro
 
-from benchmarks.jobs import UsageError
+from benchmarks.jobs import UsageError, require
 from benchmarks.records import Run, rank, read_runs, read_scores
 from benchmarks.report import game_of, number, score_range
 from benchmarks.stats import difference
@@ -89,18 +87,10 @@ def finished(cell: dict[int, Score]) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------- statistics
-@functools.cache
-def student_quantile(df: float, tail: float) -> float:
-    """What Student's t of df degrees of freedom exceeds with probability tail: with t = sqrt(df) tan(a), the density of
-    a is proportional to cos(a)^(df - 1)."""
-    angle = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angle) ** (df - 1)
-    area = np.concatenate([[0], (density[1:] + density[:-1]).cumsum()])
-    return math.sqrt(df) * math.tan(np.interp(1 - 2 * tail, area / area[-1], angle))
-
-
 def interval(old: np.ndarray, new: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
     """Bootstrap interval of mean(new) - mean(old), stretched for few seeds; nan where a side has only one."""
+    from scipy.stats import norm, t  # of an extra; main says so
+
     if min(len(old), len(new)) < 2:
         return math.nan, math.nan
     ends = difference(old, new, np.random.default_rng(seed), repetitions=REPETITIONS, confidence=confidence)
@@ -109,7 +99,7 @@ def interval(old: np.ndarray, new: np.ndarray, confidence: float, seed: int) -> 
         return ends
     unbiased = old.var(ddof=1) / len(old) + new.var(ddof=1) / len(new)
     tail, here = (1 - confidence) / 2, new.mean() - old.mean()
-    student = student_quantile(len(old) + len(new) - 2, tail) / -NormalDist().inv_cdf(tail)
+    student = t.isf(tail, len(old) + len(new) - 2) / norm.isf(tail)
     low, high = (float(here + (end - here) * student * math.sqrt(unbiased / resampled)) for end in ends)
     return low, high
 
@@ -213,6 +203,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
 
     Environments and algorithms that RUNS does not have at all are named and not judged.
     """
+    require("check", "bench", "scipy")
     if not options.runs:
         raise UsageError(
             "give run directories, or folders of them: python -m benchmarks check runs/classic --against DIR"

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from benchmarks import stats
-from benchmarks.jobs import UsageError, default_is, is_atari, read_json
+from benchmarks.jobs import UsageError, default_is, is_atari, read_json, require
 from benchmarks.records import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs
 
 REFERENCES = Path(__file__).resolve().parent / "references"
@@ -385,11 +385,7 @@ def to_html(markdown_text: str, folder: Path, title: str) -> str:
 
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     """Writes report.md, report.html, figures, scores.csv, curves.csv and provenance.json; 1 if no run is readable."""
-    try:
-        import markdown  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f'a report needs {error.name}: pip install -c constraints.txt -e ".[bench]"') from None
+    require("a report", "bench", "markdown", "matplotlib")
     paths = [Path(path) for path in options.runs]
     if not paths:
         raise UsageError("give run directories, or folders of them: python -m benchmarks report runs/smoke")

@@ -8,7 +8,6 @@ the README's first command, "environment" the part of its wall time that reinfor
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
@@ -26,7 +25,7 @@ from unittest.mock import patch
 
 import tyro
 
-from benchmarks.jobs import ROOT, UsageError
+from benchmarks.jobs import ROOT, UsageError, require
 
 
 class Row(NamedTuple):
@@ -311,8 +310,7 @@ def plan(options: Speed) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     peers = [name for name in asked if name in ROWS]
     if options.device == "cuda" and not (cuda and peers):
         raise UsageError("--device cuda: torch sees no CUDA device here, or these rows run on the CPU only.")
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise UsageError(f'speed needs {missing[0]}: pip install -c constraints.txt -e ".[bench,peers]"')
+    require("speed", "bench,peers", *NEEDED)
     try:
         table = json.loads(path.read_text()) if path.exists() else {}
         markdown(table)
