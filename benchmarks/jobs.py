@@ -51,6 +51,7 @@ class Job:
     text: str = field(repr=False)
     """the text of the script"""
     env_id: str
+    """ "" for a script that has no --env-id"""
     seed: int
     flags: tuple[str, ...] = ()
     """flags besides --env-id, --seed and those of the run directory"""
@@ -68,13 +69,21 @@ class Job:
     @property
     def name(self) -> str:
         """Name of the run directory."""
-        return f"{safe(self.env_id)}__{safe(self.algo)}__{self.seed}__{self.key}"
+        parts = [safe(self.env_id), safe(self.algo), str(self.seed), self.key]
+        return "__".join(filter(None, parts))
+
+    def __str__(self) -> str:
+        return f"{self.env_id} {self.algo} seed {self.seed}".lstrip()
 
     def start(self, runs_dir: Path) -> list[str]:
         """The command that starts the run afresh."""
-        where = ["--runs-dir", str(runs_dir), "--run-name", self.name]
-        threads = ["--num-threads", str(self.threads)] if self.threads else []
-        return [*self.command, "--env-id", self.env_id, "--seed", str(self.seed), *self.flags, *threads, *where]
+        command = [*self.command]
+        if self.env_id:
+            command += ["--env-id", self.env_id]
+        command += ["--seed", str(self.seed), *self.flags]
+        if self.threads:
+            command += ["--num-threads", str(self.threads)]
+        return [*command, "--runs-dir", str(runs_dir), "--run-name", self.name]
 
 
 def safe(name: str) -> str:

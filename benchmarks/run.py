@@ -1,7 +1,7 @@
-"""Runs a suite: every cell of environments, algorithms and seeds that is not done yet, a process each.
+"""Runs a suite: every cell of environments, algorithms and seeds that is not done yet, each in a process of its own.
 
-The truth is in the run directories, so that the command can be killed and given again at any moment, on one machine or
-on several that share the folder.
+The truth is in the run directories. So the command can be killed and given again at any moment, on one machine or on
+several that share the folder.
 """
 
 import fcntl
@@ -93,7 +93,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
 
 def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     """Writes suite.json: what was asked for, so that a report can say what is missing. Earlier cells stay."""
-    with open(runs_dir / ".suite.lock", "w") as guard:  # of two terminals, neither loses the other's cells
+    with open(runs_dir / ".suite.lock", "w") as guard:  # two terminals do not lose each other's cells
         fcntl.flock(guard, fcntl.LOCK_EX)
         write_cells(suite, jobs, runs_dir)
 
@@ -103,9 +103,15 @@ def write_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     earlier = read_json(runs_dir / "suite.json")
     asked = [{"env_id": job.env_id, "algo": job.algo, "seed": job.seed, "name": job.name} for job in jobs]
     cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier.get("cells", []), *asked]}
-    commands = dict.fromkeys([*earlier.get("commands", []), shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])])
-    note = {"name": suite.name, "description": suite.description, "commands": list(commands)}
-    note |= {"published": suite.published, "normalise": suite.normalise, "cells": list(cells.values())}
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    note = {
+        "name": suite.name,
+        "description": suite.description,
+        "commands": list(dict.fromkeys([*earlier.get("commands", []), command])),
+        "published": suite.published,
+        "normalise": suite.normalise,
+        "cells": list(cells.values()),
+    }
     temporary = runs_dir / f".suite.json.{os.getpid()}"
     temporary.write_text(json.dumps(note, indent=2) + "\n")
     os.replace(temporary, runs_dir / "suite.json")
@@ -180,7 +186,7 @@ class Local:
         self.results: dict[str, str] = {}
         self.children, self.guard = Children(), threading.Lock()
         running = [job for job in jobs if status_of(job, runs_dir) == "running"]
-        # What a killed harness has left running takes a worker each, or else there were more runs than asked for.
+        # A run that a killed harness has left behind takes a worker, so that there are no more runs than asked for.
         orphans = [job for job in running if is_orphan(job, runs_dir)]
         free = [job for job in jobs if job not in running]
         self.queue = deque((job, job in orphans) for job in orphans + free)
@@ -246,21 +252,21 @@ class View:
             if before in ("done", "failed", "interrupted"):
                 continue
             status = results.get(job.name) or ("running" if is_running(job, self.runs_dir) else "waiting")
-            running += [job] if status == "running" else []
+            if status == "running":
+                running.append(job)
             if status != "waiting":
                 self.steps[job.name] = progress_of(job, self.runs_dir)[0]
             if status == before:
                 continue
             self.known[job.name] = status
-            what = f"{job.env_id} {job.algo} seed {job.seed}"
             if status == "done":
                 score = read_json(self.runs_dir / job.name / "summary.json").get("train_last100")
-                self.say(f"done     {what}: " + ("-" if score is None else f"{score:,.1f}"))
+                self.say(f"done     {job}: " + ("-" if score is None else f"{score:,.1f}"))
             elif status == "failed":
                 end = "".join(f"\n    {line}" for line in end_of_log(job, self.runs_dir).splitlines())
-                self.say(f"FAILED   {what}: the end of {log_of(job, self.runs_dir)}:{end}")
+                self.say(f"FAILED   {job}: the end of {log_of(job, self.runs_dir)}:{end}")
             elif status == "running" and not self.terminal:
-                self.say(f"running  {what}")
+                self.say(f"running  {job}")
         self.draw(running)
 
     def draw(self, running: list[Job]) -> None:
@@ -269,7 +275,8 @@ class View:
             return
         self.printed = time.monotonic()
         count, steps = Counter(self.known.values()), sum(self.steps.values())
-        rate = max(steps - self.first, 0) / (time.monotonic() - self.begun)  # what resumes may go back at first
+        # a run that goes on may first go back to its checkpoint
+        rate = max(steps - self.first, 0) / (time.monotonic() - self.begun)
         line = f"{count['done']} of {len(self.jobs)} done, {len(running)} running, {count['failed']} failed"
         line += f"  {rate:,.0f} steps/s"
         budgets = {job.name: budget_of(job, self.runs_dir) for job in self.jobs}
@@ -278,17 +285,19 @@ class View:
             seconds = int(sum(max(budgets[name] - self.steps[name], 0) for name in unfinished) / rate)
             line += f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
         lines = [line]
-        for job in running if self.terminal else []:
-            done, sps = progress_of(job, self.runs_dir)
-            part = min(done / budgets[job.name], 1.0) if budgets[job.name] else 0.0
-            bar = f"[{'#' * int(10 * part):.<10}] {part:4.0%} {sps:>7,.0f}/s"
-            lines.append(f"  {bar}  {job.env_id} {job.algo} {job.seed}")
         if self.terminal:
+            lines += [self.bar(job, budgets[job.name]) for job in running]
             columns, rows = shutil.get_terminal_size()
             lines = [line[: columns - 1] for line in lines[: rows - 1]]
         self.erase()
         print("\n".join(lines), flush=True)
         self.drawn = len(lines) if self.terminal else 0
+
+    def bar(self, job: Job, budget: int) -> str:
+        """The line of a run that is going on; the budget is 0 where it is not known."""
+        done, sps = progress_of(job, self.runs_dir)
+        part = min(done / budget, 1.0) if budget else 0.0
+        return f"  [{'#' * int(10 * part):.<10}] {part:4.0%} {sps:>7,.0f}/s  {job.env_id} {job.algo} {job.seed}"
 
 
 def budget_of(job: Job, runs_dir: Path) -> int:
@@ -337,8 +346,13 @@ def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:
     count = Counter(results.values())
     left = len(jobs) - count["done"] - count["failed"]
     line = f"{count['done']} of {len(jobs)} runs are done"
-    line += f", {count['failed']} failed" if count["failed"] else ""
-    line += " (--retry goes on with those)" if "failed" in earlier.values() else ""
-    line += f", {left} are left, and the same command goes on" if left else ""
+    if count["failed"]:
+        line += f", {count['failed']} failed"
+    if "failed" in earlier.values():
+        line += " (--retry goes on with those)"
+    if left:
+        line += f", {left} are left, and the same command goes on"
     print(f"{line}: {runs_dir}")
-    return 128 + signals[0] if signals and left else int(count["done"] < len(jobs))
+    if signals and left:
+        return 128 + signals[0]
+    return 0 if count["done"] == len(jobs) else 1
