@@ -110,7 +110,7 @@ def command_of(algo: str) -> tuple[tuple[str, ...], Path]:
 
 
 def keeps_contract(path: Path) -> bool:
-    """Whether a script may know the flags of every job, by its text: running it could do anything."""
+    """Whether a script may know the flags that every job has. Only its text is read: running it could do anything."""
     text = path.read_text(errors="replace")
     return all(re.search(rf"(?<![a-z]){flag}(?![a-z])", text) for flag in ("env[-_]id", "run[-_]name"))
 
@@ -131,7 +131,7 @@ def dashed(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_atari(env_id: str) -> bool:
-    """Whether an environment is a game, by the two protocols' names."""
+    """Whether an environment is an Atari game, by the names that the two protocols have."""
     return env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
 
 
@@ -183,7 +183,7 @@ def log_of(job: Job, runs_dir: Path) -> Path:
 
 
 def lock(file: BinaryIO) -> bool:
-    """Whether nobody else works on the job whose log this is. A child inherits the lock, so that an orphan keeps it."""
+    """Whether nobody else works on the job of this log. A child inherits the lock, so that an orphan keeps it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -192,7 +192,7 @@ def lock(file: BinaryIO) -> bool:
 
 
 def is_orphan(job: Job, runs_dir: Path) -> bool:
-    """Whether a job that is running was started by a harness on this machine that is dead."""
+    """Whether a dead harness of this machine has started a job that is running."""
     try:
         starts = re.findall(r"\$ .* # (\S*) (\d+)$", log_of(job, runs_dir).read_text(errors="replace"), re.MULTILINE)
         host, pid = starts[-1]
@@ -206,7 +206,7 @@ def is_orphan(job: Job, runs_dir: Path) -> bool:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether it has a whole checkpoint to go on from."""
+    """Whether a run has a whole checkpoint to go on from."""
     return any(path.suffix != ".tmp" for path in (run / "checkpoints").glob("step_*"))
 
 
@@ -268,15 +268,20 @@ class Children:
         self.guard, self.stopped = threading.Lock(), False
 
     def run(self, command: list[str], log: BinaryIO) -> int:
-        """Exit status of a process that writes to the log; 128 + SIGTERM at once, without a process, after stop()."""
+        """Runs a process that writes to the log; its exit status. After stop() none starts, and it is 128 + SIGTERM."""
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with self.guard:
             if self.stopped:
                 return 128 + signal.SIGTERM
-            # A session of its own, so that Ctrl-C reaches it through stop() and not twice.
-            options = dict(stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-            options |= dict(pass_fds=[log.fileno()], env=os.environ | {"PYTHONPATH": path})
-            process = subprocess.Popen(command, **options)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[log.fileno()],  # the child keeps the lock
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C reaches it through stop() alone, and not twice
+            )
             self.running.add(process)
         try:
             return process.wait()
@@ -295,15 +300,15 @@ class Children:
 def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: bool = False, wait: bool = True) -> str:
     """Trains a job, or goes on with it, and evaluates it; returns "done", "failed", "interrupted" or "running".
 
-    A run that failed stays so unless retry. One whose process was killed goes on from its checkpoint, three times at
-    most. If somebody else works on the job, waits for them, or, without wait, returns "running".
+    A run that failed stays so, unless retry is set. A run whose process was killed goes on from its checkpoint, three
+    times at most. If somebody else works on the job, this waits for them; without wait it returns "running".
     """
     children, run = children or Children(), runs_dir / job.name
     log_of(job, runs_dir).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(job, runs_dir), "ab") as log:
         tries = 0
         while not lock(log):
-            tries += 1  # whoever only looks holds the lock for an instant
+            tries += 1  # somebody who only looks holds the lock for an instant
             if children.stopped or not wait and tries >= 5:
                 return "running"
             time.sleep(0.05 if tries < 5 else 1.0)
