@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 
 from benchmarks.arguments import arguments_of
+from benchmarks.conclusion import conclude
 from benchmarks.jobs import (
     OWNER,
     Children,
@@ -41,7 +42,6 @@ from benchmarks.study import (
     SILENCE,
     best_of,
     by_environment,
-    conclude,
     finished,
     hand_back,
     is_alive,
@@ -114,36 +114,11 @@ class Sweep:
 
     def claim(self) -> None:
         """Takes a trial that waits, or one whose worker is dead, or a new one; none where all are taken."""
-        study, total = self.study, self.plan.options.trials
         with locked(self.plan.runs_dir):
-            for trial in study.get_trials(deepcopy=False):
-                if trial.state == TrialState.RUNNING and trial.number not in [f.trial.number for f in self.flights]:
-                    owner = trial.user_attrs.get("owner")
-                    age = (datetime.now() - trial.datetime_start).total_seconds()
-                    if age > 60 if not owner else owner == OWNER or not is_alive(study, owner):
-                        self.say(f"trial {number_of(trial)} goes on; who worked on it is gone")
-                        hand_back(study, trial)
-            trials = study.get_trials(deepcopy=False)
-            states = [trial.state for trial in trials]
-            if TrialState.WAITING not in states and len(states) - states.count(TrialState.FAIL) >= total:
-                return
-            # Seeded by the number of trials so far: another try draws the same, another worker does not. On a database
-            # by the process, too, for machines that share no folder, and so no lock, may see the same number.
-            so_far = len(states) - states.count(TrialState.FAIL) - states.count(TrialState.WAITING)
-            process = OWNER.encode() if "://" in self.plan.options.storage else b""
-            seed = np.random.SeedSequence([self.plan.options.sampler_seed, so_far, *process]).generate_state(1)[0]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # multivariate is experimental in some versions
-                study.sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=int(seed))
-            trial = study.ask(distributions_of(self.plan.space))
-            trial.set_user_attr("owner", OWNER)
-            trials = study.get_trials(deepcopy=False)
-            older = sum(other.number < trial.number and other.state != TrialState.FAIL for other in trials)
-            if older >= total:  # a machine that does not share the folder, and so the lock, was faster
-                study.tell(trial, state=TrialState.FAIL)
-                return
-            if "number" not in trial.user_attrs:
-                trial.set_user_attr("number", older)
+            self.free_trials_of_the_dead()
+            trial = self.ask()
+        if not trial:
+            return
         jobs = self.plan.jobs(f"trial-{number_of(trial):04}", values_of(self.plan.space, trial.params))
         if jobs[0].text != self.plan.text:
             raise UsageError(f"{self.plan.options.script} has changed since the study began; choose another --study.")
@@ -153,6 +128,46 @@ class Sweep:
         self.flights.append(Flight(trial, jobs, runs, deque(todo)))
         if runs:
             self.judge(self.flights[-1])
+
+    def free_trials_of_the_dead(self) -> None:
+        """Hands back the trials whose workers are gone; an owner is missing for an instant after a trial begins."""
+        mine = [flight.trial.number for flight in self.flights]
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state != TrialState.RUNNING or trial.number in mine:
+                continue
+            owner = trial.user_attrs.get("owner")
+            if owner:
+                gone = owner == OWNER or not is_alive(self.study, owner)
+            else:
+                gone = (datetime.now() - trial.datetime_start).total_seconds() > 60
+            if gone:
+                self.say(f"trial {number_of(trial)} goes on; who worked on it is gone")
+                hand_back(self.study, trial)
+
+    def ask(self) -> Any:
+        """A trial of the study, which waits or is new; None where all are taken."""
+        study, options = self.study, self.plan.options
+        states = [trial.state for trial in study.get_trials(deepcopy=False)]
+        if TrialState.WAITING not in states and len(states) - states.count(TrialState.FAIL) >= options.trials:
+            return None
+        # Seeded by the number of trials so far: another try draws the same, another worker does not. On a database the
+        # process counts too: machines that share no folder, and so no lock, may see the same number.
+        so_far = len(states) - states.count(TrialState.FAIL) - states.count(TrialState.WAITING)
+        process = OWNER.encode() if "://" in options.storage else b""
+        seed = np.random.SeedSequence([options.sampler_seed, so_far, *process]).generate_state(1)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # multivariate is experimental in some versions
+            study.sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=int(seed))
+        trial = study.ask(distributions_of(self.plan.space))
+        trial.set_user_attr("owner", OWNER)
+        trials = study.get_trials(deepcopy=False)
+        older = sum(other.number < trial.number and other.state != TrialState.FAIL for other in trials)
+        if older >= options.trials:  # a machine that does not share the folder, and so the lock, was faster
+            study.tell(trial, state=TrialState.FAIL)
+            return None
+        if "number" not in trial.user_attrs:
+            trial.set_user_attr("number", older)
+        return trial
 
     def next_run(self) -> tuple[Flight, Job] | None:
         """A run of the oldest trial. Trials that wait are taken first: runs of theirs may still be going on."""
@@ -189,21 +204,29 @@ class Sweep:
         others = [trial.user_attrs["runs"] for trial in finished(self.study) if trial.state == TrialState.COMPLETE]
         bad = not whole and options.prune > 0 and is_bad(runs, others, options.prune, len(options.env_ids))
         flight.trial.report(mean_score(runs), step=len(runs))  # by which the sampler ranks those that are stopped early
-        if not whole and not bad:
-            return
         if whole:
             self.study.tell(flight.trial, mean_score(runs))
-        else:
+        elif bad:
             self.study.tell(flight.trial, state=TrialState.PRUNED)
+        else:
+            return
         flight.end()
         self.count = len(finished(self.study))
-        rate = (time.monotonic() - self.begun) / (self.count - self.before)
-        seconds, best = int(rate * max(options.trials - self.count, 0)), best_of(self.study)
-        line = f"{flight}: {show(mean_score(runs))}" + f", stopped after {len(runs)} of {len(flight.jobs)} runs" * bad
+        self.say_result(flight, whole)
+
+    def say_result(self, flight: Flight, whole: bool) -> None:
+        """What a trial that has ended has scored, the best so far, and how long the others will take."""
+        runs, trials, best = flight.runs, self.plan.options.trials, best_of(self.study)
+        line = f"{flight}: {show(mean_score(runs))}"
+        if not whole:
+            line += f", stopped after {len(runs)} of {len(flight.jobs)} runs"
         line += f" ({', '.join(f'{env_id} {show(value)}' for env_id, value in by_environment(runs, 'value').items())})"
-        line += f"; best {show(best.value)}, trial {number_of(best)}" if best else ""
-        line += f"; {self.count} of {options.trials}"
-        self.say(f"{line}, {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left")
+        if best:
+            line += f"; best {show(best.value)}, trial {number_of(best)}"
+        rate = (time.monotonic() - self.begun) / (self.count - self.before)
+        seconds = int(rate * max(trials - self.count, 0))
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        self.say(f"{line}; {self.count} of {trials}, {left}")
 
     def run(self) -> int:
         """Works until all trials are finished, by whomever; 0, or 128 + the signal that stopped it."""

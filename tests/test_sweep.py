@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
-from benchmarks import space, study, sweep
+from benchmarks import conclusion, space, study, sweep
 from benchmarks.arguments import arguments_of
 from benchmarks.jobs import ROOT, UsageError
 from benchmarks.plan import Options, make_plan
@@ -580,7 +580,7 @@ def test_a_run_that_somebody_else_stops_goes_on(here):
 def test_the_sweep_file_of_wandb_needs_no_extra(here, monkeypatch):
     pytest.importorskip("yaml")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for module in (sweep, study):
+    for module in (sweep, study, conclusion):
         monkeypatch.setattr(module, "optuna", None)
     assert sweep.main(options(export_wandb="wandb.yaml")) == 0 and Path("wandb.yaml").exists()
     with pytest.raises(UsageError, match="a sweep needs optuna"):
@@ -614,11 +614,11 @@ def test_the_comparison_has_intervals_and_says_what_they_show(here):
     rng = np.random.default_rng(1)
     default = {"CartPole-v1": list(rng.normal(200, 10, 5)), "Acrobot-v1": list(rng.normal(-90, 5, 5))}
     winner = {"CartPole-v1": list(rng.normal(400, 10, 5)), "Acrobot-v1": list(rng.normal(-90, 5, 5))}
-    lines = study.compare(plan, default, winner)
+    lines = conclusion.compare(plan, default, winner)
     assert lines[2].startswith("| CartPole-v1 | ") and lines[2].endswith("| better |")
     assert lines[3].startswith("| Acrobot-v1 | ") and lines[3].endswith("| not shown to differ |")
     assert lines[4].startswith("| all, normalised | ") and lines[4].endswith("| better |")
-    assert study.compare(plan, winner, default)[2].endswith("| worse |")
+    assert conclusion.compare(plan, winner, default)[2].endswith("| worse |")
     assert "few seeds are too narrow" in lines[-1]
 
 
@@ -626,21 +626,21 @@ def test_the_verdict_on_five_seeds_is_not_that_of_the_plain_bootstrap(here):
     """The plain interval of this difference, [0.8, 14.6], is above zero."""
     plan = make_plan(options())
     default, winner = [0.0, 4.0, 8.0, 12.0, 16.0], [8.0, 12.0, 16.0, 19.0, 24.0]
-    plain = study.stats.difference(np.array(default), np.array(winner), np.random.default_rng(0))
+    plain = conclusion.stats.difference(np.array(default), np.array(winner), np.random.default_rng(0))
     assert plain[0] > 0
-    lines = study.compare(plan, {"CartPole-v1": default}, {"CartPole-v1": winner})
+    lines = conclusion.compare(plan, {"CartPole-v1": default}, {"CartPole-v1": winner})
     assert lines[2].endswith("| not shown to differ |")
 
 
 def test_a_failed_run_of_the_check_counts_as_the_lowest_return(here):
     plan = make_plan(options())
-    assert study.filled(plan, [300.0, 30.0], [None, 400.0], "CartPole-v1")[1].tolist() == [22.0, 400.0]
-    assert study.filled(plan, [300.0, 10.0], [None, 400.0], "CartPole-v1")[1].tolist() == [10.0, 400.0]
-    assert math.isnan(study.filled(plan, [0.5], [None], "Taxi-v4")[1][0])
+    assert conclusion.filled(plan, [300.0, 30.0], [None, 400.0], "CartPole-v1")[1].tolist() == [22.0, 400.0]
+    assert conclusion.filled(plan, [300.0, 10.0], [None, 400.0], "CartPole-v1")[1].tolist() == [10.0, 400.0]
+    assert math.isnan(conclusion.filled(plan, [0.5], [None], "Taxi-v4")[1][0])
     both = {"CartPole-v1": [300.0, 300.0, 320.0], "Acrobot-v1": [-90.0, -90.0, -91.0]}
     failed = {env_id: [None, *scores[1:]] for env_id, scores in both.items()}
     scores = [plan.score(env_id, value) for env_id, values in failed.items() for value in values]
-    assert scores.count(-1.0) == 2 and f"| {study.show(np.mean(scores))} [" in study.compare(plan, both, failed)[4]
-    said = " ".join(study.compare(plan, both, failed))
+    assert scores.count(-1.0) == 2 and f"| {study.show(np.mean(scores))} [" in conclusion.compare(plan, both, failed)[4]
+    said = " ".join(conclusion.compare(plan, both, failed))
     assert "On CartPole-v1 0 of 3 runs of the default and 1 of 3 of the winner failed and count as 22.0." in said
-    assert "failed" not in " ".join(study.compare(plan, both, both))
+    assert "failed" not in " ".join(conclusion.compare(plan, both, both))
