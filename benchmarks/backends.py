@@ -115,7 +115,7 @@ class Task:
         self.save(signum)
         with contextlib.suppress(UsageError):  # without squeue the task ends, and the front end submits it again
             if signum == signal.SIGTERM and "RUNNING" in queue(f"--jobs={os.environ['SLURM_JOB_ID']}").values():
-                signal.raise_signal(signal.SIGUSR2)  # not scancel, so submitit shall put it back
+                signal.raise_signal(signal.SIGUSR2)  # it was not scancel; submitit puts the task back
         sys.exit(128 + signum)
 
     def save(self, signum: int) -> None:

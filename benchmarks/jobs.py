@@ -178,7 +178,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def log_of(job: Job, runs_dir: Path) -> Path:
-    """What the processes of a job print; whoever works on the job holds a lock on this file."""
+    """What the processes of a job print. A harness that works on the job holds a lock on this file."""
     return runs_dir / "logs" / f"{job.name}.log"
 
 

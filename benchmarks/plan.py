@@ -28,7 +28,7 @@ class Options:
     env_ids: tuple[str, ...]
     """environments; the score of a trial is its mean over them, normalised"""
     study: str
-    """name of the study; who gives the name of one that exists joins it"""
+    """name of the study; the name of an existing one joins it"""
     space: Annotated[str, default_is("the script's name")] = ""
     """what to search: a TOML file, or a name in benchmarks/spaces"""
     trials: int = 50

@@ -308,11 +308,8 @@ def table_of_ppo_paper(cells: dict) -> str:
         low = score_range(env_id)[0]
         best = max(other.max() for (env, _), other in runs.items() if env == env_id)
         ours.setdefault(setting, []).extend((values - low) / (best - low) if best > low else values * np.nan)
-    rows = [
-        [setting, f"{np.mean(ours[setting]):.2f}", str(len(ours[setting])), paper[setting]]
-        for setting in paper
-        if setting in ours
-    ]
+    known = [setting for setting in paper if setting in ours]
+    rows = [[name, f"{np.mean(ours[name]):.2f}", str(len(ours[name])), paper[name]] for name in known]
     return table(["setting", "ours", "runs", "paper, 21 runs"], rows) if rows else ""
 
 
@@ -402,7 +399,7 @@ def first_of(texts: dict[str, int]) -> str:
 
 
 def write_scores(runs: list[Run], path: Path) -> None:
-    """One row per run, for `check`, for later reports and for whoever wants the numbers."""
+    """One row per run, for `check`, for later reports and for readers who want the numbers."""
     header = ("env_id", "algo", "seed", "status", "total_timesteps", "global_step", *MEASURES, "key", *ORIGIN)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)

@@ -65,7 +65,7 @@ class Options:
     runs_dir: Annotated[str, default_is("runs/SUITE")] = ""
     """folder of the run directories"""
     retry: bool = False
-    """go on with runs that failed, too"""
+    """also go on with runs that failed"""
     dry_run: bool = False
     """print the commands and start nothing"""
     backend: Literal["local", "slurm", "ray"] = "local"
@@ -99,7 +99,7 @@ def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
 
 
 def write_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
-    """As note_cells, by whoever holds its lock."""
+    """As note_cells; the caller holds the lock."""
     earlier = read_json(runs_dir / "suite.json")
     asked = [{"env_id": job.env_id, "algo": job.algo, "seed": job.seed, "name": job.name} for job in jobs]
     cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier.get("cells", []), *asked]}
@@ -301,7 +301,7 @@ class View:
 
 
 def budget_of(job: Job, runs_dir: Path) -> int:
-    """Steps of a whole run; 0 while it is the script's own default and the run has not started."""
+    """Steps of a whole run. They are 0, unknown, before the start of a run with the script's default."""
     if "--total-timesteps" in job.flags:
         return int(job.flags[job.flags.index("--total-timesteps") + 1])
     return read_json(runs_dir / job.name / "config.json").get("args", {}).get("total_timesteps", 0)

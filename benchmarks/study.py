@@ -67,7 +67,7 @@ def open_study(plan: Plan) -> Any:
         if "identity" in study.user_attrs:
             break
         time.sleep(1.0)
-    else:  # whoever created it was killed there
+    else:  # its creator was killed there
         study.set_user_attr("identity", plan.identity)
     begun = study.user_attrs.get("identity", {})
     if other := [what for what, value in plan.identity.items() if begun.get(what) != value]:

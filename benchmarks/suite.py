@@ -67,7 +67,7 @@ VARIANT_KEYS: Keys = {"algo": ("a script or a peer", str), "flags": ("a table of
 
 
 def parse_toml(path: Path) -> dict[str, Any]:
-    """What a file says; raises UsageError, for wrong syntax with the line."""
+    """What a file says. Raises UsageError; the parser's message about wrong syntax has the line."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -228,9 +228,9 @@ def options_of(suite: Suite, env_id: str, algo: str) -> dict[str, Any]:
 def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Job]:
     """The matrix of a suite, seed by seed, so that every cell has a first result early.
 
-    threads is --num-threads of Atari runs; a run of an MLP takes one of its own accord. total_timesteps wins over all
-    budgets of the suite. Raises UsageError for what is neither script nor peer nor variant, for two scripts of one name
-    and for environments that are not registered.
+    threads is --num-threads of Atari runs; other runs keep the script's default, one thread. total_timesteps wins over
+    all budgets of the suite. Raises UsageError for what is neither script nor peer nor variant, for two scripts of one
+    name and for environments that are not registered.
     """
     seeds = range(1, suite.seeds + 1) if isinstance(suite.seeds, int) else suite.seeds
     for env_id in suite.envs:

@@ -178,7 +178,7 @@ class Sweep:
         return (flight, flight.todo.popleft()) if flight else None
 
     def record(self, flight: Flight, job: Job, result: str) -> None:
-        """Takes down what came out of a run; one that failed, or finished no episode, has no value."""
+        """Takes down what came out of a run. A run that failed or finished no episode has no value."""
         run = self.folder / job.name
         value = read_json(run / "summary.json").get("train_last100") if result == "done" else None
         value = value if value is not None and math.isfinite(value) else None
@@ -203,7 +203,7 @@ class Sweep:
             raise UsageError(f"no run of {flight} has started:\n{end_of_log(flight.jobs[-1], self.folder)}")
         others = [trial.user_attrs["runs"] for trial in finished(self.study) if trial.state == TrialState.COMPLETE]
         bad = not whole and options.prune > 0 and is_bad(runs, others, options.prune, len(options.env_ids))
-        flight.trial.report(mean_score(runs), step=len(runs))  # by which the sampler ranks those that are stopped early
+        flight.trial.report(mean_score(runs), step=len(runs))  # the sampler ranks trials stopped early by it
         if whole:
             self.study.tell(flight.trial, mean_score(runs))
         elif bad:
@@ -229,7 +229,7 @@ class Sweep:
         self.say(f"{line}; {self.count} of {trials}, {left}")
 
     def run(self) -> int:
-        """Works until all trials are finished, by whomever; 0, or 128 + the signal that stopped it."""
+        """Works until all trials are finished, here or elsewhere; 0, or 128 + the signal that stopped it."""
         signals: list[int] = []
         handlers = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
         pool, obeyed = ThreadPoolExecutor(self.plan.options.workers), 0
