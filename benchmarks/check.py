@@ -135,7 +135,8 @@ def match(stored: Cells, fresh: Cells) -> tuple[list[tuple[str, str]], list[str]
             asked, kept = (", ".join(f"{n:,}" for n in sorted(numbers)) for numbers in (strange, budgets))
             others.append(f"{env_id} {algo}: runs of {asked} steps; the stored ones have {kept}")
             fresh[name] = runs = {seed: run for seed, run in runs.items() if run.total_timesteps in budgets}
-        both += [name] if runs else []
+        if runs:
+            both.append(name)
     both.sort(key=lambda name: (name[0], rank(name[1])))
     others += [f"{' '.join(name)}: not in RUNS" for name in stored if name not in fresh]
     return both, others

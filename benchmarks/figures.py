@@ -59,10 +59,7 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
     """
     envs = list(dict.fromkeys(env_id for env_id, _ in cells))
     algos = sorted({algo for _, algo in cells}, key=rank)
-    unit, seconds = "environment steps", 0
-    if against == "time":
-        longest = max((run.seconds[-1] for runs in cells.values() for run in runs if len(run.seconds)), default=0.0)
-        unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
+    unit, seconds = unit_of_time(cells) if against == "time" else ("environment steps", 0)
     columns = min(len(envs), 3 if len(envs) != 4 else 2)
     figure, axes = new_figure(-(-len(envs) // columns), columns, 4.0, 2.9)
     ends, crosses = [[] for _ in envs], [[] for _ in envs]  # places on the axis, per panel
@@ -88,6 +85,14 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
         row[0].set_ylabel("return, last 100 episodes")
     add_legend(figure, cells, algos)
     save_figure(figure, path)
+
+
+def unit_of_time(cells: dict) -> tuple[str, int]:
+    """The unit of a time axis that holds the longest run, and its seconds."""
+    longest = max((run.seconds[-1] for runs in cells.values() for run in runs if len(run.seconds)), default=0.0)
+    if longest > 7200:
+        return "hours", 3600
+    return ("minutes", 60) if longest > 120 else ("seconds", 1)
 
 
 def places(run: Run, grid: np.ndarray, seconds: int) -> np.ndarray:

@@ -168,8 +168,9 @@ def number(value: float) -> str:
     """Four digits or so, for a table."""
     if not np.isfinite(value):
         return "-"
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:,.2f}"
 
 
 def with_interval(values: np.ndarray, rng: np.random.Generator) -> str:
@@ -519,8 +520,7 @@ def opening(runs: list[Run], cells: dict, missing: dict[tuple[str, str], list[in
     """The title, what the suite is about, and what of it is here."""
     text = f"# {title or matrix.name or 'Learning curves'}\n\n"
     if matrix.description:
-        text += "The suite: " if matrix.name else ""
-        text += f"{matrix.description}\n\n"
+        text += f"The suite: {matrix.description}\n\n" if matrix.name else f"{matrix.description}\n\n"
     status = Counter(run.status for run in runs)
     if absent := sum(map(len, missing.values())):
         status["missing"] = absent

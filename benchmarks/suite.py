@@ -86,8 +86,8 @@ def wrong(path: Path, *keys: str | int, what: str) -> UsageError:
         if isinstance(key, int):
             place += f"[{key}]"
         else:
-            name = key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
-            place += f".{name}" if place else name
+            place += "." + (key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key))
+    place = place.removeprefix(".")
     end = "" if what.endswith(("?", ".")) else "."
     return UsageError(f"{path}: {place}: {what}{end}")
 
