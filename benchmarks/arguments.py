@@ -60,7 +60,7 @@ def misfit(kind: Any, value: Any) -> str:
 
 
 def expected(kind: Any, value: Any) -> str:
-    """What a type takes, where one value, which is no list, is not that; else ""."""
+    """What a type takes, if a single value is not that; else ""."""
     if get_origin(kind) is Literal:
         choices = [spelled(choice) for choice in get_args(kind)]
         return "" if spelled(value) in choices else ", ".join(choices)

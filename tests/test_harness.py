@@ -851,6 +851,20 @@ def test_flags_are_refused_where_they_are_and_not_where_another_table_wins(lab):
         flags_of(lab, text)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (SCRIPT + "import nowhere\n", "cannot be imported: ModuleNotFoundError: No module named 'nowhere'."),
+        (SCRIPT.replace("parse_args", "parse"), "has no function parse_args(argv) that says what arguments it takes."),
+    ],
+)
+def test_script_that_does_not_say_its_arguments_starts_nothing(text, message, lab, go):
+    (lab.path / "fake.py").write_text(text)
+    (lab.path / "suite.toml").write_text(SUITE + RULE)
+    assert go() == (2, f"error: {lab.path}/fake.py {message}\n")
+    assert not lab.runs.exists() and not lab.lines()
+
+
 def test_scripts_without_flags_in_the_suite_are_not_asked_for_their_arguments(lab, monkeypatch):
     asked = []
     ask = run.arguments_of
