@@ -1,7 +1,7 @@
 """Where runs go when one machine is not enough: arrays of Slurm jobs, through submitit, or a cluster that runs Ray.
 
-The unit of work is `jobs.execute` on a node, and the truth stays in the run directories. So these, this repository and
-the Python environment have to be on a file system that every node sees at the same path and that knows flock.
+The unit of work is `jobs.execute` on a node, and the truth stays in the run directories. So every node must see the run
+directories, this repository and the Python environment at the same paths, on a file system that knows flock.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def start(jobs: list[Job], runs_dir: Path, options: Any) -> "Slurm | Ray":
 
 
 def check(options: Any) -> dict[str, Any]:
-    """The --backend-args; raises UsageError for what is unknown or wrong in them, and for a missing extra."""
+    """The --backend-args. Raises UsageError for those that are unknown or wrong, and for a missing extra."""
     known: dict[str, type] = {}
     try:
         if options.backend == "slurm":
@@ -115,7 +115,7 @@ class Task:
         self.save(signum)
         with contextlib.suppress(UsageError):  # without squeue the task ends, and the front end submits it again
             if signum == signal.SIGTERM and "RUNNING" in queue(f"--jobs={os.environ['SLURM_JOB_ID']}").values():
-                signal.raise_signal(signal.SIGUSR2)  # not scancel, so submitit shall put it back
+                signal.raise_signal(signal.SIGUSR2)  # it was not scancel; submitit puts the task back
         sys.exit(128 + signum)
 
     def save(self, signum: int) -> None:
@@ -159,11 +159,19 @@ class Slurm:
         self.jobs, self.runs_dir, self.options, self.folder = jobs, runs_dir, options, runs_dir / "slurm"
         self.results: dict[str, str] = {}
         self.ids: dict[str, str] = {}  # Slurm's, of the latest task of each job
-        self.looks, self.stops, self.wake = Counter(), 0, threading.Event()
-        setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH", *filter(None, [arguments.pop("setup", "")])]
-        cpus = max(job.threads or 1 for job in jobs)
-        parameters = dict(job_name=Path(options.suite).stem, time=60, cpus_per_task=cpus) | arguments
-        parameters |= dict(setup=setup, additional_parameters={"requeue": True})
+        self.looks: Counter[str] = Counter()
+        self.stops, self.wake = 0, threading.Event()
+        setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH"]
+        if "setup" in arguments:
+            setup.append(arguments["setup"])
+        parameters = {
+            "job_name": Path(options.suite).stem,
+            "time": 60,
+            "cpus_per_task": max(job.threads or 1 for job in jobs),
+            **arguments,
+            "setup": setup,
+            "additional_parameters": {"requeue": True},
+        }
         self.executor = submitit.AutoExecutor(self.folder, cluster=CLUSTER, slurm_max_num_timeout=10**6)
         self.executor.update_parameters(**{f"slurm_{name}": value for name, value in parameters.items()})
         for identity, state in queue().items():
@@ -201,17 +209,22 @@ class Slurm:
                 self.results[job.name] = outcome
             elif job.name not in self.ids:
                 waiting.append(job)
-        if self.stops and active:  # without an id, scancel would cancel everything that this user has
-            for how in [["--state=PENDING"], ["--signal=USR1", "--state=RUNNING"]] if self.stops == 1 else [[]]:
-                subprocess.run(["scancel", *how, *active], capture_output=True)
+        if self.stops and active:
+            self.cancel(active)
         elif self.stops:
             return False
         elif waiting and (free := self.options.workers - len(active) - orphans) > 0:
             self.submit(waiting, free)
         return len(self.results) < len(self.jobs)
 
+    def cancel(self, active: list[str]) -> None:
+        """Cancels what waits and lets what runs save; asked again, cancels all. Without ids scancel takes every job."""
+        ways = [["--state=PENDING"], ["--signal=USR1", "--state=RUNNING"]]
+        for way in ways if self.stops == 1 else [[]]:
+            subprocess.run(["scancel", *way, *active], capture_output=True)
+
     def outcome(self, job: Job, identity: str, state: str) -> str:
-        """What became of a job that is not in the queue; "" if it has yet to go there, or again."""
+        """What became of a job that is not in the queue; "" if it must still be queued, or once more."""
         status = status_of(job, self.runs_dir)
         if not identity:
             return status if status == "done" or status == "failed" and not self.options.retry else ""

@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from benchmarks import stats
 from benchmarks.jobs import PEERS
-from benchmarks.runs import ORDER, STORED, Run, rank
+from benchmarks.records import ORDER, STORED, Run, rank
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -23,8 +23,10 @@ OTHERS = ("#000000", "#7A5195", "#8C564B", "#17BECF", "#B22222", "#6B8E23", "#FF
 
 
 def style_of(algo: str, algos: list[str]) -> dict[str, str]:
-    """Colour and line style of an algorithm in a report on algos. Dashed are peers, what is stored of an algorithm that
-    there is anew, and, after eight unknown ones, the next."""
+    """Colour and line style of an algorithm in a report on algos.
+
+    Lines are dashed for peers, for stored results beside newer runs, and for unknown algorithms after the first eight.
+    """
     if algo in COLORS:
         return {"color": COLORS[algo], "linestyle": "--" if algo in PEERS else "-"}
     if algo.endswith(STORED):
@@ -52,48 +54,26 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
     """A panel per environment: the running mean return of 100 episodes against "steps" or wall-clock "time".
 
     Thin lines are seeds. The thick one is the mean (or iqm) of the completed seeds at equal steps, with its 95% band,
-    as far as all of them reach; against time it is drawn where the median of them had got to those steps, on a
+    as far as all of them reach. Against time it is drawn where the median of them had got to those steps, on a
     logarithmic axis where algorithms differ much. A cross ends a run that did not complete.
     """
     envs = list(dict.fromkeys(env_id for env_id, _ in cells))
     algos = sorted({algo for _, algo in cells}, key=rank)
-    longest = max((run.seconds[-1] for runs in cells.values() for run in runs if len(run.seconds)), default=0.0)
-    unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
+    unit, seconds = unit_of_time(cells) if against == "time" else ("environment steps", 0)
     columns = min(len(envs), 3 if len(envs) != 4 else 2)
     figure, axes = new_figure(-(-len(envs) // columns), columns, 4.0, 2.9)
-
-    def places(run: Run, grid: np.ndarray) -> np.ndarray:
-        """Where the steps of the grid stand on the axis."""
-        return grid if against == "steps" else np.interp(grid, run.steps, run.seconds) / seconds
-
     ends, crosses = [[] for _ in envs], [[] for _ in envs]  # places on the axis, per panel
     for panel, (axis, env_id) in enumerate(zip(axes.flat, envs)):
         for algo in algos:
             style = style_of(algo, algos)
-            color = style["color"]
             runs = [run for run in cells.get((env_id, algo), []) if len(run.returns)]
-            for run in runs:
-                grid = np.linspace(run.steps[0], run.steps[-1], 300)
-                curve = run.curve(grid)
-                axis.plot(places(run, grid), curve, color=color, alpha=0.25, linewidth=0.6)
-                if not run.done:
-                    axis.plot(places(run, grid)[-1], curve[-1], "x", color=color, markersize=6)
-                    crosses[panel].append(places(run, grid)[-1])
-            if not (done := [run for run in runs if run.done]):
-                continue
-            grid = np.linspace(max(run.steps[0] for run in done), min(run.steps[-1] for run in done), 300)
-            curves = np.array([run.curve(grid) for run in done])
-            x = np.median([places(run, grid) for run in done], axis=0)
-            ends[panel].append(x[-1])
-            centre = curves.mean(0) if statistic == "mean" else stats.iqm(curves, axis=0)
-            axis.plot(x, centre, **style, linewidth=1.8, zorder=3)
-            if len(done) > 1:
-                low, high = stats.bootstrap_curves(curves, rng, statistic, repetitions=1000)
-                axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            crosses[panel] += draw_seeds(axis, runs, style["color"], seconds)
+            if done := [run for run in runs if run.done]:
+                ends[panel].append(draw_centre(axis, done, style, seconds, statistic, rng))
         axis.set_title(plain(env_id), fontsize=10)
         axis.grid(alpha=0.25)
         axis.margins(x=0.01)
-        axis.set_xlabel(unit if against == "time" else "environment steps")
+        axis.set_xlabel(unit)
         if against == "steps":
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.locator_params(axis="x", nbins=6)
@@ -107,9 +87,53 @@ def draw_curves(cells: dict, path: Path, against: str, statistic: str, rng: np.r
     save_figure(figure, path)
 
 
+def unit_of_time(cells: dict) -> tuple[str, int]:
+    """The unit of a time axis that holds the longest run, and its seconds."""
+    longest = max((run.seconds[-1] for runs in cells.values() for run in runs if len(run.seconds)), default=0.0)
+    if longest > 7200:
+        return "hours", 3600
+    return ("minutes", 60) if longest > 120 else ("seconds", 1)
+
+
+def places(run: Run, grid: np.ndarray, seconds: int) -> np.ndarray:
+    """Where the steps of the grid stand on the axis: as they are, or as time in a unit of so many seconds."""
+    return np.interp(grid, run.steps, run.seconds) / seconds if seconds else grid
+
+
+def draw_seeds(axis: Any, runs: list[Run], color: str, seconds: int) -> list[float]:
+    """A thin line for each run, and a cross at the end of those that did not complete; the places of the crosses."""
+    crosses = []
+    for run in runs:
+        grid = np.linspace(run.steps[0], run.steps[-1], 300)
+        x, curve = places(run, grid, seconds), run.curve(grid)
+        axis.plot(x, curve, color=color, alpha=0.25, linewidth=0.6)
+        if not run.done:
+            axis.plot(x[-1], curve[-1], "x", color=color, markersize=6)
+            crosses.append(x[-1])
+    return crosses
+
+
+def draw_centre(
+    axis: Any, done: list[Run], style: dict[str, str], seconds: int, statistic: str, rng: np.random.Generator
+) -> float:
+    """The thick line of completed runs and its band; the place where the line ends."""
+    grid = np.linspace(max(run.steps[0] for run in done), min(run.steps[-1] for run in done), 300)
+    curves = np.array([run.curve(grid) for run in done])
+    x = np.median([places(run, grid, seconds) for run in done], axis=0)
+    centre = curves.mean(0) if statistic == "mean" else stats.iqm(curves, axis=0)
+    axis.plot(x, centre, **style, linewidth=1.8, zorder=3)
+    if len(done) > 1:
+        low, high = stats.bootstrap_curves(curves, rng, statistic, repetitions=1000)
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    return x[-1]
+
+
 def spread_out(axes: np.ndarray, ends: list[list[float]], crosses: list[list[float]]) -> None:
-    """Makes all time axes logarithmic where, in one panel, an algorithm ends four times as late as another, whose curve
-    would be a vertical line. They begin at a tenth of the earliest end, and before every cross."""
+    """Makes all time axes logarithmic if, in one panel, an algorithm ends four times as late as another.
+
+    On a linear axis the other one's curve would be a vertical line. The axes begin at a tenth of the earliest end, and
+    before every cross.
+    """
     if not any(max(panel) > 4 * min(panel) > 0 for panel in ends if panel):
         return
     for axis, panel, stopped in zip(axes.flat, ends, crosses):
@@ -126,7 +150,7 @@ def add_legend(figure: Any, cells: dict, algos: list[str]) -> None:
     for algo in algos:
         counts = sorted({sum(run.done for run in runs) for (_, name), runs in cells.items() if name == algo})
         seeds = "-".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
-        label = f"{plain(algo)} ({seeds} seed{'s' * (seeds != '1')})"
+        label = f"{plain(algo)} ({seeds} {'seed' if seeds == '1' else 'seeds'})"
         handles.append(Line2D([], [], **style_of(algo, algos), linewidth=2, label=label))
     inches = 0.55 + 0.075 * max(len(handle.get_label()) for handle in handles)  # of an entry
     figure.set_figwidth(max(figure.get_figwidth(), inches))

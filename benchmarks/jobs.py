@@ -1,13 +1,14 @@
-"""What the harness runs. A job is one run of an unmodified script, known by a hash of the script's text, environment,
-seed and flags; a suite is a TOML file that stands for a matrix of jobs; `execute` takes one job from wherever it is to
+"""What the harness runs: a job is one run of an unmodified script.
+
+A job is known by a hash of the script's text, environment, seed and flags. `execute` takes it from wherever it is to
 its end, in processes of its own.
 """
 
-import csv
 import difflib
 import fcntl
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -21,15 +22,15 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = Path(__file__).resolve().parent / "suites"
 PEERS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
+# flags that run and sweep set themselves
+RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp-name")
 RESTARTS = 3  # of a run whose process was killed from outside
 OWNER = f"{platform.node()} {os.getpid()}"  # the harness that starts a process
 
@@ -50,6 +51,7 @@ class Job:
     text: str = field(repr=False)
     """the text of the script"""
     env_id: str
+    """ "" for a script that has no --env-id"""
     seed: int
     flags: tuple[str, ...] = ()
     """flags besides --env-id, --seed and those of the run directory"""
@@ -67,13 +69,21 @@ class Job:
     @property
     def name(self) -> str:
         """Name of the run directory."""
-        return f"{safe(self.env_id)}__{safe(self.algo)}__{self.seed}__{self.key}"
+        parts = [safe(self.env_id), safe(self.algo), str(self.seed), self.key]
+        return "__".join(filter(None, parts))
+
+    def __str__(self) -> str:
+        return f"{self.env_id} {self.algo} seed {self.seed}".lstrip()
 
     def start(self, runs_dir: Path) -> list[str]:
         """The command that starts the run afresh."""
-        where = ["--runs-dir", str(runs_dir), "--run-name", self.name]
-        threads = ["--num-threads", str(self.threads)] if self.threads else []
-        return [*self.command, "--env-id", self.env_id, "--seed", str(self.seed), *self.flags, *threads, *where]
+        command = [*self.command]
+        if self.env_id:
+            command += ["--env-id", self.env_id]
+        command += ["--seed", str(self.seed), *self.flags]
+        if self.threads:
+            command += ["--num-threads", str(self.threads)]
+        return [*command, "--runs-dir", str(runs_dir), "--run-name", self.name]
 
 
 def safe(name: str) -> str:
@@ -100,7 +110,7 @@ def command_of(algo: str) -> tuple[tuple[str, ...], Path]:
 
 
 def keeps_contract(path: Path) -> bool:
-    """Whether a script may know the flags of every job, by its text: running it could do anything."""
+    """Whether a script may know the flags that every job has. Only its text is read: running it could do anything."""
     text = path.read_text(errors="replace")
     return all(re.search(rf"(?<![a-z]){flag}(?![a-z])", text) for flag in ("env[-_]id", "run[-_]name"))
 
@@ -120,205 +130,8 @@ def dashed(options: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("_", "-"): value for name, value in options.items()}
 
 
-# ------------------------------------------------------------------------------------------------------- suites
-@dataclass(frozen=True)
-class Suite:
-    """A suite file as it was read; benchmarks/suites/smoke.toml shows every key."""
-
-    name: str
-    envs: list[str]
-    algos: list[str]
-    description: str = ""
-    seeds: int | list[int] = 5
-    total_timesteps: int | None = None
-    eval_episodes: int = 100
-    arguments: list[dict[str, Any]] = field(default_factory=list)
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    published: list[str] = field(default_factory=list)
-    """source_keys of benchmarks/references/published.csv that the report puts beside the scores"""
-    normalise: bool = True
-    """whether the report aggregates scores over the environments"""
-
-
-# flags that the harness and sweeps set themselves
-RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp-name")
-KINDS = {  # of the values in a suite file
-    "envs": ("a list of environment ids", list),
-    "algos": ("a list of scripts, peers or variants", list),
-    "description": ("a text", str),
-    "seeds": ("a number of seeds, or a list of them", (int, list)),
-    "total_timesteps": ("a whole number", int),
-    "eval_episodes": ("a whole number", int),
-    "arguments": ("written as [[arguments]] tables", list),
-    "variants": ("written as [variants.NAME] tables", dict),
-    "published": ("a list of source keys", list),
-    "normalise": ("true or false", bool),
-    "envs of arguments": ("a list of patterns", list),
-    "algos of arguments": ("a list of patterns", list),
-    "flags of arguments": ("a table of flags", dict),
-    "algo of variants": ("a script or a peer", str),
-    "flags of variants": ("a table of flags", dict),
-}
-
-
-def parse_toml(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a file and what it says; raises UsageError."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: {error}.") from None
-
-
-def near_miss(name: str, known: Iterable[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else otherwise
-
-
-def suite_file(name: str) -> Path:
-    return Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
-
-
-def read_suite(name: str) -> Suite:
-    """The suite of a name in benchmarks/suites, or of a TOML file; raises UsageError with the line and the key."""
-    path = suite_file(name)
-    if not path.is_file():
-        shipped = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
-        raise UsageError(f"there is no suite {name}; there are {shipped}, and any path/to/suite.toml.")
-    text, content = parse_toml(path)
-
-    def lines_of(key: str) -> list[int]:
-        """Where it is set, or the header of a table."""
-        pattern = rf"(^\s*\[*\s*(variants\s*\.\s*)?|[{{,]\s*)[\"']?{re.escape(key)}[\"']?\s*[=.\]]"
-        return [number for number, line in enumerate(text.splitlines(), 1) if re.search(pattern, line)]
-
-    def wrong(key: str, what: str, start: int = 1) -> UsageError:
-        """start is the line where the table begins that has the key."""
-        line = next((line for line in lines_of(key) if line >= start), start)
-        return UsageError(f"{path}, line {line}, {key}: {what.rstrip('.')}{'' if what.endswith('?') else '.'}")
-
-    def check(table: dict[str, Any], of: str = "", start: int = 1) -> None:
-        for key, value in table.items():
-            known = [key.removesuffix(of) for key in KINDS if key.endswith(of) and (of or " of " not in key)]
-            if key not in known:
-                raise wrong(key, f"no such key; {near_miss(key, known, 'there are ' + ', '.join(known))}", start)
-            what, kind = KINDS[key + of]
-            items = value if of and key != "flags" and isinstance(value, list) else []
-            is_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if not is_kind or not all(isinstance(item, str) for item in items):
-                raise wrong(key, f"must be {what}, but is {value!r}", start)
-        for name, value in table.get("flags", {}).items() if of else []:
-            values = value if isinstance(value, list) else [value]
-            if not values or not all(isinstance(item, (str, int, float)) for item in values):
-                raise wrong(name, f"must be a number, a text, true, false or a list of them, but is {value!r}", start)
-            if name.replace("_", "-") in RESERVED:
-                raise wrong("flags", f"{name.replace('_', '-')} is set for each run and cannot be a flag", start)
-
-    check(content)
-    for key in ("envs", "algos"):
-        if not content.get(key) or not all(isinstance(item, str) for item in content[key]):
-            raise wrong(key, "is missing or empty; a suite needs a list of texts here")
-    with open(ROOT / "benchmarks" / "references" / "sources.csv", newline="", encoding="utf-8") as file:
-        sources = [row["source_key"] for row in csv.DictReader(file)]
-    for key in content.get("published", []):
-        if key not in sources:
-            guess = near_miss(str(key), sources, "benchmarks/references/sources.csv has them all")
-            raise wrong("published", f"there is no source {key}; {guess}")
-    starts = lines_of("arguments")
-    for number, rule in enumerate(content.get("arguments", [])):
-        start = starts[min(number, len(starts) - 1)]
-        if not isinstance(rule, dict):
-            raise wrong("arguments", f"must be {KINDS['arguments'][0]}, but is {content['arguments']!r}")
-        check(rule, " of arguments", start)
-        if "flags" not in rule:
-            raise wrong("arguments", "has no flags", start)
-    for variant, table in content.get("variants", {}).items():
-        if not isinstance(table, dict) or "algo" not in table:
-            raise wrong(variant, "a variant needs algo = a script or a peer")
-        start = (lines_of(variant) or [1])[0]
-        check(table, " of variants", start)
-        try:
-            command_of(table["algo"])
-        except UsageError as error:
-            raise wrong("algo", str(error), start) from None
-    suite = Suite(name=path.stem, **content)
-    columns = [*suite.algos, *suite.variants]
-    for number, rule in enumerate(suite.arguments):
-        if not any(applies(rule, suite, env_id, algo) for env_id in suite.envs for algo in columns):
-            raise wrong(
-                "arguments", "matches none of the suite's environments and algos", starts[min(number, len(starts) - 1)]
-            )
-    seeds = content.get("seeds", 5)
-    numbers = dict(total_timesteps=[content.get("total_timesteps", 1)], eval_episodes=[content.get("eval_episodes", 0)])
-    numbers |= dict(seeds=[seeds] if isinstance(seeds, int) else seeds)
-    for key, values in numbers.items():
-        listed = key == "seeds" and isinstance(seeds, list)
-        least = int(key != "eval_episodes" and not listed)  # a list may name seed 0
-        if not values or not all(type(value) is int and value >= least for value in values):
-            raise wrong(key, f"must be {'whole numbers' if listed else 'a whole number'} of {least} or more")
-    return suite
-
-
-def applies(rule: dict[str, Any], suite: Suite, env_id: str, algo: str) -> bool:
-    """Whether a table of [[arguments]] is for an environment and an algo, or for the script of the variant algo."""
-    names = (algo, suite.variants.get(algo, {"algo": algo})["algo"])
-    return any(fnmatchcase(env_id, pattern) for pattern in rule.get("envs", ["*"])) and any(
-        fnmatchcase(name, pattern) for pattern in rule.get("algos", ["*"]) for name in names
-    )
-
-
-def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Job]:
-    """The matrix of a suite, seed by seed, so that every cell has a first result early.
-
-    threads is --num-threads of Atari runs; a run of an MLP takes one of its own accord. total_timesteps wins over all
-    budgets of the suite. Raises UsageError for what is neither script nor peer nor variant, for two scripts of one name
-    and for environments that are not registered.
-    """
-    seeds = range(1, suite.seeds + 1) if isinstance(suite.seeds, int) else suite.seeds
-    for env_id in suite.envs:
-        check_environment(env_id)
-    jobs: dict[str, Job] = {}  # by their names: what is listed twice is one job
-    columns: dict[str, tuple[str, ...]] = {}
-    for seed in seeds:
-        for env_id in suite.envs:
-            for algo in suite.algos:
-                variant = suite.variants.get(algo, {"algo": algo})
-                command, script = command_of(variant["algo"])
-                options = {"total-timesteps": suite.total_timesteps} if suite.total_timesteps else {}
-                for rule in suite.arguments:
-                    if applies(rule, suite, env_id, algo):
-                        options |= dashed(rule["flags"])
-                options |= dashed(variant.get("flags", {}))
-                options |= {"total-timesteps": total_timesteps} if total_timesteps else {}
-                if algo in suite.variants:
-                    options["exp-name"] = algo
-                text = script.read_text()
-                if options.get("hyperparameters") == "ours":  # a peer with the arguments of our script
-                    text += (ROOT / f"{variant['algo'].removeprefix('sb3:')}.py").read_text()
-                job = Job(
-                    algo=Path(algo).stem if algo.endswith(".py") else algo,
-                    command=command,
-                    text=text,
-                    env_id=env_id,
-                    seed=seed,
-                    flags=as_flags(options),
-                    eval_episodes=suite.eval_episodes,
-                    threads=threads if is_atari(env_id) else 0,
-                )
-                if columns.setdefault(job.algo, command) != command:
-                    both = f"{columns[job.algo][-1]} and {command[-1]}"
-                    raise UsageError(f"{both} would be one column, {job.algo}; rename one, or make it a variant.")
-                jobs[job.name] = job
-    return list(jobs.values())
-
-
 def is_atari(env_id: str) -> bool:
-    """Whether an environment is a game, by the two protocols' names."""
+    """Whether an environment is an Atari game, by the names that the two protocols have."""
     return env_id.startswith("ALE/") or env_id.endswith("NoFrameskip-v4")
 
 
@@ -342,6 +155,18 @@ def check_environment(env_id: str) -> None:
         raise UsageError(f"environment {env_id} is not registered in gymnasium; {guess}") from None
 
 
+def require(who: str, extra: str, *packages: str) -> None:
+    """Raises UsageError where a package is not installed; the extra is the one that installs it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f'{who} needs {package}: pip install -c constraints.txt -e ".[{extra}]"')
+
+
+def near_miss(name: str, known: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
 # ---------------------------------------------------------------------------------------------- run directories
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; {} where there is none or it is damaged."""
@@ -353,12 +178,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def log_of(job: Job, runs_dir: Path) -> Path:
-    """What the processes of a job print; whoever works on the job holds a lock on this file."""
+    """What the processes of a job print. A harness that works on the job holds a lock on this file."""
     return runs_dir / "logs" / f"{job.name}.log"
 
 
 def lock(file: BinaryIO) -> bool:
-    """Whether nobody else works on the job whose log this is. A child inherits the lock, so that an orphan keeps it."""
+    """Whether nobody else works on the job of this log. A child inherits the lock, so that an orphan keeps it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -367,7 +192,7 @@ def lock(file: BinaryIO) -> bool:
 
 
 def is_orphan(job: Job, runs_dir: Path) -> bool:
-    """Whether a job that is running was started by a harness on this machine that is dead."""
+    """Whether a dead harness of this machine has started a job that is running."""
     try:
         starts = re.findall(r"\$ .* # (\S*) (\d+)$", log_of(job, runs_dir).read_text(errors="replace"), re.MULTILINE)
         host, pid = starts[-1]
@@ -381,7 +206,7 @@ def is_orphan(job: Job, runs_dir: Path) -> bool:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether it has a whole checkpoint to go on from."""
+    """Whether a run has a whole checkpoint to go on from."""
     return any(path.suffix != ".tmp" for path in (run / "checkpoints").glob("step_*"))
 
 
@@ -443,15 +268,20 @@ class Children:
         self.guard, self.stopped = threading.Lock(), False
 
     def run(self, command: list[str], log: BinaryIO) -> int:
-        """Exit status of a process that writes to the log; 128 + SIGTERM at once, without a process, after stop()."""
+        """Runs a process that writes to the log; its exit status. After stop() none starts, and it is 128 + SIGTERM."""
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with self.guard:
             if self.stopped:
                 return 128 + signal.SIGTERM
-            # A session of its own, so that Ctrl-C reaches it through stop() and not twice.
-            options = dict(stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-            options |= dict(pass_fds=[log.fileno()], env=os.environ | {"PYTHONPATH": path})
-            process = subprocess.Popen(command, **options)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[log.fileno()],  # the child keeps the lock
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C reaches it through stop() alone, and not twice
+            )
             self.running.add(process)
         try:
             return process.wait()
@@ -470,15 +300,15 @@ class Children:
 def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: bool = False, wait: bool = True) -> str:
     """Trains a job, or goes on with it, and evaluates it; returns "done", "failed", "interrupted" or "running".
 
-    A run that failed stays so unless retry. One whose process was killed goes on from its checkpoint, three times at
-    most. If somebody else works on the job, waits for them, or, without wait, returns "running".
+    A run that failed stays so, unless retry is set. A run whose process was killed goes on from its checkpoint, three
+    times at most. If somebody else works on the job, this waits for them; without wait it returns "running".
     """
     children, run = children or Children(), runs_dir / job.name
     log_of(job, runs_dir).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(job, runs_dir), "ab") as log:
         tries = 0
         while not lock(log):
-            tries += 1  # whoever only looks holds the lock for an instant
+            tries += 1  # somebody who only looks holds the lock for an instant
             if children.stopped or not wait and tries >= 5:
                 return "running"
             time.sleep(0.05 if tries < 5 else 1.0)

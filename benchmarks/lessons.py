@@ -1,130 +1,272 @@
-"""What grpo_toy.py teaches, one command a lesson: python -m benchmarks.lessons LESSON [--seeds 3] [--out FILE]
+"""What the scripts teach, one command a lesson: python -m benchmarks.lessons LESSON [--seeds N] [--out FILE]
 
-    accuracy     GRPO against the verifier, seeds 1 to 5            methods    every --method, with its defaults
-    gdpo         GDPO against GRPO, rewards of unequal scale        equal      the same rewards on one scale
-    conditions   easy rewards with and without a condition          hacking    two proxies, beta 0 and 0.1
+    variance     reinforce.py: the variance of the gradient with each pair of --returns and --baseline
+    accuracy     grpo_toy.py: GRPO against the verifier
+    methods      every --method, with its defaults
+    gdpo         GDPO against GRPO, rewards of unequal scale
+    equal        the same rewards on one scale
+    conditions   easy rewards with and without a condition
+    hacking      two proxies, beta 0 and 0.1
     collapse     the advantages of (0, 1) and of (0, 2), printed by group_advantages
 
-Starts the script, one thread each, two at a time. A run is named after its flags and seed; one that is complete is
-kept, one that was cut off goes on. Prints a table, and writes FILE.png and FILE.csv (default:
-benchmarks/results/grpo_LESSON).
+Starts the runs, one thread each, two at a time. A run is known by the script's text, its flags and its seed: a complete
+one is kept, one that was cut off goes on. Prints a table, and writes FILE.png and FILE.csv (default:
+benchmarks/results/SCRIPT_LESSON).
 """
 
 import argparse
 import csv
-import json
-import re
-import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-import torch
+import numpy as np
 
 from benchmarks.figures import PALETTE, plt
+from benchmarks.jobs import ROOT, Job, as_flags
+from benchmarks.run import Options, run_all
 
-ROOT = Path(__file__).parent.parent
-OFTEN = "--eval-interval 2"
-SLOWLY = "--learning-rate 2e-4 --max-steps 100"  # a quarter of the default, which sets the arms further apart
-ALL = f"--rewards correct format length {SLOWLY}"
-EQUAL = f"--rewards exact format length {SLOWLY}"
-GDPO = "--reward-aggregation normalize_then_sum"
-HACK = "--max-steps 120 --init-from {trained}"
-LESSONS = {  # arm -> flags
-    "accuracy": {"GRPO": f"--method grpo {OFTEN}"},
-    "methods": {name: f"--method {name} {OFTEN}" for name in ("grpo", "dr_grpo", "dapo", "gspo", "gdpo")},
-    "gdpo": {
-        "GRPO": ALL,
-        "GDPO": f"{ALL} {GDPO}",
-        "GRPO without deviation": f"{ALL} --scale-rewards none",
-        "GRPO, weights 1 5 5": f"{ALL} --reward-weights 1 5 5",
-    },
-    "equal": {"GRPO": EQUAL, "GDPO": f"{EQUAL} {GDPO}", "GRPO without deviation": f"{EQUAL} --scale-rewards none"},
-    "conditions": {
-        "plain": f"{EQUAL} {GDPO} --reward-weights 1 2 2",
-        "conditioned": f"{EQUAL} {GDPO} --reward-weights 1 2 2 --condition format:exact>=1 length:exact>=1",
-    },
-    "hacking": {
-        "format + length, beta 0": f"{HACK} --rewards format length --beta 0",
-        "format + length, beta 0.1": f"{HACK} --rewards format length --beta 0.1",
-        "digits do not fall, beta 0": f"{HACK} --rewards rising --beta 0",
-        "digits do not fall, beta 0.1": f"{HACK} --rewards rising --beta 0.1",
-    },
+Flags = dict[str, Any]
+Series = list[dict[str, float]]  # a run: what was measured in each iteration
+Results = dict[str, list[Series]]  # by arm, one for each seed
+
+
+@dataclass(frozen=True)
+class Lesson:
+    arms: dict[str, Flags]
+    panels: tuple[str, ...]
+    """the quantities of the figure, which are values of COLUMNS"""
+    goals: bool = False
+    """whether the table has the iterations to the GOALS, and not the first and last values of the panels"""
+    seeds: int = 3
+    script: str = "grpo_toy"
+    env_id: str = ""
+    model_of: str = ""
+    """the lesson whose first arm has trained the models that the runs begin with, seed by seed"""
+
+
+OFTEN = {"eval-interval": 2}
+SLOWLY = {"learning-rate": 2e-4, "max-steps": 100}  # a quarter of the default, which sets the arms further apart
+ALL = SLOWLY | {"rewards": ["correct", "format", "length"]}
+EQUAL = SLOWLY | {"rewards": ["exact", "format", "length"]}
+GDPO = {"reward-aggregation": "normalize_then_sum"}
+NO_DEVIATION = {"scale-rewards": "none"}
+WEIGHTED = EQUAL | GDPO | {"reward-weights": [1, 2, 2]}
+PROXY = {"max-steps": 120, "rewards": ["format", "length"]}
+RISING = {"max-steps": 120, "rewards": "rising"}
+SHARES = ("right format", "right answer", "short enough")
+LESSONS = {
+    "variance": Lesson(
+        {
+            f"{returns}, {baseline}": {"returns": returns, "baseline": baseline, "total-timesteps": 300_000}
+            for returns, baseline in product(("full", "to-go"), ("none", "mean", "value"))
+        },
+        panels=("variance of the gradient", "its signal-to-noise ratio", "return"),
+        seeds=2,
+        script="reinforce",
+        env_id="CartPole-v1",
+    ),
+    "accuracy": Lesson(
+        {"GRPO": OFTEN | {"method": "grpo"}}, panels=("accuracy", "accuracy, greedy", "pass@8"), seeds=5
+    ),
+    "methods": Lesson(
+        {name: OFTEN | {"method": name} for name in ("grpo", "dr_grpo", "dapo", "gspo", "gdpo")},
+        panels=("accuracy", "accuracy, greedy", "tokens per completion"),
+    ),
+    "gdpo": Lesson(
+        {
+            "GRPO": ALL,
+            "GDPO": ALL | GDPO,
+            "GRPO without deviation": ALL | NO_DEVIATION,
+            "GRPO, weights 1 5 5": ALL | {"reward-weights": [1, 5, 5]},
+        },
+        panels=SHARES,
+        goals=True,
+    ),
+    "equal": Lesson(
+        {"GRPO": EQUAL, "GDPO": EQUAL | GDPO, "GRPO without deviation": EQUAL | NO_DEVIATION}, panels=SHARES, goals=True
+    ),
+    "conditions": Lesson(
+        {"plain": WEIGHTED, "conditioned": WEIGHTED | {"condition": ["format:exact>=1", "length:exact>=1"]}},
+        panels=("right answer", "right format", "short enough"),
+        goals=True,
+    ),
+    "hacking": Lesson(
+        {
+            "format + length, beta 0": PROXY | {"beta": 0},
+            "format + length, beta 0.1": PROXY | {"beta": 0.1},
+            "digits do not fall, beta 0": RISING | {"beta": 0},
+            "digits do not fall, beta 0.1": RISING | {"beta": 0.1},
+        },
+        panels=("reward", "accuracy", "KL from the start"),
+        model_of="accuracy",
+    ),
 }
-PANELS = {  # of each figure; see read_run
-    "accuracy": ("accuracy", "accuracy, greedy", "pass@8"),
-    "methods": ("accuracy", "accuracy, greedy", "tokens per completion"),
-    "gdpo": ("right format", "right answer", "short enough"),
-    "equal": ("right format", "right answer", "short enough"),
-    "conditions": ("right answer", "right format", "short enough"),
-    "hacking": ("reward", "accuracy", "KL from the start"),
+GOALS = {"90% right format": ("right format", 0.9), "80% right answers": ("right answer", 0.8)}
+COLUMNS = {  # of progress.csv
+    "global_step": "step",
+    "reward": "reward",
+    "completions/mean_length": "tokens per completion",
+    "kl/k1": "KL from the start",
+    "eval/accuracy": "accuracy",
+    "eval/accuracy_greedy": "accuracy, greedy",
+    "eval/pass@8": "pass@8",
+    "eval/format": "right format, held out",
+    "rewards/exact/mean": "right answer",
+    "rewards/correct/mean": "right answer",  # pays -3 or 3, see read_run
+    "rewards/format/mean": "right format",
+    "rewards/length/mean": "short enough",
+    "losses/grad_variance": "variance of the gradient",
+    "losses/grad_snr": "its signal-to-noise ratio",
+    "charts/episodic_return": "return",
 }
+UNBOUNDED = ("tokens per completion", "KL from the start", "reward")  # all other panels of grpo_toy.py are shares
+EDGES = (15, 20, 30, 45, 70, 100, 150, 220, 300, 400, 475)  # of mean returns; at 500 all arms are equal
+BASELINES = {"none": PALETTE[1], "mean": PALETTE[2], "value": PALETTE[0]}
 
 
-def name_of(flags: str, seed: int) -> str:
-    """The name of a run: other flags are another run."""
-    return f"{re.sub('[^A-Za-z0-9.]+', '_', flags).strip('_')}__{seed}"
+# --------------------------------------------------------------------------------------------------------- runs
+def jobs_of(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> dict[str, list[Job]]:
+    """The runs of each arm. Arms of two lessons that have the same flags share their runs."""
+    path = ROOT / f"{lesson.script}.py"
+    jobs: dict[str, list[Job]] = {arm: [] for arm in lesson.arms}
+    for seed in seeds:
+        models: Flags = {}
+        if lesson.model_of:
+            (trained, *_) = jobs_of(LESSONS[lesson.model_of], [seed], runs_dir).values()
+            models = {"init-from": runs_dir / trained[0].name}
+        for arm, flags in lesson.arms.items():
+            jobs[arm].append(
+                Job(
+                    algo=" ".join(as_flags(flags)).replace("--", ""),
+                    command=(sys.executable, str(path)),
+                    text=path.read_text(),
+                    env_id=lesson.env_id,
+                    seed=seed,
+                    flags=as_flags(flags | models),
+                    eval_episodes=0,
+                    threads=1,
+                )
+            )
+    return jobs
 
 
-def run_script(flags: str, seed: int, runs: Path) -> Path:
-    """A finished run with these flags and seed; says what is started, and ends the program where a run fails."""
-    run = runs / name_of(flags, seed)
-    if (run / "summary.json").exists() and json.loads((run / "summary.json").read_text())["status"] == "completed":
-        print(f"kept: {run}", flush=True)
-        return run
-    start = f"--runs-dir {runs} --run-name {run.name} --seed {seed} --num-threads 1 {flags}"
-    flags = ["--resume", str(run)] if (run / "checkpoints").exists() else start.split()
-    print(shlex.join(["python", "grpo_toy.py", *flags]), flush=True)
-    script = [sys.executable, str(ROOT / "grpo_toy.py"), *flags]
-    done = subprocess.run(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{run.name}: {done.stderr.strip()}")
-    return run
+def run_lesson(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> tuple[int, Results]:
+    """The exit status, and what was measured; runs what is not done yet."""
+    if lesson.model_of:
+        status, _ = run_lesson(LESSONS[lesson.model_of], seeds, runs_dir)
+        if status:
+            return status, {}
+    jobs = jobs_of(lesson, seeds, runs_dir)
+    by_seed = [job for row in zip(*jobs.values()) for job in row]
+    if status := run_all(by_seed, runs_dir, Options(suite=lesson.script, workers=2, retry=True)):
+        return status, {}
+    return 0, {arm: [read_run(runs_dir / job.name) for job in row] for arm, row in jobs.items()}
 
 
-def read_run(run: Path) -> list[dict[str, float]]:
-    """What the figures and tables need of each iteration; what was not measured in one is missing."""
-    names = {
-        "global_step": "step",
-        "reward": "reward",
-        "completions/mean_length": "tokens per completion",
-        "kl/k1": "KL from the start",
-    }
-    names |= {"eval/accuracy": "accuracy", "eval/accuracy_greedy": "accuracy, greedy", "eval/pass@8": "pass@8"}
-    names |= {"rewards/exact/mean": "right answer", "rewards/format/mean": "right format"}
-    names |= {"rewards/length/mean": "short enough", "eval/format": "right format, held out"}
+def read_run(run: Path) -> Series:
+    """COLUMNS of each iteration, under their names there; what was not measured in one is missing."""
+    series = []
     with open(run / "progress.csv", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    series = [{names[key]: value for key, value in row.items() if key in names} for row in rows]
-    for point, row in zip(series, rows):
-        if "rewards/correct/mean" in row:
-            point["right answer"] = (row["rewards/correct/mean"] + 3) / 6
+        for row in csv.DictReader(file):
+            point = {COLUMNS[name]: float(value) for name, value in row.items() if value and name in COLUMNS}
+            if row.get("rewards/correct/mean"):
+                point["right answer"] = (point["right answer"] + 3) / 6
+            series.append(point)
     return series
 
 
-def first(series: list[dict[str, float]], name: str, threshold: float) -> float | None:
+# ------------------------------------------------------------------------------------------- curves of grpo_toy
+def first(series: Series, name: str, threshold: float) -> float | None:
     """The first iteration in which something is that high."""
     return next((point["step"] for point in series if point.get(name, -1.0) >= threshold), None)
 
 
-def print_table(lesson: str, results: dict[str, list[list[dict[str, float]]]]) -> None:
+def print_table(lesson: Lesson, results: Results) -> None:
     """A line per arm, a number per seed: iterations to a share, or what came out at the end."""
     for arm, seeds in results.items():
-        if lesson in ("gdpo", "equal", "conditions"):
-            goals = {"90% right format": ("right format", 0.9), "80% right answers": ("right answer", 0.8)}
-            found = {f"iterations to {goal}": [first(series, *at) for series in seeds] for goal, at in goals.items()}
-            cells = {name: ["never" if step is None else f"{step:g}" for step in row] for name, row in found.items()}
+        cells: dict[str, list[str]] = {}
+        if lesson.goals:
+            for goal, (name, threshold) in GOALS.items():
+                steps = [first(series, name, threshold) for series in seeds]
+                cells[f"iterations to {goal}"] = ["never" if step is None else f"{step:g}" for step in steps]
         else:
-            found = {name: [[p[name] for p in s if name in p] for s in seeds] for name in PANELS[lesson]}
-            cells = {name: [f"{y[0]:.3f} -> {y[-1]:.3f}" for y in row] for name, row in found.items()}
+            for name in lesson.panels:
+                curves = [[point[name] for point in series if name in point] for series in seeds]
+                cells[name] = [f"{values[0]:.3f} -> {values[-1]:.3f}" for values in curves]
         print(f"{arm}: " + "; ".join(f"{name} {', '.join(row)}" for name, row in cells.items()))
 
 
+def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray) -> None:
+    """A panel per quantity: a thin line per seed, and the mean."""
+    for axis, name in zip(axes, lesson.panels):
+        for (arm, seeds), color in zip(results.items(), PALETTE):
+            curves = [[(point["step"], point[name]) for point in series if name in point] for series in seeds]
+            for curve in curves:
+                axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
+            steps = [step for step, _ in curves[0]]
+            means = [mean(values) for values in zip(*([value for _, value in curve] for curve in curves))]
+            axis.plot(steps, means, color=color, label=arm)
+        axis.set_xlabel(f"iterations ({len(seeds)} seeds)")
+        if name not in UNBOUNDED:
+            axis.set_ylim(-0.03, 1.03)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
+
+
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    """All that was measured, for the CSV file."""
+    rows = []
+    for arm, seeds in results.items():
+        for seed, series in enumerate(seeds, 1):
+            rows += [{"arm": arm, "seed": seed} | {k: round(v, 4) for k, v in point.items()} for point in series]
+    return rows
+
+
+# ------------------------------------------------------------------------------------- variance of reinforce.py
+def binned(lesson: Lesson, seeds: list[Series]) -> np.ndarray:
+    """Mean return, variance and signal-to-noise ratio, geometric means over the batches of an interval of returns.
+
+    Variances are compared at equal return: they grow with it. Intervals with fewer than three batches are left out.
+    """
+    variance, ratio, returns = lesson.panels
+    rows = np.array([[point[returns], point[variance], point[ratio]] for series in seeds for point in series])
+    bins = [rows[(low <= rows[:, 0]) & (rows[:, 0] < high)] for low, high in zip(EDGES, EDGES[1:])]
+    return np.array([np.exp(np.log(part).mean(0)) for part in bins if len(part) > 2]).reshape(-1, 3)
+
+
+def draw_variance(lesson: Lesson, results: Results, axes: np.ndarray) -> list[dict[str, Any]]:
+    """Variance and signal-to-noise ratio against the return, and the return against steps; the points, for the CSV."""
+    table = []
+    for arm, seeds in results.items():
+        flags, points = lesson.arms[arm], binned(lesson, seeds)
+        style = {"color": BASELINES[flags["baseline"]], "linewidth": 1.8}
+        style["linestyle"] = "--" if flags["returns"] == "full" else "-"
+        axes[0].plot(points[:, 0], points[:, 1], label=arm, **style)
+        axes[1].plot(points[:, 0], points[:, 2], **style)
+        curves = [np.array([(point["step"], point["return"]) for point in series]).T for series in seeds]
+        grid = np.linspace(max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves), 200)
+        axes[2].plot(grid / 1e3, np.mean([np.interp(grid, *curve) for curve in curves], 0), **style)
+        names = {"returns": flags["returns"], "baseline": flags["baseline"]}
+        table += [names | {"mean_return": x, "variance": v, "snr": s} for x, v, s in points]
+        print(f"{arm}: {', '.join(f'{v:,.3g} at return {x:.0f}' for x, v, _ in points)}")
+    for axis in axes[:2]:
+        axis.set(xscale="log", yscale="log", xlabel="mean return of the batch")
+        axis.set_xticks([25, 50, 100, 200, 400], labels=["25", "50", "100", "200", "400"])
+        axis.minorticks_off()
+    axes[2].set_xlabel("thousand environment steps")
+    axes[0].legend(fontsize=8, title="returns, baseline", title_fontsize=8)
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------- collapse
 def print_collapse() -> None:
-    """Lesson 5, from the function that the script trains with."""
-    sys.path.insert(0, str(ROOT))
+    """The last lesson, from the function that grpo_toy.py trains with."""
+    import torch
+
     from grpo_toy import group_advantages
 
     print("two completions, two rewards each            GRPO            GRPO without deviation  GDPO")
@@ -137,67 +279,45 @@ def print_collapse() -> None:
         print(f"{' and '.join(map(str, rewards)):20} sums {name:14} {cells}")
 
 
-def draw(lesson: str, results: dict[str, list[list[dict[str, float]]]], out: Path) -> None:
-    """A panel per quantity: a thin line per seed, and the mean."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for axis, name in zip(axes, PANELS[lesson]):
-        for (arm, seeds), color in zip(results.items(), PALETTE):
-            curves = [[(point["step"], point[name]) for point in series if name in point] for series in seeds]
-            for curve in curves:
-                axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
-            steps = [step for step, _ in curves[0]]
-            axis.plot(steps, [mean(v) for v in zip(*([y for _, y in c] for c in curves))], color=color, label=arm)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel(f"iterations ({len(seeds)} seeds)")
-        axis.grid(alpha=0.25)
-        if name not in ("tokens per completion", "KL from the start", "reward"):
-            axis.set_ylim(-0.03, 1.03)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
-    figure.savefig(out.with_suffix(".png"), dpi=110)
-
-
-def main() -> None:
+# --------------------------------------------------------------------------------------------------------- main
+def main(argv: list[str] | None = None) -> int:
+    """The command line; the exit status is 0, 1 where a run failed, 128 + signal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lesson", choices=[*LESSONS, "collapse"])
-    parser.add_argument("--seeds", type=int, help="how many (default: 3; accuracy: 5)")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--seeds", type=int, help="how many (default: 3; variance: 2; accuracy: 5)")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/lessons"))
     parser.add_argument("--out", type=Path, help="figure and table without their endings")
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     if asked.lesson == "collapse":
-        return print_collapse()
-    seeds = range(1, 1 + ((5 if asked.lesson == "accuracy" else 3) if asked.seeds is None else asked.seeds))
-    if not seeds:
+        print_collapse()
+        return 0
+    lesson = LESSONS[asked.lesson]
+    number = lesson.seeds if asked.seeds is None else asked.seeds
+    if number < 1:
         parser.error("--seeds must be 1 or more")
-    out = asked.out or ROOT / "benchmarks" / "results" / f"grpo_{asked.lesson}"
+    status, results = run_lesson(lesson, range(1, number + 1), asked.runs_dir)
+    if status:
+        return status
+    size = (12.6, 3.6) if asked.lesson == "variance" else (11, 3.2)
+    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained")
+    for axis, name in zip(axes, lesson.panels):
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.25)
+    if asked.lesson == "variance":
+        table = draw_variance(lesson, results, axes)
+    else:
+        print_table(lesson, results)
+        draw_curves(lesson, results, figure, axes)
+        table = rows_of(results)
+    out = asked.out or ROOT / "benchmarks" / "results" / f"{lesson.script.removesuffix('_toy')}_{asked.lesson}"
     out.parent.mkdir(parents=True, exist_ok=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        trained = {}
-        if asked.lesson == "hacking":  # the model that is to hack is the one that the first lesson trained
-            jobs = [pool.submit(run_script, LESSONS["accuracy"]["GRPO"], seed, asked.runs_dir) for seed in seeds]
-            trained = {seed: job.result() for seed, job in zip(seeds, jobs)}
-        futures = {arm: [] for arm in LESSONS[asked.lesson]}
-        for seed in seeds:
-            for arm, flags in LESSONS[asked.lesson].items():
-                futures[arm].append(
-                    pool.submit(run_script, flags.format(trained=trained.get(seed)), seed, asked.runs_dir)
-                )
-        try:
-            results = {arm: [read_run(future.result()) for future in row] for arm, row in futures.items()}
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    print_table(asked.lesson, results)
-    draw(asked.lesson, results, out)
-    names = dict.fromkeys(name for row in results.values() for series in row for point in series for name in point)
+    figure.savefig(out.with_suffix(".png"), dpi=110)
     with open(out.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, ["arm", "seed", *names])
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
         writer.writeheader()
-        for arm, row in results.items():
-            for seed, series in zip(seeds, row):
-                rounded = ({name: round(value, 4) for name, value in point.items()} for point in series)
-                writer.writerows({"arm": arm, "seed": seed} | point for point in rounded)
+        writer.writerows(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,9 +12,10 @@ import re
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,8 +23,8 @@ import numpy as np
 import tyro
 
 from benchmarks import stats
-from benchmarks.jobs import UsageError, default_is, is_atari, read_json
-from benchmarks.runs import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs
+from benchmarks.jobs import UsageError, default_is, is_atari, read_json, require
+from benchmarks.records import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs
 
 REFERENCES = Path(__file__).resolve().parent / "references"
 AGGREGATES = {  # by their titles
@@ -47,6 +48,11 @@ normalisers frozen, with the most likely and with sampled actions, on seeds that
 are the median and the range. Runs that failed or did not end are counted, and are in no score.
 
 """
+STYLE = (  # of the page
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "img{max-width:100%}table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}"
+    "td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem}tr:hover{background:#f5f5f5}code{font-size:.85em}"
+)
 
 
 @dataclass
@@ -75,25 +81,35 @@ class Matrix(NamedTuple):
 
 
 def read_matrix(paths: list[Path]) -> Matrix:
-    """The notes of all folders, and those in stored results, as one; a title and a description only of one suite."""
-    notes = list(read_notes(paths).values())
-    for path in filter(is_stored, paths):
-        facts = read_json(path / "provenance.json")
-        suite, commands = facts.get("suite"), facts.get("started by")
-        note = dict(commands=commands if isinstance(commands, list) else [], example=str(facts.get("example", "")))
-        notes.append(note | (suite if isinstance(suite, dict) else {}))
-    suites = sorted({str(note["name"]) for note in notes if note.get("name")})
-    about: dict[str, Any] = {"description": f"Runs of the suites {', '.join(suites)}." if suites else ""}
+    """The notes of all folders, and those in stored results, as one. Notes on several suites have no common title."""
+    notes = list(read_notes(paths).values()) + [stored_note(path) for path in filter(is_stored, paths)]
+    named = [note for note in notes if note.get("name")]
+    suites = sorted({str(note["name"]) for note in named})
+    name = description = ""
     if len(suites) == 1:
-        note = next(note for note in notes if note.get("name"))
-        about = {name: str(note.get(name, "")) for name in ("name", "description")}
+        name, description = suites[0], str(named[0].get("description", ""))
+    elif suites:
+        description = f"Runs of the suites {', '.join(suites)}."
 
-    def union(name: str) -> list[str]:
-        return list(dict.fromkeys(str(item) for note in notes for item in note.get(name, [])))
+    def union(key: str) -> list[str]:
+        return list(dict.fromkeys(str(item) for note in notes for item in note.get(key, [])))
 
-    about |= dict(example=next((note["example"] for note in notes if note.get("example")), ""))
-    about |= dict(normalise=all(note.get("normalise", True) for note in notes))
-    return Matrix(**about, published=union("published"), commands=union("commands"))
+    return Matrix(
+        name=name,
+        description=description,
+        published=union("published"),
+        normalise=all(note.get("normalise", True) for note in notes),
+        commands=union("commands"),
+        example=next((note["example"] for note in notes if note.get("example")), ""),
+    )
+
+
+def stored_note(path: Path) -> dict[str, Any]:
+    """What an earlier report has noted about its suite, in the form of suite.json."""
+    facts = read_json(path / "provenance.json")
+    suite, commands = facts.get("suite"), facts.get("started by")
+    note = {"commands": commands if isinstance(commands, list) else [], "example": str(facts.get("example", ""))}
+    return note | (suite if isinstance(suite, dict) else {})
 
 
 # --------------------------------------------------------------------------------------------------- references
@@ -109,9 +125,10 @@ def game_of(env_id: str) -> str:
 
 
 def same_protocol(env_id: str, published: str) -> bool:
-    """Whether both are the same game or task and, of a game, both have sticky actions (ALE/) or both have not."""
-    sticky = env_id.startswith("ALE/") == published.startswith("ALE/")
-    return game_of(env_id) == game_of(published) and (sticky or not is_atari(env_id))
+    """Whether both are the same task. Games must also agree on sticky actions, which those of ALE/ have."""
+    if is_atari(env_id) and env_id.startswith("ALE/") != published.startswith("ALE/"):
+        return False
+    return game_of(env_id) == game_of(published)
 
 
 def score_range(env_id: str) -> tuple[float, float, str] | None:
@@ -142,12 +159,18 @@ def scores(runs: list[Run], measure: str) -> np.ndarray:
     return np.array([run.scores[measure] for run in runs if run.done])
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def number(value: float) -> str:
     """Four digits or so, for a table."""
     if not np.isfinite(value):
         return "-"
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:,.2f}"
 
 
 def with_interval(values: np.ndarray, rng: np.random.Generator) -> str:
@@ -158,7 +181,7 @@ def with_interval(values: np.ndarray, rng: np.random.Generator) -> str:
     return number(values.mean()) + (f" [{number(low)}, {number(high)}]" if np.isfinite(low) else "")
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: Sequence[str], rows: list[list[str]]) -> str:
     """A Markdown table; every column but the first is aligned to the right."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
     lines = [rows[0], ["---", *["---:"] * (len(header) - 1)], *rows[1:]]
@@ -167,81 +190,110 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def seeds_column(runs: list[Run], missing: int) -> str:
     """ "5", or "4 of 5 (1 failed)"."""
-    done, bad = sum(run.done for run in runs), Counter(run.status for run in runs if not run.done)
-    parts = [f"{n} {status}" for status, n in bad.items()] + [f"{missing} missing"] * bool(missing)
-    return f"{done} of {len(runs) + missing} ({', '.join(parts)})" if parts else str(done)
+    done = sum(run.done for run in runs)
+    others = Counter(run.status for run in runs if not run.done)
+    if missing:
+        others["missing"] = missing
+    if not others:
+        return str(done)
+    return f"{done} of {len(runs) + missing} ({', '.join(f'{n} {status}' for status, n in others.items())})"
 
 
 def score_table(cells: dict, missing: dict[tuple[str, str], list[int]], rng: np.random.Generator) -> str:
-    header = ["environment", "algorithm", "steps", "seeds", "train_last100", "area under curve"]
-    header += ["eval, deterministic", "eval, stochastic", "steps/s"]
+    header = ("environment", "algorithm", "steps", "seeds", "train_last100", "area under curve")
+    header += ("eval, deterministic", "eval, stochastic", "steps/s")
+    measures = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic")
     rows = []
     for key in sorted({*cells, *missing}, key=lambda key: (key[0], rank(key[1]))):
         runs = cells.get(key, [])
-        budgets = sorted({run.budget for run in runs})
-        steps = " to ".join(f"{budget:,}" for budget in dict.fromkeys([*budgets[:1], *budgets[-1:]])) or "-"
-        measures = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic")
-        sps = np.round(scores(runs, "sps"))
-        row = [*key, steps, seeds_column(runs, len(missing.get(key, [])))]
+        row = [*key, steps_column(runs), seeds_column(runs, len(missing.get(key, [])))]
         row += [with_interval(scores(runs, measure), rng) for measure in measures]
-        rows.append([*row, f"{np.median(sps):,.0f} ({sps.min():,.0f} to {sps.max():,.0f})" if len(sps) else "-"])
+        rows.append([*row, speed_column(runs)])
     return table(header, rows)
 
 
-def published_table(cells: dict, sources: list[str]) -> str:
-    """Our scores beside published ones, each with its own protocol; "" where there is nothing to put beside them.
+def steps_column(runs: list[Run]) -> str:
+    """The budget, or the least and the largest one."""
+    budgets = sorted({run.budget for run in runs})
+    return " to ".join(f"{budget:,}" for budget in dict.fromkeys([*budgets[:1], *budgets[-1:]])) or "-"
 
-    A suite names the sources. Without one, only the same environment id and the same measure count. Of a source that
-    has a row for our number of steps, only that one is shown. A difference is taken only from the same measure in the
-    same version of the environment after the same number of steps.
-    """
+
+def speed_column(runs: list[Run]) -> str:
+    """Median and range of the completed runs' steps per second."""
+    sps = np.round(scores(runs, "sps"))
+    return f"{np.median(sps):,.0f} ({sps.min():,.0f} to {sps.max():,.0f})" if len(sps) else "-"
+
+
+def published_table(cells: dict, sources: list[str]) -> str:
+    """Our scores beside published ones, each with its own protocol; "" where there is nothing to put beside them."""
     protocols = {row["source_key"]: row for row in read_reference("sources")}
     rows = []
     for (env_id, algo), runs in cells.items():
-        ours = scores(runs, "train_last100")
-        if not len(ours):
+        if not len(scores(runs, "train_last100")):
             continue
-        matching = []
-        for row in read_reference("published"):
-            same = row["algo"] == algo and same_protocol(env_id, row["env_id"])
-            wanted = row["source_key"] in sources
-            if not sources:
-                wanted = row["statistic"] == "train_last100" and row["env_id"] == env_id
-            matching += [row] if same and wanted else []
-        budget = runs[0].budget
-        equal = {row["source_key"] for row in matching if float(row["env_steps"] or 0) == budget}
-        for row in matching:
-            if row["source_key"] in equal and float(row["env_steps"] or 0) != budget:
-                continue
-            measured, alike = np.nan, row["source_key"] in equal and row["env_id"] in (env_id, game_of(env_id))
-            if alike and row["statistic"].startswith("train_last100"):
-                measured = ours.mean()
-            elif alike and row["statistic"] in ("final_eval", "eval_deterministic_single_run"):
-                measured = scores(runs, "eval_deterministic").mean()
-            difference = measured - float(row["score"])
-            spread = f" ± {number(float(row['spread']))}" if row["spread"] else ""
-            kind = row["spread_kind"].replace("_", " ")
-            rows.append(
-                [
-                    f"{env_id} {algo}",
-                    number(ours.mean()) + f" ({budget:,} steps)",
-                    number(scores(runs, "eval_deterministic").mean()),
-                    f"**{number(float(row['score']))}**{spread}" + (f" ({kind})" if spread else ""),
-                    "+" * bool(difference > 0) + number(difference),
-                    row["statistic"],
-                    f"{int(float(row['env_steps'])):,}" if row["env_steps"] else "-",
-                    row["seeds"] or "-",
-                    row["env_id"],
-                    protocols[row["source_key"]]["title"],
-                ]
-            )
+        for row in published_rows(env_id, algo, runs[0].budget, sources):
+            rows.append([*published_row(env_id, algo, runs, row), protocols[row["source_key"]]["title"]])
     if not rows:
         return ""
-    header = ["cell", "our train_last100", "our eval", "published", "difference", "what it measures", "steps", "seeds"]
+    header = ("cell", "our train_last100", "our eval", "published", "difference", "what it measures", "steps", "seeds")
     text = table([*header, "version", "source"], rows)
-    used = dict.fromkeys(row[-1] for row in rows)
+    used = {row[-1] for row in rows}
     notes = [source for source in protocols.values() if source["title"] in used]
     return text + "\n" + "".join(f"- {note['title']}: {note['protocol_in_one_sentence']}\n" for note in notes)
+
+
+def published_rows(env_id: str, algo: str, budget: int, sources: list[str]) -> list[dict[str, str]]:
+    """The published scores to put beside a cell.
+
+    A suite names the sources. Without sources only the same environment id and the same measure count. Of a source that
+    has a row for our number of steps, only that one is shown.
+    """
+    found = []
+    for row in read_reference("published"):
+        if sources:
+            wanted = row["source_key"] in sources
+        else:
+            wanted = row["statistic"] == "train_last100" and row["env_id"] == env_id
+        if wanted and row["algo"] == algo and same_protocol(env_id, row["env_id"]):
+            found.append(row)
+    equal = {row["source_key"] for row in found if same_steps(row, budget)}
+    return [row for row in found if row["source_key"] not in equal or same_steps(row, budget)]
+
+
+def same_steps(row: dict[str, str], budget: int) -> bool:
+    """Whether a published score is one after our number of steps."""
+    return float(row["env_steps"] or 0) == budget
+
+
+def published_row(env_id: str, algo: str, runs: list[Run], row: dict[str, str]) -> list[str]:
+    """A row of the table but for its source.
+
+    A difference is taken only from the same measure in the same version of the environment after the same number of
+    steps.
+    """
+    budget, published = runs[0].budget, float(row["score"])
+    ours, evaluated = (scores(runs, measure).mean() for measure in ("train_last100", "eval_deterministic"))
+    measured = np.nan
+    if same_steps(row, budget) and row["env_id"] in (env_id, game_of(env_id)):
+        if row["statistic"].startswith("train_last100"):
+            measured = ours
+        elif row["statistic"] in ("final_eval", "eval_deterministic_single_run"):
+            measured = evaluated
+    sign = "+" if measured > published else ""
+    score = f"**{number(published)}**"
+    if row["spread"]:
+        score += f" ± {number(float(row['spread']))} ({row['spread_kind'].replace('_', ' ')})"
+    return [
+        f"{env_id} {algo}",
+        f"{number(ours)} ({budget:,} steps)",
+        number(evaluated),
+        score,
+        sign + number(measured - published),
+        row["statistic"],
+        f"{int(float(row['env_steps'])):,}" if row["env_steps"] else "-",
+        row["seeds"] or "-",
+        row["env_id"],
+    ]
 
 
 def table_of_ppo_paper(cells: dict) -> str:
@@ -257,11 +309,8 @@ def table_of_ppo_paper(cells: dict) -> str:
         low = score_range(env_id)[0]
         best = max(other.max() for (env, _), other in runs.items() if env == env_id)
         ours.setdefault(setting, []).extend((values - low) / (best - low) if best > low else values * np.nan)
-    rows = [
-        [setting, f"{np.mean(ours[setting]):.2f}", str(len(ours[setting])), paper[setting]]
-        for setting in paper
-        if setting in ours
-    ]
+    known = [setting for setting in paper if setting in ours]
+    rows = [[name, f"{np.mean(ours[name]):.2f}", str(len(ours[name])), paper[name]] for name in known]
     return table(["setting", "ours", "runs", "paper, 21 runs"], rows) if rows else ""
 
 
@@ -276,21 +325,10 @@ def usual_budget(cells: dict, env_id: str) -> int:
 def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], list[str], list[str]]:
     """(algorithm -> scores (seeds,) per environment, environments, what is left out and why), on the fixed 0-1 scale.
 
-    Only over environments that every algorithm has, so that all are judged by the same; an algorithm that lacks more
-    than half of them is left out instead. In an environment only runs of one budget count, that of most algorithms.
+    All algorithms are judged by the same environments, those that every algorithm has. An algorithm that lacks more
+    than half of the environments is left out instead.
     """
-    ranges = {env_id: score_range(env_id) for env_id, _ in cells}
-    notes = [
-        f"{env_id} has no fixed 0 and 1, so it is in no aggregate." for env_id, known in ranges.items() if not known
-    ]
-    have: dict[str, dict[str, np.ndarray]] = {}
-    for (env_id, algo), runs in cells.items():
-        values, usual, budget = scores(runs, measure), usual_budget(cells, env_id), runs[0].budget
-        if len(values) and budget != usual:
-            notes.append(f"{algo} has {budget:,} steps of {env_id}, not {usual:,}, and does not count there.")
-            continue
-        if (known := ranges[env_id]) and len(values) and np.isfinite(values).all():
-            have.setdefault(algo, {})[env_id] = (values - known[0]) / (known[1] - known[0])
+    have, notes = normalised_cells(cells, measure)
     for algo in dict.fromkeys(algo for _, algo in cells):
         if algo not in have:
             notes.append(f"{algo} has no score that counts in any of these environments and is in no aggregate.")
@@ -308,17 +346,39 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
     return {algo: [per_env[env_id] for env_id in common] for algo, per_env in have.items()}, common, notes
 
 
+def normalised_cells(cells: dict, measure: str) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """(algorithm -> environment -> scores (seeds,) on the 0-1 scale, what does not count and why).
+
+    In an environment only runs of one budget count, that of most algorithms.
+    """
+    ranges = {env_id: score_range(env_id) for env_id, _ in cells}
+    unknown = [env_id for env_id, known in ranges.items() if not known]
+    notes = [f"{env_id} has no fixed 0 and 1, so it is in no aggregate." for env_id in unknown]
+    have: dict[str, dict[str, np.ndarray]] = {}
+    for (env_id, algo), runs in cells.items():
+        values, usual, budget = scores(runs, measure), usual_budget(cells, env_id), runs[0].budget
+        if len(values) and budget != usual:
+            notes.append(f"{algo} has {budget:,} steps of {env_id}, not {usual:,}, and does not count there.")
+        elif ranges[env_id] and len(values) and np.isfinite(values).all():
+            low, high, _ = ranges[env_id]
+            have.setdefault(algo, {})[env_id] = (values - low) / (high - low)
+    return have, notes
+
+
 # ----------------------------------------------------------------------------------------------------- the report
 def provenance(runs: list[Run], matrix: Matrix) -> dict[str, Any]:
     """What ran: suite, commands and, each with the number of runs, commits, versions, hardware and threads."""
-    origin = {name: dict(Counter(run.origin[name] for run in runs).most_common()) for name in ORIGIN}
-    suite = {name: getattr(matrix, name) for name in ("name", "description", "published", "normalise")}
-    example = next((plain_command(run) for run in runs if run.command), matrix.example)
-    return {"runs": len(runs), "suite": suite, "started by": matrix.commands} | origin | {"example": example}
+    return {
+        "runs": len(runs),
+        "suite": {name: getattr(matrix, name) for name in ("name", "description", "published", "normalise")},
+        "started by": matrix.commands,
+        **{name: dict(Counter(run.origin[name] for run in runs).most_common()) for name in ORIGIN},
+        "example": next((plain_command(run) for run in runs if run.command), matrix.example),
+    }
 
 
 def plain_command(run: Run) -> str:
-    """The command that started a run, without the folders of interpreter and script; a module as -m starts it."""
+    """The command that started a run, without the folders of interpreter and script; of a module with -m."""
     name = [Path(part).name for part in run.command[1:2]]
     if name and Path(run.command[1]).parent.name == "benchmarks":
         name = ["-m", f"benchmarks.{Path(name[0]).stem}"]
@@ -326,19 +386,22 @@ def plain_command(run: Run) -> str:
 
 
 def caption(facts: dict[str, Any]) -> str:
-    """One line of provenance for below a figure."""
-    listed = [
-        f"{next(iter(facts[name]), '-')}" + f" and {len(facts[name]) - 1} more" * (len(facts[name]) > 1)
-        for name in ("commit", "versions", "hardware")
-    ]
-    line = f"{facts['runs']} run{'s' * (facts['runs'] != 1)}; commit {listed[0]}; {listed[1]}; {listed[2]}"
+    """One line of provenance, to stand below a figure."""
+    commit, versions, hardware = (first_of(facts[name]) for name in ("commit", "versions", "hardware"))
+    line = f"{counted(facts['runs'], 'run')}; commit {commit}; {versions}; {hardware}"
     line += f"; threads per run {', '.join(facts['threads'])}"
     return f"*{line}.*" + "".join(f" `{command}`" for command in facts["started by"])
 
 
+def first_of(texts: dict[str, int]) -> str:
+    """The most frequent of several texts, and how many others there are."""
+    first = next(iter(texts), "-")
+    return f"{first} and {len(texts) - 1} more" if len(texts) > 1 else first
+
+
 def write_scores(runs: list[Run], path: Path) -> None:
-    """One row per run, for `check`, for later reports and for whoever wants the numbers."""
-    header = ["env_id", "algo", "seed", "status", "total_timesteps", "global_step", *MEASURES, "key", *ORIGIN]
+    """One row per run, for `check`, for later reports and for readers who want the numbers."""
+    header = ("env_id", "algo", "seed", "status", "total_timesteps", "global_step", *MEASURES, "key", *ORIGIN)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -349,8 +412,10 @@ def write_scores(runs: list[Run], path: Path) -> None:
 
 
 def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
-    """The learning curve of each run at `points` steps up to its budget, and at its end, which whole batches put before
-    or behind that: running mean return of 100 episodes."""
+    """The learning curve of each run: its running mean return of 100 episodes, at `points` steps up to its budget.
+
+    The last point is at the end of the run. Runs consist of whole batches, so that may be before or behind the budget.
+    """
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["env_id", "algo", "seed", "step", "wall_time", "return_last100"])
@@ -376,20 +441,13 @@ def to_html(markdown_text: str, folder: Path, title: str) -> str:
         return f'src="data:image/png;base64,{picture}"'
 
     body = re.sub(r'src="([^":]+\.png)"', embed, markdown.markdown(markdown_text, extensions=["tables"]))
-    style = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    style += "img{max-width:100%}table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}"
-    style += "td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem}tr:hover{background:#f5f5f5}code{font-size:.85em}"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    return f"<!doctype html><html lang=en><head>{head}<style>{style}</style></head><body>{body}</body></html>\n"
+    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n"
 
 
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     """Writes report.md, report.html, figures, scores.csv, curves.csv and provenance.json; 1 if no run is readable."""
-    try:
-        import markdown  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f'a report needs {error.name}: pip install -c constraints.txt -e ".[bench]"') from None
+    require("a report", "bench", "markdown", "matplotlib")
     paths = [Path(path) for path in options.runs]
     if not paths:
         raise UsageError("give run directories, or folders of them: python -m benchmarks report runs/smoke")
@@ -414,7 +472,9 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
         print(problem)
     done, absent = sum(run.done for run in runs), sum(map(len, missing.values()))
     line = f"{done} of {len(runs) + absent} runs are complete"
-    print(f"{line}{f', {absent} are missing' * bool(absent)}; {out / 'report.html'}")
+    if absent:
+        line += f", {absent} are missing"
+    print(f"{line}; {out / 'report.html'}")
     return 0
 
 
@@ -434,37 +494,43 @@ def write_report(
     write_scores(runs, out / "scores.csv")
     write_curves(runs, out / "curves.csv")
     (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
-    status = Counter(run.status for run in runs)
-    absent = sum(map(len, missing.values()))
-    ended = ", ".join(f"{n} {name}" for name, n in status.items()) + f", {absent} missing" * bool(absent)
     below = f"\n\n{caption(facts)}\n"
-    centre = {"mean": "mean", "iqm": "interquartile mean"}[options.statistic]
-    text = f"# {options.title or matrix.name or 'Learning curves'}\n\n"
-    text += f"{'The suite: ' * bool(matrix.name)}{matrix.description}\n\n" * bool(matrix.description)
-    envs, algos = ({key[part] for key in [*cells, *missing]} for part in (0, 1))
-    names = ", ".join(f"`{algo}`" for algo in sorted(algos, key=rank))
-    text += f"Here: {len(runs)} run{'s' * (len(runs) != 1)} ({ended}) of {names} in {len(envs)} environment"
-    text += f"{'s' * (len(envs) != 1)}; {date.today()}."
-    stored = Counter(str(run.path) for run in runs if run.stored)
-    text += "".join(f" Stored in {folder} already: {n}." for folder, n in stored.items())
+    text = opening(runs, cells, missing, matrix, options.title)
     text += "\n\n## Learning curves\n\n"
     for against, name in (("steps", "curves"), ("time", "curves_time")):
         figures.draw_curves(cells, out / f"{name}.png", against, options.statistic, rng)
         text += f"![Learning curves against {against}]({name}.png){below}\n"
-    text += ABOUT_CURVES.format(centre=centre)
+    text += ABOUT_CURVES.format(centre={"mean": "mean", "iqm": "interquartile mean"}[options.statistic])
     text += f"## Scores\n\n{score_table(cells, missing, rng)}\n{ABOUT_SCORES}"
     if beside := published_table(cells, matrix.published):
-        text += (
-            f"## Beside published numbers\n\n{beside}\nPublished numbers are other people's, under their protocol.\n\n"
-        )
+        text += f"## Beside published numbers\n\n{beside}\n"
+        text += "Published numbers are other people's, under their protocol.\n\n"
     if beside := table_of_ppo_paper(cells):
-        text += (
-            f"## Table 1 of the PPO paper\n\n{beside}\n0 is a random policy, 1 the best run in each environment.\n\n"
-        )
-    text += aggregates(cells, out, below, rng) if matrix.normalise else ""
+        text += f"## Table 1 of the PPO paper\n\n{beside}\n"
+        text += "0 is a random policy, 1 the best run in each environment.\n\n"
+    if matrix.normalise:
+        text += aggregates(cells, out, below, rng)
     if problems:
         text += "## Problems\n\n" + "".join(f"- {problem}\n" for problem in problems) + "\n"
     text += "## Provenance\n\n```json\n" + json.dumps(facts, indent=2) + "\n```\n"
+    return text
+
+
+def opening(runs: list[Run], cells: dict, missing: dict[tuple[str, str], list[int]], matrix: Matrix, title: str) -> str:
+    """The title, what the suite is about, and what of it is here."""
+    text = f"# {title or matrix.name or 'Learning curves'}\n\n"
+    if matrix.description:
+        text += f"The suite: {matrix.description}\n\n" if matrix.name else f"{matrix.description}\n\n"
+    status = Counter(run.status for run in runs)
+    if absent := sum(map(len, missing.values())):
+        status["missing"] = absent
+    ended = ", ".join(f"{n} {name}" for name, n in status.items())
+    envs, algos = ({key[part] for key in [*cells, *missing]} for part in (0, 1))
+    names = ", ".join(f"`{algo}`" for algo in sorted(algos, key=rank))
+    text += f"Here: {counted(len(runs), 'run')} ({ended}) of {names} in {counted(len(envs), 'environment')};"
+    text += f" {date.today()}."
+    for folder, count in Counter(str(run.path) for run in runs if run.stored).items():
+        text += f" Stored in {folder} already: {count}."
     return text
 
 
@@ -484,36 +550,43 @@ def aggregates(cells: dict, out: Path, below: str, rng: np.random.Generator) -> 
     everyone = sorted({algo for _, algo in cells})
     figures.draw_aggregates(by_algo, AGGREGATES, intervals, everyone, out / "aggregates.png")
     figures.draw_profiles(by_algo, everyone, out / "profiles.png", rng)
-
-    def cell(value: float, interval: tuple[float, float]) -> str:
-        return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if np.isfinite(interval[0]) else "")
-
-    rows = [
-        [algo, *[cell(aggregate(by_algo[algo]), intervals[algo, name]) for name, aggregate in AGGREGATES.items()]]
-        for algo in algos
-    ]
-    text = f"## Over {len(envs)} environment{'s' * (len(envs) > 1)}\n\n"
+    rows = []
+    for algo in algos:
+        points = [aggregate(by_algo[algo]) for aggregate in AGGREGATES.values()]
+        rows.append([algo, *[point(value, intervals[algo, name]) for name, value in zip(AGGREGATES, points)]])
+    scale = "; ".join("{}: {:,.6g} to {:,.6g}, {}".format(env_id, *score_range(env_id)) for env_id in envs)
+    text = f"## Over {counted(len(envs), 'environment')}\n\n"
     text += f"![Aggregates](aggregates.png){below}\n{table(['algorithm', *AGGREGATES], rows)}\n"
     text += f"![Performance profiles](profiles.png){below}\n"
-    scale = "; ".join("{}: {:,.6g} to {:,.6g}, {}".format(env_id, *score_range(env_id)) for env_id in envs)
     text += "Scores are `train_last100` on a fixed scale from 0, a random policy, to 1, which is stated for each"
     text += f" environment. {scale}. Intervals come from a bootstrap of seeds within"
     text += " environments (Agarwal et al. 2021, arXiv 2108.13264).\n\n"
     text += "".join(f"{note}\n\n" for note in notes)
     if len(algos) > 1:
-        rows = []
-        for row in algos:
-            line = []
-            for column in algos:
-                both = by_algo[row], by_algo[column]
-                value = partial(stats.probability_of_improvement, *both)
-                line.append("" if row == column else cell(value(), stats.improvement_interval(*both, rng)))
-            rows.append([row, *line])
         text += "Probability that a run of the row's algorithm scores higher than one of the column's:\n\n"
-        text += table(["", *algos], rows) + "\n"
+        text += f"{improvement_table(by_algo, algos, rng)}\n"
     if any(map(is_atari, envs)):
         rows = [[env_id, *[f"{by_algo[algo][n].mean():.0%}" for algo in algos]] for n, env_id in enumerate(envs)]
-        text += (
-            f"Human-normalised scores (0 is a random player, 100% a human one):\n\n{table(['game', *algos], rows)}\n"
-        )
+        text += "Human-normalised scores (0 is a random player, 100% a human one):\n\n"
+        text += f"{table(['game', *algos], rows)}\n"
     return text
+
+
+def point(value: float, interval: tuple[float, float]) -> str:
+    """A normalised score, with its interval if there is one."""
+    return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if np.isfinite(interval[0]) else "")
+
+
+def improvement_table(by_algo: dict[str, list[np.ndarray]], algos: list[str], rng: np.random.Generator) -> str:
+    """The probability of improvement of each algorithm over each other one, with intervals."""
+    rows = []
+    for row in algos:
+        cells = []
+        for column in algos:
+            if row == column:
+                cells.append("")
+                continue
+            both = by_algo[row], by_algo[column]
+            cells.append(point(stats.probability_of_improvement(*both), stats.improvement_interval(*both, rng)))
+        rows.append([row, *cells])
+    return table(["", *algos], rows)

@@ -1,14 +1,12 @@
-"""Runs a suite: every cell of environments, algorithms and seeds that is not done yet, a process each.
+"""Runs a suite: every cell of environments, algorithms and seeds that is not done yet, each in a process of its own.
 
-The truth is in the run directories, so that the command can be killed and given again at any moment, on one machine or
-on several that share the folder.
+The truth is in the run directories. So the command can be killed and given again at any moment, on one machine or on
+several that share the folder.
 """
 
 import fcntl
-import importlib.util
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -22,26 +20,25 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from benchmarks.arguments import Arguments, arguments_of
 from benchmarks.jobs import (
     Children,
     Job,
-    Suite,
     UsageError,
+    command_of,
     default_is,
     end_of_log,
     execute,
     is_orphan,
     is_running,
-    jobs_of,
     log_of,
     near_miss,
     progress_of,
     read_json,
-    read_suite,
+    require,
     status_of,
-    suite_file,
 )
-from benchmarks.space import Flags, help_of
+from benchmarks.suite import Suite, jobs_of, options_of, read_suite, script_of, suite_file, tables_of, wrong
 
 OF_SUITE = default_is("those of the suite")
 
@@ -68,7 +65,7 @@ class Options:
     runs_dir: Annotated[str, default_is("runs/SUITE")] = ""
     """folder of the run directories"""
     retry: bool = False
-    """go on with runs that failed, too"""
+    """also go on with runs that failed"""
     dry_run: bool = False
     """print the commands and start nothing"""
     backend: Literal["local", "slurm", "ray"] = "local"
@@ -96,19 +93,25 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
 
 def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     """Writes suite.json: what was asked for, so that a report can say what is missing. Earlier cells stay."""
-    with open(runs_dir / ".suite.lock", "w") as guard:  # of two terminals, neither loses the other's cells
+    with open(runs_dir / ".suite.lock", "w") as guard:  # two terminals do not lose each other's cells
         fcntl.flock(guard, fcntl.LOCK_EX)
         write_cells(suite, jobs, runs_dir)
 
 
 def write_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
-    """As note_cells, by whoever holds its lock."""
+    """As note_cells; the caller holds the lock."""
     earlier = read_json(runs_dir / "suite.json")
     asked = [{"env_id": job.env_id, "algo": job.algo, "seed": job.seed, "name": job.name} for job in jobs]
     cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier.get("cells", []), *asked]}
-    commands = dict.fromkeys([*earlier.get("commands", []), shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])])
-    note = {"name": suite.name, "description": suite.description, "commands": list(commands)}
-    note |= {"published": suite.published, "normalise": suite.normalise, "cells": list(cells.values())}
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    note = {
+        "name": suite.name,
+        "description": suite.description,
+        "commands": list(dict.fromkeys([*earlier.get("commands", []), command])),
+        "published": suite.published,
+        "normalise": suite.normalise,
+        "cells": list(cells.values()),
+    }
     temporary = runs_dir / f".suite.json.{os.getpid()}"
     temporary.write_text(json.dumps(note, indent=2) + "\n")
     os.replace(temporary, runs_dir / "suite.json")
@@ -121,58 +124,59 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
         raise UsageError(f"--workers is {options.workers}, but must be 1 or more.")
     if min(options.seeds, options.total_timesteps, options.threads, options.eval_episodes + 1) < 0:
         raise UsageError("--seeds, --total-timesteps, --threads and --eval-episodes must be 0 or more.")
-    changes: dict[str, Any] = {}
-    changes |= {"algos": list(options.algos)} if options.algos else {}
-    changes |= {"envs": list(options.env_ids)} if options.env_ids else {}
-    changes |= {"seeds": options.seeds} if options.seeds else {}
-    changes |= {"eval_episodes": options.eval_episodes} if options.eval_episodes >= 0 else {}
-    suite = replace(suite, **changes)
-    if options.backend == "local" and not options.backend_args:
-        threads = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
-    else:
-        from benchmarks import backends
-
-        backends.check(options)
-        threads = options.threads or 1
-    jobs = jobs_of(suite, threads, options.total_timesteps)
+    suite = replace(
+        suite,
+        algos=list(options.algos) or suite.algos,
+        envs=list(options.env_ids) or suite.envs,
+        seeds=options.seeds or suite.seeds,
+        eval_episodes=suite.eval_episodes if options.eval_episodes < 0 else options.eval_episodes,
+    )
+    jobs = jobs_of(suite, threads_of(options), options.total_timesteps)
     for package, peers in (("stable_baselines3", ("sb3:ppo", "sb3:a2c")), ("sb3_contrib", ("sb3:trpo",))):
-        needs = next((job.command[-1] for job in jobs if job.command[-1] in peers), None)
-        if needs and importlib.util.find_spec(package) is None:
-            raise UsageError(f'{needs} needs {package}: pip install -c constraints.txt -e ".[peers]"')
-    check_flags(options.suite, jobs)
+        if peer := next((job.command[-1] for job in jobs if job.command[-1] in peers), None):
+            require(peer, "peers", package)
+    check_flags(options.suite, suite)
     return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs
 
 
-def check_flags(suite: str, jobs: list[Job]) -> None:
-    """Raises UsageError for a flag of the suite that a script has not, or a value that it does not take.
+def threads_of(options: Options) -> int:
+    """Threads of an Atari run. Raises UsageError for a backend that cannot be used."""
+    if options.backend == "local" and not options.backend_args:
+        return options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+    from benchmarks import backends
 
-    Asks each script for its --help once: environments change the defaults in it, not the flags. Scripts without flags
-    in the suite are not asked.
+    backends.check(options)
+    return options.threads or 1
+
+
+def check_flags(file: str, suite: Suite) -> None:
+    """Raises UsageError for a flag of the suite that a script does not have, or a value that it does not take.
+
+    Each script is asked once: environments change the defaults, not the flags. A script without flags in the suite is
+    not asked.
     """
-    known: dict[tuple[str, ...], Flags] = {}
-    lines = suite_file(suite).read_text().splitlines()
-    for job in {(job.command, job.flags): job for job in jobs}.values():
-        given = re.findall(r"^--(.*)((?:\n(?!--).*)*)", "\n".join(job.flags), re.MULTILINE)
-        budget = dict(given).get("total-timesteps", "\n1")
-        if {name for name, _ in given} <= {"total-timesteps", "exp-name"} and budget.strip().isdecimal():
-            continue
-        command = job.command
-        if (ours := ("hyperparameters", "\nours")) in given:  # a peer; its --help is then that of our script
-            command += ("--hyperparameters", "ours")
-            given.remove(ours)
-        flags = known[command] = known.get(command) or help_of(command, job.env_id)
-        script = Path(job.command[-1]).name
-        for name, values in given:
-            words, flag = values.split("\n")[1:], name if name in flags else name.removeprefix("no-")
-            spelled = "[-_]".join(map(re.escape, flag.split("-")))
-            spelled = re.compile(rf"(^|[{{,])\s*[\"']?(no[-_])?{spelled}[\"']?\s*=")
-            fits = [n for n, line in enumerate(lines, 1) if spelled.search(line) and not line.lstrip().startswith("#")]
-            fits = [n for n in fits if all(word in lines[n - 1] for word in words)] or fits
-            where = f"{suite}, {f'line {fits[0]}, ' if fits else ''}flags of {job.algo}, {name}"
-            if flag not in flags:
-                raise UsageError(f"{where}: {script} has no such flag; {near_miss(name, flags, 'see its --help.')}")
-            if problem := flags[flag].misfit(words):
-                raise UsageError(f"{where}: {script} {problem}.")
+    known: dict[tuple[str, bool], Arguments] = {}
+    for algo in suite.algos:
+        script = script_of(suite, algo)
+        for env_id in suite.envs:
+            options = options_of(suite, env_id, algo)
+            whose = (script, options.get("hyperparameters") == "ours")
+            if options and whose not in known:
+                known[whose] = arguments_of(script, env_id, ours=whose[1])
+            for place, flags in tables_of(suite, env_id, algo):
+                for name, value in flags.items():
+                    if problem := misfit(known[whose], name.replace("_", "-"), value):
+                        who = Path(command_of(script)[0][-1]).name
+                        raise wrong(suite_file(file), *place, name, what=f"{who} {problem}")
+
+
+def misfit(arguments: Arguments, name: str, value: Any) -> str:
+    """What is wrong with a flag and its value, for the end of a sentence; "" if nothing is."""
+    if name not in arguments and value is True:
+        name = name.removeprefix("no-")
+    if name not in arguments:
+        return f"has no such flag; {near_miss(name, arguments, 'see its --help.')}"
+    return arguments[name].misfit(value)
 
 
 class Local:
@@ -182,7 +186,7 @@ class Local:
         self.results: dict[str, str] = {}
         self.children, self.guard = Children(), threading.Lock()
         running = [job for job in jobs if status_of(job, runs_dir) == "running"]
-        # What a killed harness has left running takes a worker each, or else there were more runs than asked for.
+        # A run that a killed harness has left behind takes a worker, so that there are no more runs than asked for.
         orphans = [job for job in running if is_orphan(job, runs_dir)]
         free = [job for job in jobs if job not in running]
         self.queue = deque((job, job in orphans) for job in orphans + free)
@@ -248,21 +252,21 @@ class View:
             if before in ("done", "failed", "interrupted"):
                 continue
             status = results.get(job.name) or ("running" if is_running(job, self.runs_dir) else "waiting")
-            running += [job] if status == "running" else []
+            if status == "running":
+                running.append(job)
             if status != "waiting":
                 self.steps[job.name] = progress_of(job, self.runs_dir)[0]
             if status == before:
                 continue
             self.known[job.name] = status
-            what = f"{job.env_id} {job.algo} seed {job.seed}"
             if status == "done":
                 score = read_json(self.runs_dir / job.name / "summary.json").get("train_last100")
-                self.say(f"done     {what}: " + ("-" if score is None else f"{score:,.1f}"))
+                self.say(f"done     {job}: " + ("-" if score is None else f"{score:,.1f}"))
             elif status == "failed":
                 end = "".join(f"\n    {line}" for line in end_of_log(job, self.runs_dir).splitlines())
-                self.say(f"FAILED   {what}: the end of {log_of(job, self.runs_dir)}:{end}")
+                self.say(f"FAILED   {job}: the end of {log_of(job, self.runs_dir)}:{end}")
             elif status == "running" and not self.terminal:
-                self.say(f"running  {what}")
+                self.say(f"running  {job}")
         self.draw(running)
 
     def draw(self, running: list[Job]) -> None:
@@ -271,7 +275,8 @@ class View:
             return
         self.printed = time.monotonic()
         count, steps = Counter(self.known.values()), sum(self.steps.values())
-        rate = max(steps - self.first, 0) / (time.monotonic() - self.begun)  # what resumes may go back at first
+        # a run that goes on may first go back to its checkpoint
+        rate = max(steps - self.first, 0) / (time.monotonic() - self.begun)
         line = f"{count['done']} of {len(self.jobs)} done, {len(running)} running, {count['failed']} failed"
         line += f"  {rate:,.0f} steps/s"
         budgets = {job.name: budget_of(job, self.runs_dir) for job in self.jobs}
@@ -280,21 +285,23 @@ class View:
             seconds = int(sum(max(budgets[name] - self.steps[name], 0) for name in unfinished) / rate)
             line += f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
         lines = [line]
-        for job in running if self.terminal else []:
-            done, sps = progress_of(job, self.runs_dir)
-            part = min(done / budgets[job.name], 1.0) if budgets[job.name] else 0.0
-            bar = f"[{'#' * int(10 * part):.<10}] {part:4.0%} {sps:>7,.0f}/s"
-            lines.append(f"  {bar}  {job.env_id} {job.algo} {job.seed}")
         if self.terminal:
+            lines += [self.bar(job, budgets[job.name]) for job in running]
             columns, rows = shutil.get_terminal_size()
             lines = [line[: columns - 1] for line in lines[: rows - 1]]
         self.erase()
         print("\n".join(lines), flush=True)
         self.drawn = len(lines) if self.terminal else 0
 
+    def bar(self, job: Job, budget: int) -> str:
+        """The line of a run that is going on; the budget is 0 where it is not known."""
+        done, sps = progress_of(job, self.runs_dir)
+        part = min(done / budget, 1.0) if budget else 0.0
+        return f"  [{'#' * int(10 * part):.<10}] {part:4.0%} {sps:>7,.0f}/s  {job.env_id} {job.algo} {job.seed}"
+
 
 def budget_of(job: Job, runs_dir: Path) -> int:
-    """Steps of a whole run; 0 while it is the script's own default and the run has not started."""
+    """Steps of a whole run. They are 0, unknown, before the start of a run with the script's default."""
     if "--total-timesteps" in job.flags:
         return int(job.flags[job.flags.index("--total-timesteps") + 1])
     return read_json(runs_dir / job.name / "config.json").get("args", {}).get("total_timesteps", 0)
@@ -339,8 +346,13 @@ def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:
     count = Counter(results.values())
     left = len(jobs) - count["done"] - count["failed"]
     line = f"{count['done']} of {len(jobs)} runs are done"
-    line += f", {count['failed']} failed" if count["failed"] else ""
-    line += " (--retry goes on with those)" if "failed" in earlier.values() else ""
-    line += f", {left} are left, and the same command goes on" if left else ""
+    if count["failed"]:
+        line += f", {count['failed']} failed"
+    if "failed" in earlier.values():
+        line += " (--retry goes on with those)"
+    if left:
+        line += f", {left} are left, and the same command goes on"
     print(f"{line}: {runs_dir}")
-    return 128 + signals[0] if signals and left else int(count["done"] < len(jobs))
+    if signals and left:
+        return 128 + signals[0]
+    return 0 if count["done"] == len(jobs) else 1

@@ -1,14 +1,14 @@
 """Times the scripts against Stable-Baselines3 (sb3-contrib for TRPO) on this machine, each as a process of its own.
 
-Pair by pair, for a machine's speed drifts. Steps per second leave start-up out on both sides: ours is what summary.json
-says, theirs is measured from the end of a first learn() of one batch. Two rows have no peer: "process" is the time of
-the README's first command, "environment" the part of its wall time that reinforce.py spends inside the environments.
+The two sides take turns, because a machine's speed drifts. Steps per second leave start-up out on both sides: ours are
+in summary.json, theirs are measured from the end of a first learn() of one batch. Two rows have no peer: "process" is
+the time of the README's first command, "environment" the part of its wall time that reinforce.py spends inside the
+environments.
 """
 
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import tyro
 
-from benchmarks.jobs import ROOT, UsageError
+from benchmarks.jobs import ROOT, UsageError, require
 
 
 class Row(NamedTuple):
@@ -137,7 +137,7 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
 
     One iteration of the script's own `train` makes all that is timed: the environments, stepped with random actions;
     `play` up to its last action, in environments that stand still; and `update`, on one batch and from the same weights
-    each time. Give --compile on or off, for one iteration is too short for "auto".
+    each time. Give --compile on or off: one iteration is too short for "auto".
     """
     module = importlib.import_module(Path(script).stem)
     args, play, update = module.parse_args([*flags]), module.play, module.update
@@ -225,16 +225,23 @@ def measure(name: str, device: str, options: "Speed") -> dict[str, Any]:
 
 
 def provenance(device: str, load: float) -> dict[str, Any]:
-    """Where, when and with what: also what the config.json of a run says of that."""
+    """Where, when and with what; partly from the config.json of a run."""
     import ppo
 
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads((ppo.create_run_dir(ppo.Args(runs_dir=folder, device=device)) / "config.json").read_text())
     peers = {d.name: d.version for d in importlib.metadata.distributions() if d.name.startswith(("stable", "sb3"))}
     date, command = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), ["python", "-m", "benchmarks", *sys.argv[1:]]
-    here = {"date": date, "command": shlex.join(command), "load": round(load, 2), "cores": CORES}
-    here |= {"git_commit": str(config["git_commit"]), "git_dirty": config["git_dirty"], "hardware": config["hardware"]}
-    return here | {"versions": config["versions"] | peers}
+    return {
+        "date": date,
+        "command": shlex.join(command),
+        "load": round(load, 2),
+        "cores": CORES,
+        "git_commit": str(config["git_commit"]),
+        "git_dirty": config["git_dirty"],
+        "hardware": config["hardware"],
+        "versions": config["versions"] | peers,
+    }
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -255,7 +262,10 @@ def markdown(table: dict[str, Any]) -> str:
         cells = [name, row["what"], f"{ours['sps']:,.0f}", f"{sb3['sps']:,.0f}"]
         cells += [f"**{row['ratio']:.2f}** ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"]
         cells += [f"{ours['startup']:.1f}", f"{ours['memory']:.0f} ({sb3['memory']:.0f})"]
-        cells += [f"{rate:,.0f}" for rate in [*best.values()][:4]] + [f"{best['reached']:.0%}"] if best else ["-"] * 5
+        if best:
+            cells += [*[f"{rate:,.0f}" for rate in [*best.values()][:4]], f"{best['reached']:.0%}"]
+        else:
+            cells += ["-"] * 5
         lines.append(f"| {' | '.join([*cells, when])} |")
     return "\n".join([*lines, *alone]) + "\n"
 
@@ -292,7 +302,7 @@ class Speed:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where both sides run (auto: on the CPU and, in rows of their own, on the GPU where torch sees one)"""
     ceilings: bool = True
-    """time environments, inference and update alone, too, after each pair"""
+    """after each pair, time environments, inference and update alone"""
     out: Path = Path("runs/speed")
     """table and figure without their endings; rows measured at other times stay in them"""
 
@@ -311,8 +321,7 @@ def plan(options: Speed) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     peers = [name for name in asked if name in ROWS]
     if options.device == "cuda" and not (cuda and peers):
         raise UsageError("--device cuda: torch sees no CUDA device here, or these rows run on the CPU only.")
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise UsageError(f'speed needs {missing[0]}: pip install -c constraints.txt -e ".[bench,peers]"')
+    require("speed", "bench,peers", *NEEDED)
     try:
         table = json.loads(path.read_text()) if path.exists() else {}
         markdown(table)

@@ -93,14 +93,14 @@ def bootstrap(
     """Percentile interval (low, high) of a statistic, from resampling the seeds within each environment.
 
     Each array (seeds,) becomes one (repetitions, seeds); the statistic takes their list and gives (repetitions, ...).
-    One seed says nothing about the spread between seeds: as soon as an environment has only one, the interval is nan.
+    One seed says nothing about the spread between seeds: if an environment has only one, the interval is nan.
     Few seeds say too little: of normal scores, the 95% interval of the mean holds the truth in 75% of cases with 3
     seeds, 82% with 5, 89% with 10, 92% with 20. Seeds that all score the same give an interval without width.
     """
     scores = checked(scores)
     if min(len(runs) for runs in scores) < 2:
-        nowhere = np.full(np.shape(statistic(scores)), np.nan)[()]
-        return nowhere, nowhere
+        unknown = np.full(np.shape(statistic(scores)), np.nan)[()]
+        return unknown, unknown
     resampled = [runs[rng.integers(len(runs), size=(repetitions, len(runs)))] for runs in scores]
     tail = (1 - confidence) / 2
     low, high = np.quantile(statistic(resampled), [tail, 1 - tail], axis=0)
@@ -161,9 +161,9 @@ def running_mean(steps: np.ndarray, returns: np.ndarray, window: int) -> np.ndar
 def curve_on_grid(steps: np.ndarray, returns: np.ndarray, grid: np.ndarray, window: int = 100) -> np.ndarray:
     """Mean return of the last `window` episodes that had finished at or before each step of the grid. -> (points,)
 
-    Of fewer episodes where fewer have finished, nan before the first. steps (episodes,), sorted, and returns
-    (episodes,) are the columns of episodes.csv; at the last step of a run this is its train_last100. Behind the last
-    episode the value stays: the caller says where a run ended.
+    Where fewer episodes have finished, the mean is over these; before the first one it is nan. steps (episodes,), which
+    are sorted, and returns (episodes,) are the columns of episodes.csv. At the last step of a run the mean is its
+    train_last100, and it stays so behind the last episode: the caller knows where the run ended.
     """
     return running_mean(steps, returns, window)[np.searchsorted(steps, grid, side="right")]
 

@@ -1,17 +1,12 @@
 """Searches the hyperparameters of a script, over environments and seeds, with Optuna.
 
 Each (trial, environment, seed) is a process of the unmodified script and an ordinary run directory. What is known of a
-trial is in the storage, so that the same command in another terminal, or on another node, takes a part of the trials,
-and after a kill goes on. A free worker takes the next run of the oldest trial in flight before it begins another one:
+trial is in the storage. So the same command in another terminal, or on another node, takes a part of the trials, and
+after a kill it goes on. A free worker takes the next run of the oldest trial in flight before it begins another one:
 trials end early, and the sampler has seen their scores when it proposes the next.
 """
 
-import hashlib
-import importlib.util
-import json
 import math
-import os
-import re
 import shutil
 import signal
 import sys
@@ -27,44 +22,26 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from benchmarks.arguments import arguments_of
+from benchmarks.conclusion import conclude
 from benchmarks.jobs import (
     OWNER,
-    PEERS,
-    ROOT,
     Children,
     Job,
-    Suite,
     UsageError,
-    check_environment,
-    command_of,
-    default_is,
     end_of_log,
     execute,
-    jobs_of,
     log_of,
     progress_of,
     read_json,
     status_of,
 )
-from benchmarks.report import score_range
-from benchmarks.space import (
-    Space,
-    check_flags,
-    default_of,
-    distributions_of,
-    help_of,
-    read_space,
-    values_of,
-    write_wandb,
-)
+from benchmarks.plan import Options, Plan, make_plan
+from benchmarks.space import distributions_of, values_of, write_wandb
 from benchmarks.study import (
-    FAILURE,
-    FLOOR,
     SILENCE,
-    TUNING,
     best_of,
     by_environment,
-    conclude,
     finished,
     hand_back,
     is_alive,
@@ -81,151 +58,6 @@ try:
     from optuna.trial import TrialState
 except ImportError:  # of an extra; make_plan says so
     optuna = None
-
-
-@dataclass
-class Options:
-    script: Annotated[str, tyro.conf.Positional]
-    """script (ppo, path/to/my_ppo.py) or peer (sb3:ppo)"""
-    env_ids: tuple[str, ...]
-    """environments; the score of a trial is its mean over them, normalised"""
-    study: str
-    """name of the study; who gives the name of one that exists joins it"""
-    space: Annotated[str, default_is("the script's name")] = ""
-    """what to search: a TOML file, or a name in benchmarks/spaces"""
-    trials: int = 50
-    """trials of the study, those of all workers and machines together"""
-    workers: int = 1
-    """runs at the same time, of this command"""
-    seeds: int = 3
-    """seeds of each trial in each environment, from 1001 on"""
-    total_timesteps: Annotated[int, default_is("the script's")] = 0
-    """steps of each run"""
-    prune: float = 0.5
-    """stop a trial that is below this quantile of the finished ones, over the runs it has so far (0: never)"""
-    final_seeds: int = 5
-    """seeds of the winner and of the default in the final check, from 1 on (0: no check)"""
-    eval_episodes: int = 100
-    """episodes of each of the two evaluations after a run of the final check; 0 for none"""
-    sampler_seed: int = 0
-    """seed of what the sampler draws"""
-    storage: Annotated[str, default_is("RUNS_DIR/journal.log")] = ""
-    """file of a journal, or URL of a database for several machines"""
-    runs_dir: Annotated[str, default_is("runs/STUDY")] = ""
-    """folder of the run directories"""
-    out: Annotated[str, default_is("RUNS_DIR/report")] = ""
-    """folder of report.md, tables, figures and winner.toml"""
-    export_wandb: str = ""
-    """write the space as a sweep file of Weights & Biases, and run nothing"""
-
-
-# --------------------------------------------------------------------------------------------------------- plan
-@dataclass(frozen=True)
-class Plan:
-    """What does not change while a study runs."""
-
-    options: Options
-    space: Space
-    algo: str
-    """the script, as a suite file can name it from anywhere"""
-    shown: tuple[str, ...]
-    """what starts the script, for people"""
-    text: str = field(repr=False)
-    bounds: dict[str, list[float]]
-    """scores that count as 0 and as 1, by environment; empty where scores stay as they are"""
-    defaults: list[dict[str, Any]]
-    """the script's defaults within the space, as they are in the environments; usually one"""
-    runs_dir: Path
-    out: Path
-
-    @property
-    def threads(self) -> int:
-        return max(1, (os.cpu_count() or 1) // self.options.workers)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What all who work on a study must agree on."""
-        digest = hashlib.sha256(self.text.encode()).hexdigest()[:10]
-        known = {"text of the script": digest, "env-ids": self.options.env_ids, "seeds": self.options.seeds}
-        known |= {"space": self.space.params, "fixed": self.space.fixed, "normalise": self.bounds}
-        return json.loads(json.dumps(known))
-
-    @property
-    def seeds(self) -> list[int]:
-        """Those of the trials."""
-        return list(range(TUNING + 1, TUNING + 1 + self.options.seeds))
-
-    def score(self, env_id: str, value: float | None) -> float:
-        """The score of a return; None, that of a run that failed, is lower than any other.
-
-        Normalised scores are FLOOR or more, for returns have no lower end in some environments, and one run below the
-        random policy must not drown the others in the mean of a trial.
-        """
-        if env_id not in self.bounds:
-            return -math.inf if value is None else value
-        low, high = self.bounds[env_id]
-        return FAILURE if value is None else max((value - low) / (high - low), FLOOR)
-
-    def jobs(self, name: str, values: dict[str, Any]) -> list[Job]:
-        """The runs of a trial, seed by seed."""
-        variants = {name: {"algo": self.algo, "flags": self.space.fixed | values}}
-        suite = Suite(name, [*self.options.env_ids], [name], seeds=self.seeds, eval_episodes=0, variants=variants)
-        return jobs_of(suite, self.threads)
-
-
-def make_plan(options: Options) -> Plan:
-    """Checks all that can be checked before anything is created; raises UsageError."""
-    for package, extra in (("optuna", "sweep"), ("matplotlib", "bench")) if not options.export_wandb else ():
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f'a sweep needs {package}: pip install -c constraints.txt -e ".[{extra}]"')
-    if (
-        min(len(options.env_ids), options.trials, options.workers, options.seeds) < 1
-        or not 0 <= options.final_seeds <= TUNING
-    ):
-        raise UsageError(
-            f"--env-ids, --trials, --workers, --seeds must be 1 or more, --final-seeds from 0 to {TUNING}."
-        )
-    if min(options.total_timesteps, options.eval_episodes, options.sampler_seed) < 0 or not 0 <= options.prune <= 1:
-        raise UsageError("--total-timesteps, --eval-episodes, --sampler-seed must be 0 or more, --prune from 0 to 1.")
-    if not re.fullmatch(r"\w[\w.-]*", options.study):
-        raise UsageError(f"--study is {options.study!r}, but must be a name of letters, digits, dots and dashes.")
-    if options.export_wandb and options.script in PEERS:
-        raise UsageError(f"{options.script} cannot log to Weights & Biases; --export-wandb is for scripts.")
-    if options.storage.startswith("sqlite") and options.workers > 1:
-        raise UsageError(
-            "SQLite locks its whole file for a writer, so that several workers fail with 'database is locked'; leave"
-            " --storage out for a journal file, or give the URL of a PostgreSQL or MySQL server."
-        )
-    options.env_ids = tuple(dict.fromkeys(options.env_ids))
-    for env_id in options.env_ids:
-        check_environment(env_id)
-    command, path = command_of(options.script)
-    space = read_space(options.space or Path(options.script).stem)
-    space.fixed.update({"total-timesteps": options.total_timesteps} if options.total_timesteps else {})
-    known = {env_id: list(scale[:2]) for env_id in options.env_ids if (scale := score_range(env_id))}
-    bounds = {env_id: pair for env_id, pair in (known | space.normalise).items() if env_id in options.env_ids}
-    if missing := [env_id for env_id in options.env_ids if env_id not in bounds and len(options.env_ids) > 1]:
-        raise UsageError(
-            f"{missing[0]} has no scores that count as 0 and as 1, so its returns cannot be averaged with others; add"
-            f' to {space.path}, under [normalise]: "{missing[0]}" = [return of a random policy, good return]'
-        )
-    defaults: list[dict[str, Any]] = []
-    for env_id in options.env_ids:
-        flags = help_of(command, env_id)
-        check_flags(space, options.script, flags)
-        defaults += [default] if (default := default_of(space, flags)) not in defaults else []
-    is_peer, ours = len(command) > 2, path.resolve().parent == ROOT
-    return Plan(
-        options=options,
-        space=space,
-        algo=options.script if is_peer else path.stem if ours else str(path.resolve()),
-        shown=("python", *command[1:]) if is_peer else ("python", path.name if ours else str(path)),
-        text=path.read_text(),
-        bounds=bounds,
-        defaults=defaults,
-        runs_dir=Path(options.runs_dir or f"runs/{options.study}"),
-        out=Path(options.out or Path(options.runs_dir or f"runs/{options.study}") / "report"),
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- trials
@@ -282,36 +114,11 @@ class Sweep:
 
     def claim(self) -> None:
         """Takes a trial that waits, or one whose worker is dead, or a new one; none where all are taken."""
-        study, total = self.study, self.plan.options.trials
         with locked(self.plan.runs_dir):
-            for trial in study.get_trials(deepcopy=False):
-                if trial.state == TrialState.RUNNING and trial.number not in [f.trial.number for f in self.flights]:
-                    owner = trial.user_attrs.get("owner")
-                    age = (datetime.now() - trial.datetime_start).total_seconds()
-                    if age > 60 if not owner else owner == OWNER or not is_alive(study, owner):
-                        self.say(f"trial {number_of(trial)} goes on; who worked on it is gone")
-                        hand_back(study, trial)
-            trials = study.get_trials(deepcopy=False)
-            states = [trial.state for trial in trials]
-            if TrialState.WAITING not in states and len(states) - states.count(TrialState.FAIL) >= total:
-                return
-            # Seeded by the number of trials so far: another try draws the same, another worker does not. On a database
-            # by the process, too, for machines that share no folder, and so no lock, may see the same number.
-            so_far = len(states) - states.count(TrialState.FAIL) - states.count(TrialState.WAITING)
-            process = OWNER.encode() if "://" in self.plan.options.storage else b""
-            seed = np.random.SeedSequence([self.plan.options.sampler_seed, so_far, *process]).generate_state(1)[0]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # multivariate is experimental in some versions
-                study.sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=int(seed))
-            trial = study.ask(distributions_of(self.plan.space))
-            trial.set_user_attr("owner", OWNER)
-            trials = study.get_trials(deepcopy=False)
-            older = sum(other.number < trial.number and other.state != TrialState.FAIL for other in trials)
-            if older >= total:  # a machine that does not share the folder, and so the lock, was faster
-                study.tell(trial, state=TrialState.FAIL)
-                return
-            if "number" not in trial.user_attrs:
-                trial.set_user_attr("number", older)
+            self.free_trials_of_the_dead()
+            trial = self.ask()
+        if not trial:
+            return
         jobs = self.plan.jobs(f"trial-{number_of(trial):04}", values_of(self.plan.space, trial.params))
         if jobs[0].text != self.plan.text:
             raise UsageError(f"{self.plan.options.script} has changed since the study began; choose another --study.")
@@ -322,6 +129,46 @@ class Sweep:
         if runs:
             self.judge(self.flights[-1])
 
+    def free_trials_of_the_dead(self) -> None:
+        """Hands back the trials whose workers are gone; an owner is missing for an instant after a trial begins."""
+        mine = [flight.trial.number for flight in self.flights]
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state != TrialState.RUNNING or trial.number in mine:
+                continue
+            owner = trial.user_attrs.get("owner")
+            if owner:
+                gone = owner == OWNER or not is_alive(self.study, owner)
+            else:
+                gone = (datetime.now() - trial.datetime_start).total_seconds() > 60
+            if gone:
+                self.say(f"trial {number_of(trial)} goes on; who worked on it is gone")
+                hand_back(self.study, trial)
+
+    def ask(self) -> Any:
+        """A trial of the study, which waits or is new; None where all are taken."""
+        study, options = self.study, self.plan.options
+        states = [trial.state for trial in study.get_trials(deepcopy=False)]
+        if TrialState.WAITING not in states and len(states) - states.count(TrialState.FAIL) >= options.trials:
+            return None
+        # Seeded by the number of trials so far: another try draws the same, another worker does not. On a database the
+        # process counts too: machines that share no folder, and so no lock, may see the same number.
+        so_far = len(states) - states.count(TrialState.FAIL) - states.count(TrialState.WAITING)
+        process = OWNER.encode() if "://" in options.storage else b""
+        seed = np.random.SeedSequence([options.sampler_seed, so_far, *process]).generate_state(1)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # multivariate is experimental in some versions
+            study.sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=int(seed))
+        trial = study.ask(distributions_of(self.plan.space))
+        trial.set_user_attr("owner", OWNER)
+        trials = study.get_trials(deepcopy=False)
+        older = sum(other.number < trial.number and other.state != TrialState.FAIL for other in trials)
+        if older >= options.trials:  # a machine that does not share the folder, and so the lock, was faster
+            study.tell(trial, state=TrialState.FAIL)
+            return None
+        if "number" not in trial.user_attrs:
+            trial.set_user_attr("number", older)
+        return trial
+
     def next_run(self) -> tuple[Flight, Job] | None:
         """A run of the oldest trial. Trials that wait are taken first: runs of theirs may still be going on."""
         waits = any(trial.state == TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
@@ -331,7 +178,7 @@ class Sweep:
         return (flight, flight.todo.popleft()) if flight else None
 
     def record(self, flight: Flight, job: Job, result: str) -> None:
-        """Takes down what came out of a run; one that failed, or finished no episode, has no value."""
+        """Takes down what came out of a run. A run that failed or finished no episode has no value."""
         run = self.folder / job.name
         value = read_json(run / "summary.json").get("train_last100") if result == "done" else None
         value = value if value is not None and math.isfinite(value) else None
@@ -356,25 +203,33 @@ class Sweep:
             raise UsageError(f"no run of {flight} has started:\n{end_of_log(flight.jobs[-1], self.folder)}")
         others = [trial.user_attrs["runs"] for trial in finished(self.study) if trial.state == TrialState.COMPLETE]
         bad = not whole and options.prune > 0 and is_bad(runs, others, options.prune, len(options.env_ids))
-        flight.trial.report(mean_score(runs), step=len(runs))  # by which the sampler ranks those that are stopped early
-        if not whole and not bad:
-            return
+        flight.trial.report(mean_score(runs), step=len(runs))  # the sampler ranks trials stopped early by it
         if whole:
             self.study.tell(flight.trial, mean_score(runs))
-        else:
+        elif bad:
             self.study.tell(flight.trial, state=TrialState.PRUNED)
+        else:
+            return
         flight.end()
         self.count = len(finished(self.study))
-        rate = (time.monotonic() - self.begun) / (self.count - self.before)
-        seconds, best = int(rate * max(options.trials - self.count, 0)), best_of(self.study)
-        line = f"{flight}: {show(mean_score(runs))}" + f", stopped after {len(runs)} of {len(flight.jobs)} runs" * bad
+        self.say_result(flight, whole)
+
+    def say_result(self, flight: Flight, whole: bool) -> None:
+        """What a trial that has ended has scored, the best so far, and how long the others will take."""
+        runs, trials, best = flight.runs, self.plan.options.trials, best_of(self.study)
+        line = f"{flight}: {show(mean_score(runs))}"
+        if not whole:
+            line += f", stopped after {len(runs)} of {len(flight.jobs)} runs"
         line += f" ({', '.join(f'{env_id} {show(value)}' for env_id, value in by_environment(runs, 'value').items())})"
-        line += f"; best {show(best.value)}, trial {number_of(best)}" if best else ""
-        line += f"; {self.count} of {options.trials}"
-        self.say(f"{line}, {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left")
+        if best:
+            line += f"; best {show(best.value)}, trial {number_of(best)}"
+        rate = (time.monotonic() - self.begun) / (self.count - self.before)
+        seconds = int(rate * max(trials - self.count, 0))
+        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        self.say(f"{line}; {self.count} of {trials}, {left}")
 
     def run(self) -> int:
-        """Works until all trials are finished, by whomever; 0, or 128 + the signal that stopped it."""
+        """Works until all trials are finished, here or elsewhere; 0, or 128 + the signal that stopped it."""
         signals: list[int] = []
         handlers = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
         pool, obeyed = ThreadPoolExecutor(self.plan.options.workers), 0
@@ -425,8 +280,9 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     plan = make_plan(options)
     if not options.export_wandb:
         return sweep(plan, open_study(plan))
-    flags = help_of(command_of(options.script)[0], options.env_ids[0])
-    content = write_wandb(plan.space, flags, plan.shown[-1], options.study, list(options.env_ids), plan.seeds)
+    env_ids = list(plan.options.env_ids)
+    known = arguments_of(options.script, env_ids[0])
+    content = write_wandb(plan.space, known, plan.shown[-1], options.study, env_ids, plan.seeds)
     try:
         Path(options.export_wandb).write_text(content)
     except OSError as error:

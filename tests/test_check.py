@@ -13,8 +13,9 @@ from scipy import stats as oracle
 
 from benchmarks import __main__, check
 from benchmarks.jobs import Job, UsageError
+from benchmarks.records import read_runs
 from benchmarks.report import score_range, write_scores
-from benchmarks.runs import read_runs
+from benchmarks.stats import difference
 
 RESULTS = Path(check.__file__).parent / "results"
 HEADER = "env_id algo seed status total_timesteps global_step train_last100 train_auc eval_deterministic"
@@ -61,10 +62,13 @@ def verdicts(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- statistics
-@pytest.mark.parametrize("df", [1, 2, 4, 8, 18, 98])
-@pytest.mark.parametrize("tail", [0.025, 0.0016, 1e-4])
-def test_student_quantile_is_that_of_scipy(df, tail):
-    assert check.student_quantile(df, tail) == pytest.approx(oracle.t.isf(tail, df), rel=1e-4)
+def test_interval_is_stretched_by_students_quantile_and_for_the_spread_that_resampling_loses():
+    old, new = np.array([1.0, 2, 3, 4, 5]), np.array([3.0, 5, 6, 8])
+    ends = difference(old, new, np.random.default_rng(0), repetitions=check.REPETITIONS, confidence=0.95)
+    lost = np.sqrt((2.5 / 5 + 13 / 3 / 4) / (2.0 / 5 + 3.25 / 4))  # unbiased variances over those of resampling
+    factor = 2.364624 / 1.959964 * lost  # the 97.5% quantiles, of t with 7 degrees of freedom and of the normal
+    expected = [2.5 + (end - 2.5) * factor for end in ends]
+    assert check.interval(old, new, 0.95, seed=0) == pytest.approx(expected, rel=1e-6)
 
 
 def test_interval_of_many_seeds_is_that_of_welch():
@@ -401,3 +405,10 @@ def test_what_was_asked_for_and_never_started_is_missing(tmp_path, verdicts):
     cells = [cell for cell in cells if cell["algo"] == "ppo"] + [cells[0] | dict(seed=3, name="CartPole-v1__ppo__3__x")]
     (tmp_path / "new" / "suite.json").write_text(json.dumps(dict(cells=cells)))
     assert verdicts()[0] == 1 and verdicts("--fewer-seeds")[0] == 0
+
+
+def test_without_scipy_it_says_what_installs_it(tmp_path, verdicts, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    make_cell(tmp_path / "old", "CartPole-v1", "ppo", [500, 490])
+    make_cell(tmp_path / "new", "CartPole-v1", "ppo", [500, 490])
+    assert verdicts()[::2] == (2, 'error: check needs scipy: pip install -c constraints.txt -e ".[bench]"\n')

@@ -1,40 +1,58 @@
 """The lessons' command: that it starts the script, reads what the script wrote, and says what went wrong."""
 
 import csv
+import importlib
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import lessons
 
-TINY = "--num-digits 2 --n-layer 1 --n-embd 16 --n-head 2 --sft-steps 3 --eval-prompts 8 --max-completion-length 8"
-TINY += " --generation-batch-size 16 --num-generations 4 --max-steps 3 --rewards correct format length"
+TINY = {
+    "num-digits": 2,
+    "n-layer": 1,
+    "n-embd": 16,
+    "n-head": 2,
+    "sft-steps": 3,
+    "eval-prompts": 8,
+    "max-completion-length": 8,
+    "generation-batch-size": 16,
+    "num-generations": 4,
+    "max-steps": 3,
+    "rewards": ["correct", "format", "length"],
+}
 
 
 @pytest.fixture
 def lesson(tmp_path, monkeypatch):
-    """lesson(**arms) runs these arms as the lesson "gdpo" in an empty folder and returns the rows of its table."""
+    """lesson(**arms) gives the lesson "gdpo" with these arms in an empty folder: (exit status, rows of its table)."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(seeds=2, **arms):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setitem(lessons.LESSONS, "gdpo", arms)
-        monkeypatch.setattr("sys.argv", ["lessons", "gdpo", "--seeds", str(seeds), "--out", str(tmp_path / "figure")])
-        lessons.main()
-        with open(tmp_path / "figure.csv", newline="") as file:
-            return list(csv.DictReader(file))
+    def run(seeds=2, name="gdpo", **arms):
+        monkeypatch.setitem(lessons.LESSONS, name, replace(lessons.LESSONS[name], arms=arms))
+        status = lessons.main([name, "--seeds", str(seeds), "--out", str(tmp_path / "figure")])
+        if not Path("figure.csv").exists():
+            return status, []
+        with open("figure.csv", newline="") as file:
+            return status, list(csv.DictReader(file))
 
     return run
 
 
 def test_every_arm_and_seed_is_run_once_and_read(lesson, capsys):
-    table = lesson(one=TINY, other=f"{TINY} --method gdpo")
+    arms = dict(one=TINY, other=TINY | {"method": "gdpo"})
+    status, table = lesson(**arms)
     out = capsys.readouterr().out
-    assert Path("figure.png").stat().st_size > 1000
+    assert status == 0 and Path("figure.png").stat().st_size > 1000
     assert {(row["arm"], row["seed"], row["step"]) for row in table} == {
         (arm, seed, step) for arm in ("one", "other") for seed in "12" for step in ("0.0", "1.0", "2.0", "3.0")
     }
-    with open(Path("runs") / lessons.name_of(TINY, 1) / "progress.csv", newline="") as file:
+    (job, _) = lessons.jobs_of(lessons.LESSONS["gdpo"], [1, 2], Path("runs/lessons"))["one"]
+    with open(Path("runs/lessons") / job.name / "progress.csv", newline="") as file:
         written = list(csv.DictReader(file))
     mine = [row for row in table if (row["arm"], row["seed"]) == ("one", "1")]
     for row, point in zip(written[1:], mine[1:]):
@@ -42,12 +60,48 @@ def test_every_arm_and_seed_is_run_once_and_read(lesson, capsys):
         assert float(point["reward"]) == pytest.approx(float(row["reward"]), abs=1e-4)
     assert float(mine[0]["accuracy"]) == pytest.approx(float(written[0]["eval/accuracy"]), abs=1e-4)
     assert re.search(r"^one: iterations to 90% right format never, never; iterations to 80% right answers", out, re.M)
-    assert out.count("python grpo_toy.py") == 4
-    lesson(one=TINY, other=f"{TINY} --method gdpo")
+    assert out.count("\ndone  ") == 4 and "4 of 4 runs are done" in out
+    lesson(**arms)
     out = capsys.readouterr().out
-    assert "python grpo_toy.py" not in out and out.count("kept: runs/") == 4
-    lesson(one=f"{TINY} --beta 0.5")  # other flags, other runs
-    assert capsys.readouterr().out.count("python grpo_toy.py") == 2
+    assert "done  " not in out and "4 of 4 runs are done" in out
+    lesson(one=TINY | {"beta": 0.5})  # other flags, other runs
+    assert capsys.readouterr().out.count("done  ") == 2
+
+
+def test_a_lesson_may_begin_with_the_models_of_another(lesson, monkeypatch):
+    accuracy = replace(lessons.LESSONS["accuracy"], arms={"GRPO": TINY})
+    monkeypatch.setitem(lessons.LESSONS, "accuracy", accuracy)
+    small = TINY | {"sft-steps": 0, "rewards": "format", "eval-interval": 1}
+    status, table = lesson(name="hacking", seeds=1, one=small | {"beta": 0.1})
+    assert status == 0 and len(table) == 4
+    (trained,) = lessons.jobs_of(accuracy, [1], Path("runs/lessons"))["GRPO"]
+    (job,) = lessons.jobs_of(lessons.LESSONS["hacking"], [1], Path("runs/lessons"))["one"]
+    config = json.loads((Path("runs/lessons") / job.name / "config.json").read_text())
+    assert config["args"]["init_from"] == str(Path("runs/lessons") / trained.name)
+
+
+def test_variances_are_compared_at_equal_return():
+    variance, ratio, returns = lessons.LESSONS["variance"].panels
+    rows = [(16, 1, 9), (18, 100, 1), (17, 10, 3), (25, 5, 5), (50, 2, 2), (60, 2, 2), (45, 2, 2), (69.9, 2, 2)]
+    rows += [(500, 9, 9)] * 3
+    seeds = [[{returns: x, variance: v, ratio: r} for x, v, r in part] for part in (rows[:4], rows[4:])]
+    points = lessons.binned(lessons.LESSONS["variance"], seeds)
+    assert points[:, 0] == pytest.approx([(16 * 18 * 17) ** (1 / 3), (50 * 60 * 45 * 69.9) ** (1 / 4)])
+    assert points[:, 1:] == pytest.approx(np.array([[10, 3], [2, 2]]))
+    assert lessons.binned(lessons.LESSONS["variance"], [seeds[0][3:]]).shape == (0, 3)
+
+
+def test_the_lesson_of_reinforce_runs_to_a_figure(lesson, capsys):
+    short = {"total-timesteps": 20_000, "num-envs": 8, "num-steps": 50}
+    arms = {
+        "a": short | {"returns": "full", "baseline": "none"},
+        "b": short | {"returns": "to-go", "baseline": "value"},
+    }
+    status, table = lesson(name="variance", seeds=1, **arms)
+    assert status == 0 and Path("figure.png").stat().st_size > 1000
+    assert list(table[0]) == ["returns", "baseline", "mean_return", "variance", "snr"]
+    assert {(row["returns"], row["baseline"]) for row in table} == {("full", "none"), ("to-go", "value")}
+    assert re.search(r"^a: \S+ at return \d+", capsys.readouterr().out, re.M)
 
 
 def test_no_seed_is_refused(lesson, capsys):
@@ -56,9 +110,20 @@ def test_no_seed_is_refused(lesson, capsys):
     assert "--seeds must be 1 or more" in capsys.readouterr().err
 
 
-def test_run_that_fails_ends_the_lesson_with_its_name_and_error(lesson):
-    with pytest.raises(SystemExit, match="beta_1__1: error: --beta is -1.0, but must be 0 or more"):
-        lesson(seeds=1, one=f"{TINY} --beta=-1")
+def test_run_that_fails_ends_the_lesson_with_its_error(lesson, capsys):
+    status, table = lesson(seeds=1, one=TINY | {"beta": -1})
+    out = capsys.readouterr().out
+    assert status == 1 and not table and "error: --beta is -1.0, but must be 0 or more" in out and "FAILED" in out
+
+
+@pytest.mark.parametrize("name", lessons.LESSONS)
+def test_the_scripts_take_the_flags_of_every_lesson(name, tmp_path):
+    lesson = lessons.LESSONS[name]
+    script = importlib.import_module(lesson.script)
+    for arm in lessons.jobs_of(lesson, [1], tmp_path).values():
+        args = script.parse_args(arm[0].start(tmp_path)[2:])
+        assert (args.seed, args.run_name, args.num_threads) == (1, arm[0].name, 1)
+    assert set(lesson.panels) <= set(lessons.COLUMNS.values())
 
 
 def test_first_iteration_of_a_threshold():
@@ -66,9 +131,8 @@ def test_first_iteration_of_a_threshold():
     assert [lessons.first(series, *at) for at in (("y", 0.9), ("y", 0.91), ("x", 0.9), ("y", 0.96))] == [2, 3, 0, None]
 
 
-def test_collapse_prints_the_worked_numbers(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["lessons", "collapse"])
-    lessons.main()
+def test_collapse_prints_the_worked_numbers(capsys):
+    assert lessons.main(["collapse"]) == 0
     out = capsys.readouterr().out
     for numbers in (
         r"-0.707 \+0.707 +-0.500 \+0.500 +-0.548 \+0.548",

@@ -16,8 +16,9 @@ import pytest
 
 from benchmarks import figures, report, stats
 from benchmarks.__main__ import main
-from benchmarks.jobs import UsageError, read_suite
-from benchmarks.runs import find_runs, key_of, read_runs
+from benchmarks.jobs import UsageError
+from benchmarks.records import find_runs, key_of, read_runs
+from benchmarks.suite import read_suite
 
 
 def make_run(folder, env_id="CartPole-v1", algo="ppo", seed=1, returns=(), status="completed", evaluation=None, **args):
@@ -639,7 +640,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_every_published_source_of_a_suite_exists_and_every_scale_is_one():
-    from benchmarks.jobs import SUITES
+    from benchmarks.suite import SUITES
 
     known = {row["source_key"] for row in report.read_reference("sources")}
     for file in SUITES.glob("*.toml"):

@@ -1,9 +1,7 @@
 """The sweep, with a quick script in the place of a real one: its score is a formula of its flags."""
 
 import csv
-import dataclasses
 import fcntl
-import importlib
 import json
 import math
 import os
@@ -14,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,60 +19,92 @@ import pytest
 pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
-from benchmarks import space, study, sweep
-from benchmarks.jobs import ROOT, UsageError, jobs_of, read_suite
-from benchmarks.sweep import Options, make_plan
+from benchmarks import conclusion, space, study, sweep
+from benchmarks.arguments import arguments_of
+from benchmarks.jobs import ROOT, UsageError
+from benchmarks.plan import Options, make_plan
+from benchmarks.suite import jobs_of, read_suite
 
 SCRIPT = r"""
 import argparse, json, math, os, signal, sys, time
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-for name, default in dict(env_id="CartPole-v1", runs_dir="runs", run_name="", exp_name="fake", resume="", evaluate="",
-                          surrogate="clip").items():
-    choices = ["clip", "none"] if name == "surrogate" else None
-    parser.add_argument("--" + name.replace("_", "-"), default=default, choices=choices, help="x")
-for name, default in dict(seed=1, total_timesteps=1000, eval_episodes=10, width=64, num_threads=0).items():
-    parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help="x")
-for name, default in dict(learning_rate=0.1, sleep=0.0, sleep_later=0.0).items():
-    parser.add_argument("--" + name.replace("_", "-"), type=float, default=default, help="x")
-parser.add_argument("--norm-adv", action=argparse.BooleanOptionalAction, default=True, help="x")
-parser.add_argument("--eval-stochastic", action="store_true")
-args = parser.parse_args()
-run = Path(args.resume or args.evaluate or Path(args.runs_dir) / args.run_name)
-if args.resume or args.evaluate:
-    args = argparse.Namespace(**json.loads((run / "config.json").read_text())["args"] | {"evaluate": args.evaluate,
-        "resume": args.resume, "eval_episodes": args.eval_episodes, "eval_stochastic": args.eval_stochastic})
-if args.width == 13:
-    sys.exit(print("error: --width is 13, which brings bad luck.", file=sys.stderr) or 2)
-if args.evaluate:
-    summary = json.loads((run / "summary.json").read_text())
-    kind = "stochastic" if args.eval_stochastic else "deterministic"
-    summary.setdefault("eval", {})[kind] = dict(mean=1.0, std=0.0, min=1.0, max=1.0, episodes=args.eval_episodes)
-    sys.exit((run / "summary.json").write_text(json.dumps(summary)) * 0)
-if not args.resume:
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(dict(args=vars(args))))
-    (run / "checkpoints" / "step_0.pt").write_text("")
-(run / "pid").write_text(str(os.getpid()))
-with open(run / "sessions.txt", "a") as file:
-    print("resumed" if args.resume else "begun", file=file)
 
-def end(status, exit_status, score=None):
-    (run / "summary.json").write_text(json.dumps(dict(status=status, global_step=1000, train_last100=score)))
-    sys.exit(exit_status)
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"
+    runs_dir: str = "runs"
+    run_name: str = ""
+    exp_name: str = "fake"
+    resume: str = ""
+    evaluate: str = ""
+    surrogate: Literal["clip", "none"] = "clip"
+    seed: int = 1
+    total_timesteps: int = 1000
+    eval_episodes: int = 10
+    eval_stochastic: bool = False
+    width: int = 64
+    num_threads: int = 0
+    learning_rate: float = 0.1
+    sleep: float = 0.0
+    sleep_later: float = 0.0
+    norm_adv: bool = True
 
-signal.signal(signal.SIGTERM, lambda *_: end("interrupted", 143))
-time.sleep(args.sleep + args.sleep_later * (args.seed > 1001))
-(run / "progress.csv").write_text("global_step,wall_time,sps\n1000,1.0,1000.0\n")
-if args.width == 7:
-    print("error: iteration 1: the loss is nan", file=sys.stderr)
-    end("diverged", 1)
-good = math.exp(-math.log10(args.learning_rate / 0.001) ** 2) * (1.0 if args.width >= 32 else 0.5)
-good += 0.01 * ((args.seed * 37) % 5 - 2)
-scales = {"CartPole-v1": (22, 500), "Acrobot-v1": (-500, -80), "Taxi-v4": (0, 1)}
-low, high = scales[args.env_id]
-end("completed", 0, low + (high - low) * good)
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for field in fields(Args):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            kind = field.type if field.type in (int, float) else str
+            parser.add_argument(flag, type=kind, default=field.default)
+    return Args(**vars(parser.parse_args(argv)))
+
+
+def main():
+    args = parse_args()
+    run = Path(args.resume or args.evaluate or Path(args.runs_dir) / args.run_name)
+    if args.resume or args.evaluate:
+        args = Args(**json.loads((run / "config.json").read_text())["args"] | {"evaluate": args.evaluate,
+            "resume": args.resume, "eval_episodes": args.eval_episodes, "eval_stochastic": args.eval_stochastic})
+    if args.width == 13:
+        sys.exit(print("error: --width is 13, which brings bad luck.", file=sys.stderr) or 2)
+    if args.evaluate:
+        summary = json.loads((run / "summary.json").read_text())
+        kind = "stochastic" if args.eval_stochastic else "deterministic"
+        summary.setdefault("eval", {})[kind] = dict(mean=1.0, std=0.0, min=1.0, max=1.0, episodes=args.eval_episodes)
+        sys.exit((run / "summary.json").write_text(json.dumps(summary)) * 0)
+    if not args.resume:
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(dict(args=vars(args))))
+        (run / "checkpoints" / "step_0.pt").write_text("")
+    (run / "pid").write_text(str(os.getpid()))
+    with open(run / "sessions.txt", "a") as file:
+        print("resumed" if args.resume else "begun", file=file)
+
+    def end(status, exit_status, score=None):
+        (run / "summary.json").write_text(json.dumps(dict(status=status, global_step=1000, train_last100=score)))
+        sys.exit(exit_status)
+
+    signal.signal(signal.SIGTERM, lambda *_: end("interrupted", 143))
+    time.sleep(args.sleep + args.sleep_later * (args.seed > 1001))
+    (run / "progress.csv").write_text("global_step,wall_time,sps\n1000,1.0,1000.0\n")
+    if args.width == 7:
+        print("error: iteration 1: the loss is nan", file=sys.stderr)
+        end("diverged", 1)
+    good = math.exp(-math.log10(args.learning_rate / 0.001) ** 2) * (1.0 if args.width >= 32 else 0.5)
+    good += 0.01 * ((args.seed * 37) % 5 - 2)
+    scales = {"CartPole-v1": (22, 500), "Acrobot-v1": (-500, -80), "Taxi-v4": (0, 1)}
+    low, high = scales[args.env_id]
+    end("completed", 0, low + (high - low) * good)
+
+
+if __name__ == "__main__":
+    main()
 """
 SPACE = """
 [learning-rate]
@@ -339,35 +368,46 @@ def test_one_environment_may_keep_raw_scores(here):
     [
         (
             "[learning-rat]\nlow = 1\nhigh = 2",
-            "line 1, learning-rat: fake.py has no such flag; did you mean learning-rate?",
+            "space.toml: learning-rat: fake.py has no such flag; did you mean learning-rate?",
         ),
         (
             "[width]\nlow = 1\nhigh = 2\n[learning_rate]\nlow = 1\nhi = 2",
-            "line 6, learning-rate hi: no such key; did you mean high?",
+            "space.toml: learning-rate.hi: no such key; did you mean high?",
         ),
-        ("\n[width]\nlow = 8\n[sleep]\nlow = 1\nhigh = 2", "line 2, width high: is missing"),
-        ("[width]\nlow = 8\nhigh = 8", "line 3, width high: must be greater than low, 8"),
-        ("[width]\nlow = 0\nhigh = 8\nlog = true", "line 4, width log: must be true or false, and low greater than 0"),
-        ("[width]\nlow = 1\nhigh = 8\nstep = 0", "line 4, width step: must be a number greater than 0"),
-        ("[width]\nlow = '1'\nhigh = 8", "line 2, width low: must be a number"),
-        ("[width]\nchoices = [1]", "line 2, width choices: must be a list of two or more different values"),
-        ("[surrogate]\nchoices = ['clip', 'clop']", "line 2, surrogate choices: fake.py takes clip, none, not clop"),
-        ("width = 3", "line 1, width: must be a table"),
-        ("[width]\nlow = nan\nhigh = 8", "line 2, width low: must be a number"),
-        ("[width]\nlow = 1\nhigh = inf", "line 3, width high: must be a number"),
+        ("\n[width]\nlow = 8\n[sleep]\nlow = 1\nhigh = 2", "space.toml: width.high: is missing."),
+        ("[width]\nlow = 8\nhigh = 8", "space.toml: width.high: must be greater than low, 8"),
+        (
+            "[width]\nlow = 0\nhigh = 8\nlog = true",
+            "space.toml: width.log: must be true or false, and low greater than 0",
+        ),
+        ("[width]\nlow = 1\nhigh = 8\nstep = 0", "space.toml: width.step: must be a number greater than 0"),
+        ("[width]\nlow = '1'\nhigh = 8", "space.toml: width.low: must be a number"),
+        ("[width]\nchoices = [1]", "space.toml: width.choices: must be a list of two or more different values"),
+        (
+            "[surrogate]\nchoices = ['clip', 'clop']",
+            "space.toml: surrogate.choices: fake.py takes clip, none, not clop",
+        ),
+        ("width = 3", "space.toml: width: must be a table"),
+        ("[width]\nlow = nan\nhigh = 8", "space.toml: width.low: must be a number"),
+        ("[width]\nlow = 1\nhigh = inf", "space.toml: width.high: must be a number"),
         (
             "[learning-rate]\nlow = 0.1\nhigh = 1\n[learning_rate]\nlow = 1\nhigh = 2",
             "learning-rate: is there twice, with - and with _",
         ),
-        ("[width]\nlow = 1\nhigh = 8\n[fixed]\nwidth = 3", "line 5, fixed width: is searched as well"),
+        ("[width]\nlow = 1\nhigh = 8\n[fixed]\nwidth = 3", "space.toml: fixed.width: is searched as well"),
         (
             "[width]\nlow = 1\nhigh = 8\n[fixed]\nwdth = 3",
-            "line 5, fixed wdth: fake.py has no such flag; did you mean width?",
+            "space.toml: fixed.wdth: fake.py has no such flag; did you mean width?",
         ),
-        ("[seed]\nlow = 1\nhigh = 8", "line 1, seed: the sweep sets this flag itself"),
+        ("[seed]\nlow = 1\nhigh = 8", "space.toml: seed: the sweep sets this flag itself"),
         (
             "[width]\nlow = 1\nhigh = 8\n[normalise]\nA-v0 = [3, 2]",
-            "line 5, normalise A-v0: must be [score that counts as 0",
+            "space.toml: normalise.A-v0: must be [score that counts as 0",
+        ),
+        ("[width]\nlow = 1.5\nhigh = 8", "space.toml: width.low: fake.py takes whole numbers; low, high and step must"),
+        (
+            "[sleep]\nlow = 1\nhigh = 8\n[fixed]\nnorm-adv = 1",
+            "space.toml: fixed.norm-adv: fake.py takes true or false",
         ),
         ("[width\nlow = 1", "at line 1"),
         ("[fixed]\nwidth = 3", "searches nothing"),
@@ -501,14 +541,15 @@ def test_the_lock_of_the_journal_goes_with_its_process(here):
     assert lock.acquire()
 
 
-def test_defaults_come_from_help_and_stay_within_the_space(here):
-    flags = space.help_of((sys.executable, "fake.py"), "CartPole-v1")
-    assert flags["learning-rate"][:2] == ("0.1", []) and flags["surrogate"] == ("clip", ["clip", "none"], "")
-    assert flags["norm-adv"] == ("True", [], "bool")
+def test_defaults_come_from_the_script_and_stay_within_the_space(here):
+    known = arguments_of("fake.py", "CartPole-v1")
     text = "[learning-rate]\nlow = 1e-4\nhigh = 1e-2\n[width]\nlow = 10\nhigh = 100\nstep = 20\n"
-    Path("space.toml").write_text(text + "[norm-adv]\nchoices = [false, true]\n[sleep]\nchoices = [1, 2]\n")
+    text += "[norm-adv]\nchoices = [false, true]\n[sleep]\nchoices = [1, 2]\n[sleep-later]\nchoices = [2, 0]\n"
+    Path("space.toml").write_text(text + "[surrogate]\nlow = 1\nhigh = 2\n")
     read = space.read_space("space.toml")
-    assert space.default_of(read, flags) == {"learning-rate": 0.01, "width": 70, "norm-adv": True}
+    defaults = {"learning-rate": 0.01, "width": 70, "norm-adv": True, "sleep-later": 0}
+    assert space.default_of(read, known) == defaults
+    assert [type(value) for value in space.default_of(read, known).values()] == [float, int, bool, int]
     assert space.values_of(read, {"learning-rate": 0.0012345, "width": 30}) == {"learning-rate": 0.001234, "width": 30}
 
 
@@ -518,11 +559,9 @@ def test_the_shipped_spaces_fit_their_scripts():
     assert set(plan.defaults[0]) == set(plan.space.params) and [job.seed for job in jobs] == [1001, 1002, 1003]
     assert plan.algo == "ppo" and plan.shown == ("python", "ppo.py") and jobs[0].eval_episodes == 0
     for name in ("ppo", "a2c", "trpo", "reinforce"):
-        fields = dataclasses.fields(importlib.import_module(name).Args)
-        flags = {f.name.replace("_", "-"): space.Flag(str(f.default), list(get_args(f.type))) for f in fields}
-        read = space.read_space(name)
-        space.check_flags(read, name, flags)
-        assert set(space.default_of(read, flags)) == set(read.params)
+        known, read = arguments_of(name, "CartPole-v1"), space.read_space(name)
+        space.check_flags(read, name, known)
+        assert set(space.default_of(read, known)) == set(read.params)
 
 
 def test_a_run_that_somebody_else_stops_goes_on(here):
@@ -541,7 +580,7 @@ def test_a_run_that_somebody_else_stops_goes_on(here):
 def test_the_sweep_file_of_wandb_needs_no_extra(here, monkeypatch):
     pytest.importorskip("yaml")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for module in (sweep, study):
+    for module in (sweep, study, conclusion):
         monkeypatch.setattr(module, "optuna", None)
     assert sweep.main(options(export_wandb="wandb.yaml")) == 0 and Path("wandb.yaml").exists()
     with pytest.raises(UsageError, match="a sweep needs optuna"):
@@ -575,11 +614,11 @@ def test_the_comparison_has_intervals_and_says_what_they_show(here):
     rng = np.random.default_rng(1)
     default = {"CartPole-v1": list(rng.normal(200, 10, 5)), "Acrobot-v1": list(rng.normal(-90, 5, 5))}
     winner = {"CartPole-v1": list(rng.normal(400, 10, 5)), "Acrobot-v1": list(rng.normal(-90, 5, 5))}
-    lines = study.compare(plan, default, winner)
+    lines = conclusion.compare(plan, default, winner)
     assert lines[2].startswith("| CartPole-v1 | ") and lines[2].endswith("| better |")
     assert lines[3].startswith("| Acrobot-v1 | ") and lines[3].endswith("| not shown to differ |")
     assert lines[4].startswith("| all, normalised | ") and lines[4].endswith("| better |")
-    assert study.compare(plan, winner, default)[2].endswith("| worse |")
+    assert conclusion.compare(plan, winner, default)[2].endswith("| worse |")
     assert "few seeds are too narrow" in lines[-1]
 
 
@@ -587,21 +626,21 @@ def test_the_verdict_on_five_seeds_is_not_that_of_the_plain_bootstrap(here):
     """The plain interval of this difference, [0.8, 14.6], is above zero."""
     plan = make_plan(options())
     default, winner = [0.0, 4.0, 8.0, 12.0, 16.0], [8.0, 12.0, 16.0, 19.0, 24.0]
-    plain = study.stats.difference(np.array(default), np.array(winner), np.random.default_rng(0))
+    plain = conclusion.stats.difference(np.array(default), np.array(winner), np.random.default_rng(0))
     assert plain[0] > 0
-    lines = study.compare(plan, {"CartPole-v1": default}, {"CartPole-v1": winner})
+    lines = conclusion.compare(plan, {"CartPole-v1": default}, {"CartPole-v1": winner})
     assert lines[2].endswith("| not shown to differ |")
 
 
 def test_a_failed_run_of_the_check_counts_as_the_lowest_return(here):
     plan = make_plan(options())
-    assert study.filled(plan, [300.0, 30.0], [None, 400.0], "CartPole-v1")[1].tolist() == [22.0, 400.0]
-    assert study.filled(plan, [300.0, 10.0], [None, 400.0], "CartPole-v1")[1].tolist() == [10.0, 400.0]
-    assert math.isnan(study.filled(plan, [0.5], [None], "Taxi-v4")[1][0])
+    assert conclusion.filled(plan, [300.0, 30.0], [None, 400.0], "CartPole-v1")[1].tolist() == [22.0, 400.0]
+    assert conclusion.filled(plan, [300.0, 10.0], [None, 400.0], "CartPole-v1")[1].tolist() == [10.0, 400.0]
+    assert math.isnan(conclusion.filled(plan, [0.5], [None], "Taxi-v4")[1][0])
     both = {"CartPole-v1": [300.0, 300.0, 320.0], "Acrobot-v1": [-90.0, -90.0, -91.0]}
     failed = {env_id: [None, *scores[1:]] for env_id, scores in both.items()}
     scores = [plan.score(env_id, value) for env_id, values in failed.items() for value in values]
-    assert scores.count(-1.0) == 2 and f"| {study.show(np.mean(scores))} [" in study.compare(plan, both, failed)[4]
-    said = " ".join(study.compare(plan, both, failed))
+    assert scores.count(-1.0) == 2 and f"| {study.show(np.mean(scores))} [" in conclusion.compare(plan, both, failed)[4]
+    said = " ".join(conclusion.compare(plan, both, failed))
     assert "On CartPole-v1 0 of 3 runs of the default and 1 of 3 of the winner failed and count as 22.0." in said
-    assert "failed" not in " ".join(study.compare(plan, both, both))
+    assert "failed" not in " ".join(conclusion.compare(plan, both, both))

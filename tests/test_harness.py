@@ -21,8 +21,8 @@ import tyro
 
 from benchmarks import jobs, run
 from benchmarks.__main__ import main
-from benchmarks.jobs import SUITES, UsageError, jobs_of, read_suite, status_of
-from benchmarks.space import Flag
+from benchmarks.jobs import UsageError, status_of
+from benchmarks.suite import SUITES, jobs_of, read_suite
 
 ROOT = Path(run.__file__).parent.parent
 
@@ -30,117 +30,140 @@ ROOT = Path(run.__file__).parent.parent
 # folder: processes write to FAKE/trace what they do, wait while there is FAKE/hold, and obey FAKE/<seed>.<order>.
 SCRIPT = """
 import argparse, fcntl, json, os, signal, sys, time
+from dataclasses import dataclass, fields
 from pathlib import Path
-
-parser = argparse.ArgumentParser(allow_abbrev=False)
-for name in "env-id seed runs-dir run-name resume evaluate eval-episodes num-threads exp-name speed".split():
-    parser.add_argument(f"--{name}", default="")
-parser.add_argument("--total-timesteps", default="500")
-parser.add_argument("--eval-stochastic", action="store_true")
-parser.add_argument("--turbo", action=argparse.BooleanOptionalAction)
-args, fake = parser.parse_args(), Path(os.environ["FAKE"])
-run = Path(args.resume or args.evaluate or f"{args.runs_dir}/{args.run_name}")
-saved = json.loads((run / "config.json").read_text())["args"] if args.resume or args.evaluate else vars(args)
-seed, total, signals = saved["seed"], int(saved["total_timesteps"]), []
+from typing import Literal
 
 
-def told(order):
-    return (fake / f"{seed}.{order}").exists()
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"
+    seed: int = 1
+    runs_dir: str = "runs"
+    run_name: str = ""
+    resume: str = ""
+    evaluate: str = ""
+    eval_episodes: int = 10
+    eval_stochastic: bool = False
+    num_threads: int = 0
+    exp_name: str = "fake"
+    total_timesteps: int = 500
+    speed: float = 1.0
+    turbo: bool = False
 
 
-def is_alive(pid):
-    try:
-        return b"fake" in Path(f"/proc/{pid}/cmdline").read_bytes()  # empty for a zombie
-    except OSError:
-        return False
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for field in fields(Args):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            kind = field.type if field.type in (int, float) else str
+            parser.add_argument(flag, type=kind, default=field.default)
+    return Args(**vars(parser.parse_args(argv)))
 
 
-def trace(event):
-    with open(fake / "trace", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        (fake / "pids" / str(os.getpid())).touch()
-        alive = sum(map(is_alive, os.listdir(fake / "pids")))
-        file.write(json.dumps([os.getpid(), run.name, event, alive]) + "\\n")
+def main():
+    args, fake = parse_args(), Path(os.environ["FAKE"])
+    run = Path(args.resume or args.evaluate or f"{args.runs_dir}/{args.run_name}")
+    saved = json.loads((run / "config.json").read_text())["args"] if args.resume or args.evaluate else vars(args)
+    seed, total, signals = saved["seed"], saved["total_timesteps"], []
+
+    def told(order):
+        return (fake / f"{seed}.{order}").exists()
+
+    def is_alive(pid):
+        try:
+            return b"fake" in Path(f"/proc/{pid}/cmdline").read_bytes()  # empty for a zombie
+        except OSError:
+            return False
+
+    def trace(event):
+        with open(fake / "trace", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            (fake / "pids" / str(os.getpid())).touch()
+            alive = sum(map(is_alive, os.listdir(fake / "pids")))
+            file.write(json.dumps([os.getpid(), run.name, event, alive]) + "\\n")
+
+    def write(name, content):
+        (run / f"{name}.tmp").write_text(json.dumps(content))
+        os.replace(run / f"{name}.tmp", run / name)
+
+    def append(name, row):
+        with open(run / name, "a") as file:
+            file.write(row + "\\n")
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def stop(number, frame):
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+
+    if told("usage"):
+        print("error: --speed is wrong", file=sys.stderr)
+        sys.exit(2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    trace("evaluate" if args.evaluate else "resume" if args.resume else "start")
+    if args.evaluate:
+        while told("hold-evaluation"):
+            time.sleep(0.01)
+        if told("kill-evaluation"):
+            (fake / f"{seed}.kill-evaluation").unlink()
+            die()
+        if told("fail-evaluation"):
+            sys.exit("no games left")
+        kind = "stochastic" if args.eval_stochastic else "deterministic"
+        summary = json.loads((run / "summary.json").read_text())
+        summary["eval"] = summary.get("eval", {}) | {kind: dict(mean=1.0, episodes=args.eval_episodes)}
+        write("summary.json", summary)
+        sys.exit(0)
+    if not args.resume:
+        (run / "checkpoints").mkdir(parents=True)
+        write("config.json", dict(args=vars(args)))
+        if told("kill-early"):
+            (fake / f"{seed}.kill-early").unlink()
+            (run / "checkpoints" / "step_0000.pt.tmp").touch()
+            die()
+        (run / "checkpoints" / "step_0000.pt").touch()
+        append("episodes.csv", "global_step,wall_time,return,length")
+        append("progress.csv", "global_step,wall_time,sps")
+    step = max(int(path.stem[5:]) for path in (run / "checkpoints").glob("step_*.pt"))
+    if told("crash"):
+        raise RuntimeError("no wheels")
+    status = "completed"
+    while step < total and status == "completed":
+        while ((fake / "hold").exists() or told("hold")) and not signals or told("deaf"):
+            time.sleep(0.01)
+        if told("fail") and step == 200:
+            write("summary.json", dict(status="failed", global_step=step, error="the wheels came off"))
+            sys.exit("error: the wheels came off")
+        step += 100
+        trace(f"step {step}")
+        append("episodes.csv", f"{step},0.1,{step},10")
+        append("progress.csv", f"{step},0.1,1234.5")
+        print(f"{step} steps # {seed}")
+        (run / "checkpoints" / f"step_{step:04}.pt").touch()
+        for old in sorted((run / "checkpoints").glob("step_*.pt"))[:-2]:
+            old.unlink()
+        if told("kills") and step <= 100 * int((fake / f"{seed}.kills").read_text()):
+            die()
+        if told("term") and step == 200:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if told("kill-at-end") and step == total:
+            (fake / f"{seed}.kill-at-end").unlink()
+            die()
+        status = "interrupted" if signals and step < total else status
+    if not told("no-summary"):
+        write("summary.json", dict(status=status, global_step=step, train_last100=1234.5))
+    sys.exit(128 + signals[0] if status == "interrupted" else 0)
 
 
-def write(name, content):
-    (run / f"{name}.tmp").write_text(json.dumps(content))
-    os.replace(run / f"{name}.tmp", run / name)
-
-
-def append(name, row):
-    with open(run / name, "a") as file:
-        file.write(row + "\\n")
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stop(number, frame):
-    if signals:
-        os._exit(128 + number)
-    signals.append(number)
-
-
-if told("usage"):
-    print("error: --speed is wrong", file=sys.stderr)
-    sys.exit(2)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, stop)
-trace("evaluate" if args.evaluate else "resume" if args.resume else "start")
-if args.evaluate:
-    while told("hold-evaluation"):
-        time.sleep(0.01)
-    if told("kill-evaluation"):
-        (fake / f"{seed}.kill-evaluation").unlink()
-        die()
-    if told("fail-evaluation"):
-        sys.exit("no games left")
-    kind = "stochastic" if args.eval_stochastic else "deterministic"
-    summary = json.loads((run / "summary.json").read_text())
-    summary["eval"] = summary.get("eval", {}) | {kind: dict(mean=1.0, episodes=int(args.eval_episodes))}
-    write("summary.json", summary)
-    sys.exit(0)
-if not args.resume:
-    (run / "checkpoints").mkdir(parents=True)
-    write("config.json", dict(args=vars(args)))
-    if told("kill-early"):
-        (fake / f"{seed}.kill-early").unlink()
-        (run / "checkpoints" / "step_0000.pt.tmp").touch()
-        die()
-    (run / "checkpoints" / "step_0000.pt").touch()
-    append("episodes.csv", "global_step,wall_time,return,length")
-    append("progress.csv", "global_step,wall_time,sps")
-step = max(int(path.stem[5:]) for path in (run / "checkpoints").glob("step_*.pt"))
-if told("crash"):
-    raise RuntimeError("no wheels")
-status = "completed"
-while step < total and status == "completed":
-    while ((fake / "hold").exists() or told("hold")) and not signals or told("deaf"):
-        time.sleep(0.01)
-    if told("fail") and step == 200:
-        write("summary.json", dict(status="failed", global_step=step, error="the wheels came off"))
-        sys.exit("error: the wheels came off")
-    step += 100
-    trace(f"step {step}")
-    append("episodes.csv", f"{step},0.1,{step},10")
-    append("progress.csv", f"{step},0.1,1234.5")
-    print(f"{step} steps # {seed}")
-    (run / "checkpoints" / f"step_{step:04}.pt").touch()
-    for old in sorted((run / "checkpoints").glob("step_*.pt"))[:-2]:
-        old.unlink()
-    if told("kills") and step <= 100 * int((fake / f"{seed}.kills").read_text()):
-        die()
-    if told("term") and step == 200:
-        os.kill(os.getpid(), signal.SIGTERM)
-    if told("kill-at-end") and step == total:
-        (fake / f"{seed}.kill-at-end").unlink()
-        die()
-    status = "interrupted" if signals and step < total else status
-if not told("no-summary"):
-    write("summary.json", dict(status=status, global_step=step, train_last100=1234.5))
-sys.exit(128 + signals[0] if status == "interrupted" else 0)
+if __name__ == "__main__":
+    main()
 """
 SHIPPED = {
     "smoke": 16,
@@ -661,49 +684,55 @@ RULE = "[[arguments]]\nflags = { speed = 1 }\n"
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("seed = 3", "suite.toml, line 7, seed: no such key; did you mean seeds?"),
-        ("colour = 3", "suite.toml, line 7, colour: no such key; there are envs, algos, "),
-        ("normalise = 3", "suite.toml, line 7, normalise: must be true or false, but is 3."),
-        ("description = [1]", "suite.toml, line 7, description: must be a text, but is [1]."),
-        ("published = 'x'", "suite.toml, line 7, published: must be a list of source keys, but is 'x'."),
+        ("seed = 3", "suite.toml: seed: no such key; did you mean seeds?"),
+        ("colour = 3", "suite.toml: colour: no such key; there are envs, algos, "),
+        ("normalise = 3", "suite.toml: normalise: must be true or false, but is 3."),
+        ("description = [1]", "suite.toml: description: must be a text, but is [1]."),
+        ("published = 'x'", "suite.toml: published: must be a list of source keys, but is 'x'."),
         ("envs = ['x']", "suite.toml: Cannot overwrite a value (at line 7"),
         ("x = ", "suite.toml: Invalid value (at "),
-        ("arguments = [3]", "suite.toml, line 7, arguments: must be written as [[arguments]] tables"),
-        ("arguments = 3", "suite.toml, line 7, arguments: must be written as [[arguments]] tables"),
-        ("[[arguments]]\nenvs = ['*']", "suite.toml, line 7, arguments: has no flags"),
-        (RULE + "[[arguments]]\nenvs = 'x'", "suite.toml, line 10, envs: must be a list of patterns, but is 'x'."),
-        (RULE + "env = ['*']", "suite.toml, line 9, env: no such key; did you mean envs?"),
-        (RULE + "envs = [1]", "suite.toml, line 9, envs: must be a list of patterns, but is [1]."),
-        (RULE + RULE + "algo = ['*']", "suite.toml, line 11, algo: no such key; did you mean algos?"),
-        (RULE + "[[arguments]]\nflags = 3", "suite.toml, line 10, flags: must be a table of flags, but is 3."),
-        ("[[arguments]]\nflags = { seed = 5 }", "suite.toml, line 8, flags: seed is set for each run"),
-        ("[[arguments]]\nflags = { runs_dir = 'x' }", "suite.toml, line 8, flags: runs-dir is set for each run"),
-        ("[variants.x]\nflags = {}", "suite.toml, line 7, x: a variant needs algo"),
-        ("[variants]\nx = 3", "suite.toml, line 8, x: a variant needs algo"),
-        ("[variants.'x+y']\nflags = {}", "suite.toml, line 7, x+y: a variant needs algo"),
-        ("[variants.x]\nalgo = 3", "suite.toml, line 8, algo: must be a script or a peer, but is 3."),
-        ("[variants.x]\nalgo = 'ppo'\nflag = {}", "suite.toml, line 9, flag: no such key; did you mean flags?"),
+        ("arguments = [3]", "suite.toml: arguments[0]: must be a table, but is 3; write [[arguments]]."),
+        ("arguments = 3", "suite.toml: arguments: must be written as [[arguments]] tables, but is 3."),
+        ("[[arguments]]\nenvs = ['*']", "suite.toml: arguments[0]: has no flags."),
+        (RULE + "[[arguments]]\nenvs = 'x'", "suite.toml: arguments[1].envs: must be a list of patterns, but is 'x'."),
+        (RULE + "env = ['*']", "suite.toml: arguments[0].env: no such key; did you mean envs?"),
+        (RULE + "envs = [1]", "suite.toml: arguments[0].envs: must be a list of patterns, but is [1]."),
+        (RULE + RULE + "algo = ['*']", "suite.toml: arguments[1].algo: no such key; did you mean algos?"),
+        (RULE + "[[arguments]]\nflags = 3", "suite.toml: arguments[1].flags: must be a table of flags, but is 3."),
+        ("[[arguments]]\nflags = { seed = 5 }", "suite.toml: arguments[0].flags.seed: is set for each run"),
+        ("[[arguments]]\nflags = { runs_dir = 'x' }", "suite.toml: arguments[0].flags.runs_dir: is set for each run"),
+        ("[variants.x]\nflags = {}", "suite.toml: variants.x: a variant needs algo"),
+        ("[variants]\nx = 3", "suite.toml: variants.x: a variant needs algo"),
+        ("[variants.'x+y']\nflags = {}", 'suite.toml: variants."x+y": a variant needs algo'),
+        ("[variants.x]\nalgo = 3", "suite.toml: variants.x.algo: must be a script or a peer, but is 3."),
+        ("[variants.x]\nalgo = 'ppo'\nflag = {}", "suite.toml: variants.x.flag: no such key; did you mean flags?"),
         (
             "[variants.x]\nalgo = 'ppo'\n[variants.y]\nalgo = 'ppo'\nflags = 3",
-            "suite.toml, line 11, flags: must be a table of flags, but is 3.",
+            "suite.toml: variants.y.flags: must be a table of flags, but is 3.",
         ),
-        ("[variants.x]\nalgo = 'ppo'\nflags.env-id = 'x'", "line 9, flags: env-id is set for each run"),
+        ("[variants.x]\nalgo = 'ppo'\nflags.env-id = 'x'", "suite.toml: variants.x.flags.env-id: is set for each run"),
         (
             "[variants.x]\nalgo = 'ppo'\nflags = { speed = { fast = 1 } }",
-            "line 9, speed: must be a number, a text, true",
+            "suite.toml: variants.x.flags.speed: must be a number, a text, true",
         ),
-        ("[variants.x]\nalgo = 'ppo'\nflags = { speed = [[1]] }", "line 9, speed: must be a number, a text, true"),
-        ("[variants.x]\nalgo = 'ppo'\n[variants.y]\nalgo = 'pppo'", "line 10, algo: pppo is no script, no peer and no"),
-        ("[variants.x]\nalgo = 'gone.py'", "suite.toml, line 8, algo: gone.py is no script"),
-        ("published = ['slm_lib']", "suite.toml, line 7, published: there is no source slm_lib; did you mean slm_lab?"),
-        (RULE + "[[arguments]]\nenvs = ['CartPol-*']\nflags = {}", "line 9, arguments: matches none of the suite's"),
         (
-            RULE + "algos = ['fake']",
-            "suite.toml, line 7, arguments: matches none of the suite's environments and algos.",
+            "[variants.x]\nalgo = 'ppo'\nflags = { speed = [[1]] }",
+            "suite.toml: variants.x.flags.speed: must be a number, a text, true",
         ),
+        (
+            "[variants.x]\nalgo = 'ppo'\n[variants.y]\nalgo = 'pppo'",
+            "suite.toml: variants.y.algo: pppo is no script, no peer and no",
+        ),
+        ("[variants.x]\nalgo = 'gone.py'", "suite.toml: variants.x.algo: gone.py is no script"),
+        ("published = ['slm_lib']", "suite.toml: published: there is no source slm_lib; did you mean slm_lab?"),
+        (
+            RULE + "[[arguments]]\nenvs = ['CartPol-*']\nflags = {}",
+            "suite.toml: arguments[1]: matches none of the suite's",
+        ),
+        (RULE + "algos = ['fake']", "suite.toml: arguments[0]: matches none of the suite's environments and algos."),
     ],
 )
-def test_error_behind_a_suite_names_file_line_and_key(text, message, lab):
+def test_error_behind_a_suite_names_file_and_key(text, message, lab):
     assert message in refusal(lab, text + "\n")
 
 
@@ -712,9 +741,13 @@ def test_error_behind_a_suite_names_file_line_and_key(text, message, lab):
     [
         ("envs = ", "# ", "envs: is missing or empty"),
         ("algos = ", "# ", "algos: is missing or empty"),
-        ('["CartPole-v1"]', "[]", "suite.toml, line 2, envs: is missing or empty"),
-        ('["CartPole-v1"]', "[1]", "suite.toml, line 2, envs: "),
-        ('["CartPole-v1"]', "'CartPole-v1'", "line 2, envs: must be a list of environment ids, but is 'CartPole-v1'."),
+        ('["CartPole-v1"]', "[]", "suite.toml: envs: is missing or empty"),
+        ('["CartPole-v1"]', "[1]", "suite.toml: envs: "),
+        (
+            '["CartPole-v1"]',
+            "'CartPole-v1'",
+            "suite.toml: envs: must be a list of environment ids, but is 'CartPole-v1'.",
+        ),
         ('["CartPole-v1"]', "['CartPol-v1']", "CartPol-v1 is not registered in gymnasium; did you mean CartPole-v"),
         ('["CartPole-v1"]', "['nowhere:CartPole-v1']", "environment nowhere:CartPole-v1: No module named 'nowhere'"),
         ('"fake.py"', '"pppo"', "pppo is no script, no peer and no variant of the suite; did you mean ppo?"),
@@ -726,26 +759,30 @@ def test_error_behind_a_suite_names_file_line_and_key(text, message, lab):
             f'"{ROOT}/benchmarks/run.py"',
             "run.py is no script that can be run here: its text has no --env-id",
         ),
-        ("seeds = 3", "seeds = 0", "suite.toml, line 4, seeds: must be a whole number of 1 or more"),
+        ("seeds = 3", "seeds = 0", "suite.toml: seeds: must be a whole number of 1 or more"),
         (
             "3\ntotal_timesteps = 500\neval_episodes = 2",
             "0\neval_episodes = 0",
-            "line 4, seeds: must be a whole number",
+            "suite.toml: seeds: must be a whole number",
         ),
-        ("seeds = 3", "seeds = [true]", "suite.toml, line 4, seeds: must be whole numbers of 0 or more"),
-        ("seeds = 3", "seeds = -1", "suite.toml, line 4, seeds: must be"),
-        ("seeds = 3", "seeds = []", "suite.toml, line 4, seeds: must be"),
-        ("seeds = 3", "seeds = [1, -1]", "suite.toml, line 4, seeds: must be"),
-        ("seeds = 3", "seeds = [1, 'x']", "suite.toml, line 4, seeds: must be"),
-        ("seeds = 3", "seeds = 2.5", "suite.toml, line 4, seeds: must be a number of seeds, or a list of them"),
-        ("seeds = 3", "seeds = true", "suite.toml, line 4, seeds: must be a number of seeds, or a list of them"),
-        ("timesteps = 500", "timesteps = 0", "suite.toml, line 5, total_timesteps: must be"),
-        ("timesteps = 500", "timesteps = 5e5", "suite.toml, line 5, total_timesteps: must be a whole number"),
-        ("seeds = 3\ntotal_timesteps = 500", "seeds = [1]\ntotal_timesteps = 0", "line 5, total_timesteps: must be"),
-        ("episodes = 2", "episodes = -2", "suite.toml, line 6, eval_episodes: must be"),
+        ("seeds = 3", "seeds = [true]", "suite.toml: seeds: must be whole numbers of 0 or more"),
+        ("seeds = 3", "seeds = -1", "suite.toml: seeds: must be"),
+        ("seeds = 3", "seeds = []", "suite.toml: seeds: must be"),
+        ("seeds = 3", "seeds = [1, -1]", "suite.toml: seeds: must be"),
+        ("seeds = 3", "seeds = [1, 'x']", "suite.toml: seeds: must be"),
+        ("seeds = 3", "seeds = 2.5", "suite.toml: seeds: must be a number of seeds, or a list of them"),
+        ("seeds = 3", "seeds = true", "suite.toml: seeds: must be a number of seeds, or a list of them"),
+        ("timesteps = 500", "timesteps = 0", "suite.toml: total_timesteps: must be"),
+        ("timesteps = 500", "timesteps = 5e5", "suite.toml: total_timesteps: must be a whole number"),
+        (
+            "seeds = 3\ntotal_timesteps = 500",
+            "seeds = [1]\ntotal_timesteps = 0",
+            "suite.toml: total_timesteps: must be",
+        ),
+        ("episodes = 2", "episodes = -2", "suite.toml: eval_episodes: must be"),
     ],
 )
-def test_error_in_a_suite_names_file_line_and_key(old, new, message, lab):
+def test_error_in_a_suite_names_file_and_key(old, new, message, lab):
     assert message in refusal(lab, "", SUITE.replace(old, new))
 
 
@@ -787,32 +824,51 @@ def test_wrong_usage_starts_nothing(flags, message, lab, go):
     [
         ("speeed = 1", "speeed: fake.py has no such flag; did you mean speed?"),
         ("colour = 'red'", "colour: fake.py has no such flag; see its --help."),
-        ("no_turb = true", "no-turb: fake.py has no such flag; did you mean turbo?"),
+        ("no_turb = true", "no_turb: fake.py has no such flag; did you mean turbo?"),
         ("width = 'wide'", "width: fake.py takes a whole number, not wide."),
         ("width = true", "width: fake.py takes a whole number, not true."),
         ("turbo = 'false'", "turbo: fake.py takes true or false, not false."),
         ("width = [1, 2]", "width: fake.py takes one value, not 1 2."),
-        ('"width(" = 2', "width(: fake.py has no such flag; did you mean width?"),
+        ('"width(" = 2', '"width(": fake.py has no such flag; did you mean width?'),
         ("mode = 'slo'", "mode: fake.py takes quick, slow, not slo."),
     ],
 )
 def test_flag_that_a_script_has_not_starts_nothing(variant, flag, message, lab, go):
-    line = 'parser.add_argument("--mode", choices=["quick", "slow"])\n'
-    line += 'parser.add_argument("--width", type=int, metavar="INT")\n'
-    (lab.path / "fake.py").write_text(SCRIPT.replace("args, fake = ", line + "args, fake = "))
+    fields = 'mode: Literal["quick", "slow"] = "quick"\n    width: int | None = None\n'
+    (lab.path / "fake.py").write_text(SCRIPT.replace("turbo: bool", f"{fields}    turbo: bool"))
     suite = SUITE.replace('"fake.py"', '"fake.py", "fast"' if variant else '"fake.py"')
     table = "[variants.fast]\nalgo = 'fake.py'\n" if variant else "[[arguments]]\n"
     (lab.path / "suite.toml").write_text(f"{suite}{table}flags = {{ {flag}, speed = -1 }}\n")
     status, out = go()
-    line = f"line {len((lab.path / 'suite.toml').read_text().splitlines())}"
-    assert status == 2 and out == f"error: suite.toml, {line}, flags of {'fast' if variant else 'fake'}, {message}\n"
+    place = "variants.fast" if variant else "arguments[0]"
+    assert status == 2 and out == f"error: suite.toml: {place}.flags.{message}\n"
     assert not lab.runs.exists() and not lab.lines()
 
 
-def test_scripts_without_flags_in_the_suite_are_not_asked_for_their_help(lab, monkeypatch):
+def test_flags_are_refused_where_they_are_and_not_where_another_table_wins(lab):
+    text = SUITE + "[[arguments]]\nflags = { speed = 1 }\n[[arguments]]\nflags = { speed = 'x', turbo = 1 }\n"
+    with pytest.raises(UsageError, match=r"suite.toml: arguments\[1\].flags.speed: fake.py takes a number, not x."):
+        flags_of(lab, text)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (SCRIPT + "import nowhere\n", "cannot be imported: ModuleNotFoundError: No module named 'nowhere'."),
+        (SCRIPT.replace("parse_args", "parse"), "has no function parse_args(argv) that says what arguments it takes."),
+    ],
+)
+def test_script_that_does_not_say_its_arguments_starts_nothing(text, message, lab, go):
+    (lab.path / "fake.py").write_text(text)
+    (lab.path / "suite.toml").write_text(SUITE + RULE)
+    assert go() == (2, f"error: {lab.path}/fake.py {message}\n")
+    assert not lab.runs.exists() and not lab.lines()
+
+
+def test_scripts_without_flags_in_the_suite_are_not_asked_for_their_arguments(lab, monkeypatch):
     asked = []
-    help_of = run.help_of
-    monkeypatch.setattr(run, "help_of", lambda command, env_id: asked.append(command) or help_of(command, env_id))
+    ask = run.arguments_of
+    monkeypatch.setattr(run, "arguments_of", lambda *whose, **more: asked.append(whose) or ask(*whose, **more))
     flags_of(lab, SUITE + "[variants.same]\nalgo = 'fake.py'\n", "--algos", "fake.py", "same")
     assert not asked
     flags_of(lab, MATRIX)
@@ -821,21 +877,20 @@ def test_scripts_without_flags_in_the_suite_are_not_asked_for_their_help(lab, mo
 
 def test_budget_that_is_no_whole_number_is_refused(lab):
     text = SUITE.replace('"fake.py"', '"ppo"') + "[[arguments]]\nflags = { total_timesteps = 'many' }\n"
-    message = "suite.toml, line 8, flags of ppo, total-timesteps: ppo.py takes a whole number, not many."
+    message = r"suite.toml: arguments\[0\].flags.total_timesteps: ppo.py takes a whole number, not many."
     with pytest.raises(UsageError, match=message):
         flags_of(lab, text)
 
 
 def test_peer_with_the_arguments_of_our_script_takes_its_flags(lab, monkeypatch):
-    asked = []
-    help_of = {"clip-coef": Flag("0.2"), "total-timesteps": Flag("1")}
-    monkeypatch.setattr(run, "help_of", lambda command, env_id: asked.append(command[-2:]) or help_of)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    text = (
-        SUITE.replace("fake.py", "sb3:ppo") + "[[arguments]]\nflags = { hyperparameters = 'ours', clip-coef = 0.1 }\n"
-    )
-    flags_of(lab, text)
-    assert asked == [("--hyperparameters", "ours")]
+    text = SUITE.replace("fake.py", "sb3:ppo")
+    ours = "hyperparameters = 'ours', "
+    rule = "[[arguments]]\nflags = {{ {}clip-coef = 0.1 }}\n"
+    (flags,) = flags_of(lab, text + rule.format(ours)).values()
+    assert flags == "--clip-coef 0.1 --hyperparameters ours --total-timesteps 500"
+    with pytest.raises(UsageError, match="flags.clip-coef: sb3:ppo has no such flag; did you mean clip-"):
+        flags_of(lab, text + rule.format(""))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Reads runs for report and check, from run directories and from what an earlier report has stored of them.
 
-What is damaged is taken for what it is: said, left out, never fatal.
+A damaged run is named and left out; it never ends the command.
 """
 
 import csv
@@ -18,9 +18,11 @@ import numpy as np
 from benchmarks import stats
 from benchmarks.jobs import UsageError, read_json
 
-# arguments that do not make another algorithm of a script
-SECONDARY = "seed runs_dir run_name resume evaluate capture_video checkpoint_interval track wandb_project_name"
-SECONDARY += " wandb_entity device num_threads compile bf16 env_id exp_name eval_episodes eval_seed eval_stochastic"
+SECONDARY = (  # arguments that do not make another algorithm of a script
+    *("env_id", "exp_name", "seed", "runs_dir", "run_name", "resume", "checkpoint_interval", "capture_video"),
+    *("evaluate", "eval_episodes", "eval_seed", "eval_stochastic", "track", "wandb_project_name", "wandb_entity"),
+    *("device", "num_threads", "compile", "bf16"),
+)
 ORDER = ("ppo", "trpo", "a2c", "reinforce", "sb3:ppo", "sb3:trpo", "sb3:a2c", "random")  # in tables and figures
 MEASURES = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic", "sps", "wall_time")
 STORED = ", stored"  # ends the name of an algorithm of which there are newer runs, too
@@ -108,61 +110,87 @@ def read_run_directory(path: Path) -> tuple[Run | None, str]:
         return None, f"{path} has no readable config.json; left out."
     if not isinstance(arguments.get("env_id"), str) or "seed" not in arguments:
         return None, f"{path} is no run in an environment; left out."
-    summary = read_json(path / "summary.json")
-    status, problem = str(summary.get("status", "unfinished")), ""
-    if not summary and (path / "summary.json").exists():
-        problem = f"{path} has a damaged summary.json and counts as unfinished."
     try:
-        rows, damaged = read_episodes(path / "episodes.csv")
+        rows, damage = read_sorted_episodes(path)
     except OSError:
         return None, f"{path} has no episodes.csv; left out."
-    if damaged:
-        problem = f"{path}: {damaged} rows of episodes.csv cannot be read and are left out."
-    if (np.diff(rows[:, 0]) < 0).any():
-        problem, rows = (
-            f"{path}: episodes.csv is out of order and was sorted.",
-            rows[np.argsort(rows[:, 0], kind="stable")],
-        )
-    steps, returns, budget = rows[:, 0], rows[:, 2], int(arguments.get("total_timesteps") or 0)
-    evaluations = summary.get("eval") or {}
-    scores = dict.fromkeys(MEASURES, np.nan)
-    if len(rows):
-        scores |= dict(train_last100=returns[-100:].mean(), train_auc=stats.area_under_curve(steps, returns, budget))
-    for kind in ("deterministic", "stochastic"):
-        scores[f"eval_{kind}"] = (evaluations.get(kind) or {}).get("mean", np.nan)
-    scores |= {name: summary.get(name) or np.nan for name in ("sps", "wall_time")}
-    versions = ", ".join(f"{name} {version}" for name, version in (config.get("versions") or {}).items())
-    commit = (config.get("git_commit") or "unknown")[:10] + " (changed)" * bool(config.get("git_dirty"))
+    summary = read_json(path / "summary.json")
+    if not summary and (path / "summary.json").exists():
+        damage = damage or f"{path} has a damaged summary.json and counts as unfinished."
+    budget = int(arguments.get("total_timesteps") or 0)
     run = Run(
         path=path,
         env_id=arguments["env_id"],
         algo=str(arguments.get("exp_name") or "?"),
         seed=int(arguments["seed"]),
-        status=status,
+        status=str(summary.get("status", "unfinished")),
         budget=budget,
         global_step=int(summary["global_step"]) if "global_step" in summary else None,
         key=key_of(path),
-        scores={name: float(value) for name, value in scores.items()},
-        origin=dict(zip(ORIGIN, (commit, versions, str(config.get("hardware")), str(config.get("threads"))))),
-        steps=steps,
+        scores=scores_of(rows, summary, budget),
+        origin=origin_of(config),
+        steps=rows[:, 0],
         seconds=np.maximum.accumulate(rows[:, 1]),
-        returns=returns,
+        returns=rows[:, 2],
         arguments=arguments,
         command=[str(part) for part in config.get("command") or []],
     )
-    told, found = summary.get("train_last100"), scores["train_last100"]
-    if run.done and told is not None and not np.isclose(found, told, rtol=1e-3):
+    told = summary.get("train_last100")
+    if run.done and told is not None and not np.isclose(run.scores["train_last100"], told, rtol=1e-3):
         run.status = "damaged"
-        found = f"{found:,.2f}" if len(returns) else "no episode"
-        problem = f"{path}: summary.json says train_last100 {told}, episodes.csv has {found}; it is in no score."
-    elif run.done and not len(run.returns):
-        problem = f"{path} completed without a finished episode."
-    elif status in ("failed", "diverged"):
-        problem = f"{path} {status}: {summary.get('error', 'no reason given')}"
-    elif not run.done:
-        reached = int(summary.get("global_step") or (run.steps[-1] if len(run.steps) else 0))
-        problem = problem or f"{path} is {status}, at step {reached:,} of {budget:,}."
-    return run, problem
+    return run, problem_of(run, summary, damage)
+
+
+def read_sorted_episodes(path: Path) -> tuple[np.ndarray, str]:
+    """The rows of a run's episodes.csv as in read_episodes, and a sentence about what is wrong with them, or ""."""
+    rows, damaged = read_episodes(path / "episodes.csv")
+    if (np.diff(rows[:, 0]) < 0).any():
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        return rows, f"{path}: episodes.csv is out of order and was sorted."
+    if damaged:
+        return rows, f"{path}: {damaged} rows of episodes.csv cannot be read and are left out."
+    return rows, ""
+
+
+def scores_of(rows: np.ndarray, summary: dict[str, Any], budget: int) -> dict[str, float]:
+    """MEASURES of a run, nan where there is none."""
+    scores = dict.fromkeys(MEASURES, np.nan)
+    if len(rows):
+        scores["train_last100"] = float(rows[-100:, 2].mean())
+        scores["train_auc"] = stats.area_under_curve(rows[:, 0], rows[:, 2], budget)
+    evaluations = summary.get("eval") or {}
+    for kind in ("deterministic", "stochastic"):
+        scores[f"eval_{kind}"] = float((evaluations.get(kind) or {}).get("mean", np.nan))
+    for name in ("sps", "wall_time"):
+        scores[name] = float(summary.get(name) or np.nan)
+    return scores
+
+
+def origin_of(config: dict[str, Any]) -> dict[str, str]:
+    """ORIGIN of a run, from its config.json."""
+    commit = (config.get("git_commit") or "unknown")[:10]
+    if config.get("git_dirty"):
+        commit += " (changed)"
+    return {
+        "commit": commit,
+        "versions": ", ".join(f"{name} {version}" for name, version in (config.get("versions") or {}).items()),
+        "hardware": str(config.get("hardware")),
+        "threads": str(config.get("threads")),
+    }
+
+
+def problem_of(run: Run, summary: dict[str, Any], damage: str) -> str:
+    """What matters most of a run's problems, which may be the damage to its files; "" if there are none."""
+    if run.status == "damaged":
+        found = f"{run.scores['train_last100']:,.2f}" if len(run.returns) else "no episode"
+        told = summary["train_last100"]
+        return f"{run.path}: summary.json says train_last100 {told}, episodes.csv has {found}; it is in no score."
+    if run.status in ("failed", "diverged"):
+        return f"{run.path} {run.status}: {summary.get('error', 'no reason given')}"
+    if run.done:
+        return damage if len(run.returns) else f"{run.path} completed without a finished episode."
+    reached = int(summary.get("global_step") or (run.steps[-1] if len(run.steps) else 0))
+    return damage or f"{run.path} is {run.status}, at step {reached:,} of {run.budget:,}."
 
 
 def read_scores(path: Path) -> list[Run]:
@@ -221,8 +249,10 @@ def is_stored(path: Path) -> bool:
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
-    """The run directories that the paths are, or that lie one or two folders below them, and the paths that are folders
-    of stored results; raises UsageError."""
+    """The run directories at the paths, or one or two folders below them, and the folders of stored results.
+
+    Raises UsageError where there are none.
+    """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -232,58 +262,47 @@ def find_runs(paths: list[Path]) -> list[Path]:
             continue
         marks = ("config.json", "summary.json", "episodes.csv")
         below = {file.parent for mark in marks for depth in ("*", "*/*") for file in path.glob(f"{depth}/{mark}")}
-        found += sorted(below) or [path] * is_stored(path)
+        if not below and is_stored(path):
+            below = {path}
+        found += sorted(below)
     if not found:
         raise UsageError(f"there is no run directory in {', '.join(map(str, paths))}.")
     return list(dict.fromkeys(found))
 
 
 def read_notes(paths: list[Path]) -> dict[Path, dict[str, Any]]:
-    """What `run` has noted in suite.json, by the folders in or below the paths that have one; nothing damaged."""
+    """What `run` has noted in suite.json, by the folders at or below the paths that have one, less what is damaged."""
     kinds = dict(name=str, description=str, commands=list, published=list, normalise=bool, cells=list)
     notes: dict[Path, dict[str, Any]] = {}
     for file in sorted({file for path in paths for depth in ("", "*/") for file in path.glob(f"{depth}suite.json")}):
         note = {name: value for name, value in read_json(file).items() if isinstance(value, kinds.get(name, ()))}
-        cells = [cell for cell in note.pop("cells", []) if isinstance(cell, dict) and isinstance(cell.get("seed"), int)]
-        texts = ("env_id", "algo", "name")
-        cells = [cell for cell in cells if all(isinstance(cell.get(text), str) for text in texts)]
-        notes[file.parent] = note | dict(cells=cells)
+        note["cells"] = [cell for cell in note.get("cells", []) if is_cell(cell)]
+        notes[file.parent] = note
     return notes
 
 
+def is_cell(cell: Any) -> bool:
+    """Whether a part of suite.json is a cell as `run` notes it."""
+    kinds = dict(env_id=str, algo=str, name=str, seed=int)
+    return isinstance(cell, dict) and all(isinstance(cell.get(name), kind) for name, kind in kinds.items())
+
+
 def read_runs(paths: list[Path]) -> tuple[list[Run], list[str], dict[tuple[str, str], list[int]]]:
-    """All runs of the paths, a sentence about each that is damaged, unfinished, failed or doubled, and what is missing:
-    (environment, algorithm) -> seeds that `run` was asked for and of which there is no run.
+    """The runs of the paths, sentences about what is wrong with some, and what is missing.
+
+    A sentence is about runs that are damaged, unfinished, failed or doubled. What is missing is (environment,
+    algorithm) -> seeds that `run` was asked for and of which there is no run.
 
     Runs of one name in one environment that differ in an argument are told apart by it: "ppo, learning_rate=0.001".
-    Where suite.json says which run of a cell was asked for last, others that the harness has made do not stand in for
-    it, unless a path names them; others made by hand do if it is missing. Else the later one of a cell counts.
+    suite.json says which run of a cell was asked for last. Other runs of the harness do not stand in for it, unless a
+    path names them. Runs made by hand do if it is missing. Without suite.json the later run of a cell counts.
     """
-    runs, problems, replaced, found = [], [], [], find_runs(paths)
+    found = find_runs(paths)
     asked = {folder / cell["name"]: cell for folder, note in read_notes(paths).items() for cell in note["cells"]}
-    last = {(path.parent, path.name.rpartition("__")[0]): path for path in asked}  # a name without its key is a cell
-    for path in found:
-        if is_stored(path):
-            continue
-        run, problem = read_run(path)
-        newest = last.get((path.parent, path.name.rpartition("__")[0]), path)
-        if run and run.key and path != newest and path not in paths:
-            replaced.append(path.name)
-            continue
-        runs += [run] if run else []
-        problems += [problem] if problem else []
-    if replaced:
-        names = ", ".join(replaced[:3]) + f" and {len(replaced) - 3} more" * (len(replaced) > 3)
-        problems.append(f"Left out, because another script text or other flags were asked for later: {names}.")
-    there = {run.path for run in runs}
-    there |= {(run.path.parent, run.env_id, run.algo, run.seed) for run in runs if not run.key}
-    missing: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for path, cell in asked.items():
-        if not there & {path, (path.parent, cell["env_id"], cell["algo"], cell["seed"])}:
-            missing[cell["env_id"], cell["algo"]].append(cell["seed"])
+    runs, problems = read_directories(found, paths, asked)
+    missing = missing_seeds(runs, asked)
     for group in group_by(runs, "env_id", "algo").values():
         tell_apart(group)
-
     kept, older = [], []
     for group in group_by(runs, "env_id", "algo", "seed").values():
         *others, newest = sorted(group, key=lambda run: (run.path in asked, (run.path / "config.json").stat().st_mtime))
@@ -294,19 +313,57 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str], dict[tuple[str, 
     taken = {run.algo for run in kept} | {cell["algo"] for cell in asked.values()}
     kept += columns_of_stored(filter(is_stored, found), kept, taken)
     kept.sort(key=lambda run: (run.env_id, run.algo, run.seed))
-    return kept, problems, dict(missing)
+    return kept, problems, missing
+
+
+def read_directories(
+    found: list[Path], named: list[Path], asked: dict[Path, dict[str, Any]]
+) -> tuple[list[Run], list[str]]:
+    """The runs of the run directories that were found, less those that suite.json has replaced, and the problems."""
+    runs, problems, replaced = [], [], []
+    last = {(path.parent, path.name.rpartition("__")[0]): path for path in asked}  # a name without its key is a cell
+    for path in found:
+        if is_stored(path):
+            continue
+        run, problem = read_run(path)
+        newest = last.get((path.parent, path.name.rpartition("__")[0]), path)
+        if run and run.key and path != newest and path not in named:
+            replaced.append(path.name)
+            continue
+        if run:
+            runs.append(run)
+        if problem:
+            problems.append(problem)
+    if replaced:
+        names = ", ".join(replaced[:3])
+        if len(replaced) > 3:
+            names += f" and {len(replaced) - 3} more"
+        problems.append(f"Left out, because another script text or other flags were asked for later: {names}.")
+    return runs, problems
+
+
+def missing_seeds(runs: list[Run], asked: dict[Path, dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
+    """(environment, algorithm) -> seeds that were asked for and of which there is no run, not even one by hand."""
+    there = {run.path for run in runs}
+    by_hand = {(run.path.parent, run.env_id, run.algo, run.seed) for run in runs if not run.key}
+    missing: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for path, cell in asked.items():
+        env_id, algo, seed = cell["env_id"], cell["algo"], cell["seed"]
+        if path not in there and (path.parent, env_id, algo, seed) not in by_hand:
+            missing[env_id, algo].append(seed)
+    return dict(missing)
 
 
 def columns_of_stored(folders: Iterable[Path], fresh: list[Run], taken: set[str]) -> list[Run]:
-    """The runs of folders of stored results, but for cells of which fresh has the very same runs, by name and key.
+    """The runs of folders of stored results, without cells of which fresh has the very same runs, by name and key.
 
-    What is stored of an algorithm that is taken is a column of its own, "ppo, stored": the two are of different script
-    texts or flags, and must not be in one mean.
+    An algorithm whose name is taken becomes a column of its own, "ppo, stored": the two are of different script texts
+    or flags, and must not be in one mean.
     """
     columns: list[Run] = []
 
     def identity(run: Run) -> tuple:
-        return run.env_id, run.algo.split(",")[0], run.seed, run.key  # what follows the comma is in the key, too
+        return run.env_id, run.algo.split(",")[0], run.seed, run.key  # the key covers what follows the comma
 
     for folder in folders:
         same = {identity(run) for run in [*fresh, *columns] if run.done and run.key}
@@ -343,7 +400,7 @@ def tell_apart(group: list[Run]) -> None:
 
     def identity(run: Run) -> tuple:
         arguments = run.arguments.items()
-        return tuple(sorted((name, str(value)) for name, value in arguments if name not in SECONDARY.split()))
+        return tuple(sorted((name, str(value)) for name, value in arguments if name not in SECONDARY))
 
     count = Counter(map(identity, group))
     usual = dict(count.most_common(1)[0][0])
