@@ -337,12 +337,6 @@ def make_agent(envs: Environments, args: RunArgs) -> Agent:
     return agent.to(args.device)
 
 
-def check_batch(args: Args) -> None:
-    """Raises UsageError where there is nothing to standardise an advantage by."""
-    if args.norm_adv and args.num_envs * args.num_steps < 2:
-        raise UsageError("--norm-adv needs a batch of 2 steps or more; use --num-steps 2, or --no-norm-adv.")
-
-
 def train(args: RunArgs) -> Path:
     """Trains for total_timesteps, or goes on with the run args.resume. Returns the run directory.
 
@@ -372,9 +366,7 @@ def train(args: RunArgs) -> Path:
     return run.path
 
 
-# ==================================================================================================================
-# The machine room. Each section below is the same text in every script that has it; tools/shared.py keeps it so.
-# ==================================================================================================================
+# ==== The machine room: from here on, sections are the same text in every script that has them ====
 
 
 # ==== shared: run flags ====
@@ -466,7 +458,14 @@ def check_args(args: RunArgs) -> None:
             if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
-        check_login()
+        import wandb
+
+        try:
+            problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
+        except Exception as error:
+            problem = f"wandb cannot log in ({one_line(error)})"
+        if problem:
+            raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
 
 
 def bound_broken(name: str, number: float) -> str:
@@ -479,21 +478,7 @@ def bound_broken(name: str, number: float) -> str:
         return "at most 1"
     if name not in ANY_SIGN and number < 0:
         return "0 or more"
-    if name in ("seed", "eval_seed") and number >= 2**32:
-        return "less than 2**32"
-    return ""
-
-
-def check_login() -> None:
-    """Raises UsageError unless wandb can log in."""
-    import wandb
-
-    try:
-        problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
-    except Exception as error:
-        problem = f"wandb cannot log in ({one_line(error)})"
-    if problem:
-        raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
+    return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
 
 
 def one_line(error: BaseException) -> str:
@@ -531,17 +516,17 @@ class NamedEnv(gym.Wrapper):
         super().__init__(env)
         self.index = index
 
-    def step(self, action: Any) -> tuple:
+    def call(self, method: Callable, *args: Any, **options: Any) -> Any:
         try:
-            return *self.env.step(action)[:4], {}
+            return method(*args, **options)
         except Exception as error:
             raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
 
+    def step(self, action: Any) -> tuple:
+        return *self.call(self.env.step, action)[:4], {}
+
     def reset(self, **options: Any) -> tuple:
-        try:
-            return self.env.reset(**options)[0], {}
-        except Exception as error:
-            raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
+        return self.call(self.env.reset, **options)[0], {}
 
 
 class Environments:
@@ -648,17 +633,25 @@ def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.Vecto
     return gym.make_vec(game, num_envs, **settings | options)
 
 
+def check_batch(args: RunArgs) -> None:
+    """Raises UsageError unless the budget has a batch, cut in equal minibatches that can be standardised."""
+    batch, parts = args.num_envs * args.num_steps, vars(args).get("num_minibatches", 1)
+    size = f"{args.num_envs} x {args.num_steps} = {batch}"
+    if args.total_timesteps < batch:
+        raise UsageError(
+            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
+        )
+    if batch % parts or (args.norm_adv and batch < 2 * parts):
+        fits = sorted((n for n in range(1, batch // 2 + 1) if batch % n == 0), key=lambda n: abs(n - parts))[:3]
+        would = f"--num-minibatches {' or '.join(map(str, fits))}" if fits else "a larger --num-steps"
+        raise UsageError(f"a batch of {size} has no {parts} equal parts of 2 or more; {would} would do.")
+
+
 def settle(args: RunArgs, envs: Environments) -> None:
     """Decides what is "auto" for this network and machine, and sets threads and seeds.
 
     Raises UsageError for what cannot be.
     """
-    batch = args.num_envs * args.num_steps
-    if args.total_timesteps < batch:
-        size = f"{args.num_envs} x {args.num_steps} = {batch}"
-        raise UsageError(
-            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
-        )
     image = is_image(envs.single_observation_space)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
@@ -720,9 +713,6 @@ class Categorical:
     def __getitem__(self, rows: Tensor | slice) -> Categorical:
         return Categorical(self.log_probs[rows])
 
-    def detach(self) -> Categorical:
-        return Categorical(self.log_probs.detach())
-
     def log_prob(self, actions: Tensor) -> Tensor:
         return self.log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
 
@@ -743,9 +733,6 @@ class Gaussian:
 
     def __getitem__(self, rows: Tensor | slice) -> Gaussian:
         return Gaussian(self.mean[rows], self.log_std[rows])
-
-    def detach(self) -> Gaussian:
-        return Gaussian(self.mean.detach(), self.log_std.detach())
 
     def log_prob(self, actions: Tensor) -> Tensor:
         z = (actions - self.mean) * (-self.log_std).exp()

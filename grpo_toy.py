@@ -471,9 +471,7 @@ def train(args: RunArgs) -> Path:
     return run.path
 
 
-# ==================================================================================================================
-# The machine room. Each section below is the same text in every script that has it; tools/shared.py keeps it so.
-# ==================================================================================================================
+# ==== The machine room: from here on, sections are the same text in every script that has them ====
 
 
 # ==== shared: language run flags ====
@@ -595,7 +593,14 @@ def check_args(args: RunArgs) -> None:
             if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
-        check_login()
+        import wandb
+
+        try:
+            problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
+        except Exception as error:
+            problem = f"wandb cannot log in ({one_line(error)})"
+        if problem:
+            raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
 
 
 def bound_broken(name: str, number: float) -> str:
@@ -608,21 +613,7 @@ def bound_broken(name: str, number: float) -> str:
         return "at most 1"
     if name not in ANY_SIGN and number < 0:
         return "0 or more"
-    if name in ("seed", "eval_seed") and number >= 2**32:
-        return "less than 2**32"
-    return ""
-
-
-def check_login() -> None:
-    """Raises UsageError unless wandb can log in."""
-    import wandb
-
-    try:
-        problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
-    except Exception as error:
-        problem = f"wandb cannot log in ({one_line(error)})"
-    if problem:
-        raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
+    return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
 
 
 def one_line(error: BaseException) -> str:

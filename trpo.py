@@ -260,9 +260,10 @@ def fisher_vector_product(agent: Agent, features: Tensor, damping: float) -> Cal
     Where the two are equal, the KL and its gradient are zero, but not its second derivative. To have one, only pi_old
     may be cut from the graph. There the Hessian of KL(pi || pi_old) is the same matrix.
     """
-    policy = agent.policy(features)
     parameters = agent.policy_parameters()
-    kl = policy.detach().kl(policy).mean()
+    with torch.no_grad():
+        old_policy = agent.policy(features)
+    kl = old_policy.kl(agent.policy(features)).mean()
     kl_grad = flat_grad(kl, parameters, create_graph=True)
     return lambda v: flat_grad(kl_grad @ v, parameters, retain_graph=True) + damping * v
 
@@ -421,18 +422,6 @@ def make_agent(envs: Environments, args: RunArgs) -> Agent:
     return agent.to(args.device)
 
 
-def check_minibatches(args: Args) -> None:
-    """Raises UsageError unless the minibatches are equal parts of the batch, of two rows or more."""
-    batch, parts = args.num_envs * args.num_steps, args.num_minibatches
-    if batch % parts or batch < 2 * parts:
-        fits = sorted((n for n in range(1, batch // 2 + 1) if batch % n == 0), key=lambda n: abs(n - parts))[:3]
-        would = f"--num-minibatches {' or '.join(map(str, fits))}" if fits else "a larger --num-steps"
-        size = f"{args.num_envs} x {args.num_steps} = {batch}"
-        raise UsageError(
-            f"{parts} minibatches do not cut a batch of {size} into equal parts of 2 or more; {would} would."
-        )
-
-
 def train(args: RunArgs) -> Path:
     """Trains for total_timesteps, or goes on with the run args.resume. Returns the run directory.
 
@@ -440,7 +429,7 @@ def train(args: RunArgs) -> Path:
     """
     started = time.perf_counter()
     check_args(args)
-    check_minibatches(args)
+    check_batch(args)
     envs = make_envs(args, args.num_envs, args.seed)
     settle(args, envs)
     player = Player(envs, args)
@@ -461,9 +450,7 @@ def train(args: RunArgs) -> Path:
     return run.path
 
 
-# ==================================================================================================================
-# The machine room. Each section below is the same text in every script that has it; tools/shared.py keeps it so.
-# ==================================================================================================================
+# ==== The machine room: from here on, sections are the same text in every script that has them ====
 
 
 # ==== shared: run flags ====
@@ -555,7 +542,14 @@ def check_args(args: RunArgs) -> None:
             if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
-        check_login()
+        import wandb
+
+        try:
+            problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
+        except Exception as error:
+            problem = f"wandb cannot log in ({one_line(error)})"
+        if problem:
+            raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
 
 
 def bound_broken(name: str, number: float) -> str:
@@ -568,21 +562,7 @@ def bound_broken(name: str, number: float) -> str:
         return "at most 1"
     if name not in ANY_SIGN and number < 0:
         return "0 or more"
-    if name in ("seed", "eval_seed") and number >= 2**32:
-        return "less than 2**32"
-    return ""
-
-
-def check_login() -> None:
-    """Raises UsageError unless wandb can log in."""
-    import wandb
-
-    try:
-        problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
-    except Exception as error:
-        problem = f"wandb cannot log in ({one_line(error)})"
-    if problem:
-        raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
+    return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
 
 
 def one_line(error: BaseException) -> str:
@@ -620,17 +600,17 @@ class NamedEnv(gym.Wrapper):
         super().__init__(env)
         self.index = index
 
-    def step(self, action: Any) -> tuple:
+    def call(self, method: Callable, *args: Any, **options: Any) -> Any:
         try:
-            return *self.env.step(action)[:4], {}
+            return method(*args, **options)
         except Exception as error:
             raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
 
+    def step(self, action: Any) -> tuple:
+        return *self.call(self.env.step, action)[:4], {}
+
     def reset(self, **options: Any) -> tuple:
-        try:
-            return self.env.reset(**options)[0], {}
-        except Exception as error:
-            raise Failed(f"environment {self.index} raised {error!r}", "failed") from error
+        return self.call(self.env.reset, **options)[0], {}
 
 
 class Environments:
@@ -737,17 +717,25 @@ def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.Vecto
     return gym.make_vec(game, num_envs, **settings | options)
 
 
+def check_batch(args: RunArgs) -> None:
+    """Raises UsageError unless the budget has a batch, cut in equal minibatches that can be standardised."""
+    batch, parts = args.num_envs * args.num_steps, vars(args).get("num_minibatches", 1)
+    size = f"{args.num_envs} x {args.num_steps} = {batch}"
+    if args.total_timesteps < batch:
+        raise UsageError(
+            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
+        )
+    if batch % parts or (args.norm_adv and batch < 2 * parts):
+        fits = sorted((n for n in range(1, batch // 2 + 1) if batch % n == 0), key=lambda n: abs(n - parts))[:3]
+        would = f"--num-minibatches {' or '.join(map(str, fits))}" if fits else "a larger --num-steps"
+        raise UsageError(f"a batch of {size} has no {parts} equal parts of 2 or more; {would} would do.")
+
+
 def settle(args: RunArgs, envs: Environments) -> None:
     """Decides what is "auto" for this network and machine, and sets threads and seeds.
 
     Raises UsageError for what cannot be.
     """
-    batch = args.num_envs * args.num_steps
-    if args.total_timesteps < batch:
-        size = f"{args.num_envs} x {args.num_steps} = {batch}"
-        raise UsageError(
-            f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
-        )
     image = is_image(envs.single_observation_space)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
@@ -809,9 +797,6 @@ class Categorical:
     def __getitem__(self, rows: Tensor | slice) -> Categorical:
         return Categorical(self.log_probs[rows])
 
-    def detach(self) -> Categorical:
-        return Categorical(self.log_probs.detach())
-
     def log_prob(self, actions: Tensor) -> Tensor:
         return self.log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1).sum(-1)
 
@@ -832,9 +817,6 @@ class Gaussian:
 
     def __getitem__(self, rows: Tensor | slice) -> Gaussian:
         return Gaussian(self.mean[rows], self.log_std[rows])
-
-    def detach(self) -> Gaussian:
-        return Gaussian(self.mean.detach(), self.log_std.detach())
 
     def log_prob(self, actions: Tensor) -> Tensor:
         z = (actions - self.mean) * (-self.log_std).exp()

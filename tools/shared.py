@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("ppo.py", "grpo_toy.py")
-HEADING = re.compile(r"^# ==== .+ ====\n", re.MULTILINE)
+HEADING = re.compile(r"^# ==== (?!The machine room).+ ====\n", re.MULTILINE)
 
 
 def sections(text: str) -> dict[str, str]:
