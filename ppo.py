@@ -1446,8 +1446,7 @@ class Run:
         self.log_interval = log_interval
         self.unit = unit
         self.learner = learner
-        # A checkpoint holds the next five.
-        self.iteration = 0
+        self.iteration = 0  # this and the next four are in every checkpoint
         self.global_step = 0
         self.last_returns: list[float] = []  # of the last 100 training episodes
         self.best = -math.inf
@@ -1495,7 +1494,8 @@ class Run:
         version, keys, gauss = state["python_rng"]
         random.setstate((version, tuple(keys), gauss))
         differs = [part.inexact for part in self.learner.values() if getattr(part, "inexact", "")]
-        differs += [f"{name} is another" for name, was in state["conditions"].items() if was != self.conditions()[name]]
+        here = self.conditions()
+        differs += [f"another {name}" for name, was in state["conditions"].items() if was != here.get(name)]
         if self.args.device == "cuda":
             differs.append("a GPU does not repeat itself bit for bit")
         return f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
@@ -1548,10 +1548,8 @@ class Run:
         tagged = dict(values or {})
         for group, members in groups.items():
             tagged |= {f"{group}/{name}": value for name, value in members.items()}
-        numbers = torch.stack(
-            [torch.as_tensor(value).float() for value in tagged.values()]
-        ).tolist()  # one read of a GPU
-        self.gathered.append(dict(zip(tagged, numbers)))
+        numbers = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for value in tagged.values()]
+        self.gathered.append(dict(zip(tagged, torch.stack(numbers).tolist())))  # stacked, to read a GPU once
         for tag, number in self.gathered[-1].items():
             if not math.isfinite(number):
                 raise Failed(f"{tag.removeprefix('losses/')} is {number}")
