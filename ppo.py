@@ -92,7 +92,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of the generalized advantage estimate
     norm_adv: bool = True  # standardise the advantages of each minibatch
-    objective: Literal["clip", "kl-fixed", "kl-adaptive", "none"] = "clip"  # surrogate: eq. 7, eq. 8 twice, or eq. 6
+    objective: Literal["clip", "kl-fixed", "kl-adaptive", "none"] = "clip"  # clipped (eq. 7), KL penalty (8), plain (6)
     clip_coef: float = 0.2  # eps of the clipped surrogate and of --clip-vloss
     clip_vloss: bool = False  # also clip how far a value moves from its old estimate
     kl_beta: float = 1.0  # beta of the KL penalty; the first one of kl-adaptive
