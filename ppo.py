@@ -467,9 +467,9 @@ class Stopped(Exception):
     status = "interrupted"
 
 
-# What may differ from the run's own arguments when it is resumed or evaluated.
+# Arguments that may differ from those of the run when it is resumed or evaluated.
 MACHINE = ("device", "num_threads", "compile")
-HARMLESS = ("resume", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
+MAY_DIFFER = ("resume", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
 
 
 def parse_args(argv: list[str] | None = None) -> RunArgs:
@@ -487,7 +487,7 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
         return tyro.cli(RunArgs, args=argv, default=RunArgs(**{PRESET: asked[PRESET]} | preset(asked[PRESET])))
     saved = read_config(run)[0]
     args = tyro.cli(RunArgs, args=argv, default=saved)
-    changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in HARMLESS]
+    changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]
     if asked["evaluate"]:
         changed = [name for name in changed if not name.startswith("eval")]
     if changed:

@@ -2,7 +2,7 @@
 
 Each (trial, environment, seed) is a process of the unmodified script and an ordinary run directory. What is known of a
 trial is in the storage. So the same command in another terminal, or on another node, takes a part of the trials, and
-after a kill it goes on. A free worker takes the next run of the oldest trial in flight before it begins another one:
+after a kill it goes on. A free worker takes the next run of the oldest trial in trial_runs before it begins another one:
 trials end early, and the sampler has seen their scores when it proposes the next.
 """
 
@@ -62,7 +62,7 @@ except ImportError:  # of an extra; make_plan says so
 
 # ------------------------------------------------------------------------------------------------------- trials
 @dataclass
-class Flight:
+class TrialInProgress:
     """A trial of this process."""
 
     trial: Any
@@ -89,8 +89,8 @@ class Sweep:
 
     def __init__(self, plan: Plan, study: Any):
         self.plan, self.study, self.folder = plan, study, plan.runs_dir / "trials"
-        self.flights: list[Flight] = []
-        self.futures: dict[Future, tuple[Flight, Job]] = {}
+        self.in_progress: list[TrialInProgress] = []
+        self.futures: dict[Future, tuple[TrialInProgress, Job]] = {}
         self.begun, self.before = time.monotonic(), len(finished(study))
         self.count, self.drawn, self.beaten = self.before, time.monotonic(), -math.inf
 
@@ -104,7 +104,9 @@ class Sweep:
         if time.monotonic() - self.drawn < (0.5 if terminal else 60.0):
             return
         self.drawn = time.monotonic()
-        running = ", ".join(f"{flight} has {len(flight.runs)} of {len(flight.jobs)} runs" for flight in self.flights)
+        running = ", ".join(
+            f"{trial_runs} has {len(trial_runs.runs)} of {len(trial_runs.jobs)} runs" for trial_runs in self.in_progress
+        )
         rate = sum(progress_of(job, self.folder)[1] for _, job in self.futures.values())
         line = f"{self.count} of {self.plan.options.trials} trials; {running or 'others run'}; {rate:,.0f} steps/s"
         if terminal:
@@ -125,13 +127,13 @@ class Sweep:
         runs = trial.user_attrs.get("runs", {})
         todo = [job for job in jobs if f"{job.env_id} {job.seed}" not in runs]
         todo.sort(key=lambda job: status_of(job, self.folder) != "running")  # a killed worker has left it running
-        self.flights.append(Flight(trial, jobs, runs, deque(todo)))
+        self.in_progress.append(TrialInProgress(trial, jobs, runs, deque(todo)))
         if runs:
-            self.judge(self.flights[-1])
+            self.judge(self.in_progress[-1])
 
     def free_trials_of_the_dead(self) -> None:
         """Hands back the trials whose workers are gone; an owner is missing for an instant after a trial begins."""
-        mine = [flight.trial.number for flight in self.flights]
+        mine = [trial_runs.trial.number for trial_runs in self.in_progress]
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state != TrialState.RUNNING or trial.number in mine:
                 continue
@@ -169,57 +171,61 @@ class Sweep:
             trial.set_user_attr("number", older)
         return trial
 
-    def next_run(self) -> tuple[Flight, Job] | None:
+    def next_run(self) -> tuple[TrialInProgress, Job] | None:
         """A run of the oldest trial. Trials that wait are taken first: runs of theirs may still be going on."""
         waits = any(trial.state == TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
-        if waits and len(self.flights) < self.plan.options.workers or not any(flight.todo for flight in self.flights):
+        if (
+            waits
+            and len(self.in_progress) < self.plan.options.workers
+            or not any(trial_runs.todo for trial_runs in self.in_progress)
+        ):
             self.claim()
-        flight = next((flight for flight in self.flights if flight.todo), None)
-        return (flight, flight.todo.popleft()) if flight else None
+        trial_runs = next((trial_runs for trial_runs in self.in_progress if trial_runs.todo), None)
+        return (trial_runs, trial_runs.todo.popleft()) if trial_runs else None
 
-    def record(self, flight: Flight, job: Job, result: str) -> None:
+    def record(self, trial_runs: TrialInProgress, job: Job, result: str) -> None:
         """Takes down what came out of a run. A run that failed or finished no episode has no value."""
         run = self.folder / job.name
         value = read_json(run / "summary.json").get("train_last100") if result == "done" else None
         value = value if value is not None and math.isfinite(value) else None
         if value is None:
             end = "".join(f"\n    {line}" for line in end_of_log(job, self.folder).splitlines())
-            what = f"{flight} {job.env_id} seed {job.seed}"
+            what = f"{trial_runs} {job.env_id} seed {job.seed}"
             self.say(f"FAILED   {what}: the end of {log_of(job, self.folder)}:{end}")
         status = "refused" if result == "failed" and not run.exists() else result  # wrong usage creates nothing
         known = dict(status=status, value=value, score=self.plan.score(job.env_id, value), run=job.name)
-        flight.runs[f"{job.env_id} {job.seed}"] = known
+        trial_runs.runs[f"{job.env_id} {job.seed}"] = known
         try:
-            flight.trial.set_user_attr("runs", flight.runs)
-            self.judge(flight)
+            trial_runs.trial.set_user_attr("runs", trial_runs.runs)
+            self.judge(trial_runs)
         except optuna.exceptions.UpdateFinishedTrialError:
-            self.say(f"{flight} was taken over, because this process was silent for too long")
-            flight.end()
+            self.say(f"{trial_runs} was taken over, because this process was silent for too long")
+            trial_runs.end()
 
-    def judge(self, flight: Flight) -> None:
+    def judge(self, trial_runs: TrialInProgress) -> None:
         """Ends a trial that has all its runs, or is bad; raises UsageError where the script refuses to start at all."""
-        runs, whole, options = flight.runs, len(flight.runs) == len(flight.jobs), self.plan.options
+        runs, whole, options = trial_runs.runs, len(trial_runs.runs) == len(trial_runs.jobs), self.plan.options
         if whole and all(run["status"] == "refused" for run in runs.values()) and not any(self.folder.glob("*__*")):
-            raise UsageError(f"no run of {flight} has started:\n{end_of_log(flight.jobs[-1], self.folder)}")
+            raise UsageError(f"no run of {trial_runs} has started:\n{end_of_log(trial_runs.jobs[-1], self.folder)}")
         others = [trial.user_attrs["runs"] for trial in finished(self.study) if trial.state == TrialState.COMPLETE]
         bad = not whole and options.prune > 0 and is_bad(runs, others, options.prune, len(options.env_ids))
-        flight.trial.report(mean_score(runs), step=len(runs))  # the sampler ranks trials stopped early by it
+        trial_runs.trial.report(mean_score(runs), step=len(runs))  # the sampler ranks trials stopped early by it
         if whole:
-            self.study.tell(flight.trial, mean_score(runs))
+            self.study.tell(trial_runs.trial, mean_score(runs))
         elif bad:
-            self.study.tell(flight.trial, state=TrialState.PRUNED)
+            self.study.tell(trial_runs.trial, state=TrialState.PRUNED)
         else:
             return
-        flight.end()
+        trial_runs.end()
         self.count = len(finished(self.study))
-        self.say_result(flight, whole)
+        self.say_result(trial_runs, whole)
 
-    def say_result(self, flight: Flight, whole: bool) -> None:
+    def say_result(self, trial_runs: TrialInProgress, whole: bool) -> None:
         """What a trial that has ended has scored, the best so far, and how long the others will take."""
-        runs, trials, best = flight.runs, self.plan.options.trials, best_of(self.study)
-        line = f"{flight}: {show(mean_score(runs))}"
+        runs, trials, best = trial_runs.runs, self.plan.options.trials, best_of(self.study)
+        line = f"{trial_runs}: {show(mean_score(runs))}"
         if not whole:
-            line += f", stopped after {len(runs)} of {len(flight.jobs)} runs"
+            line += f", stopped after {len(runs)} of {len(trial_runs.jobs)} runs"
         line += f" ({', '.join(f'{env_id} {show(value)}' for env_id, value in by_environment(runs, 'value').items())})"
         if best:
             line += f"; best {show(best.value)}, trial {number_of(best)}"
@@ -244,8 +250,8 @@ class Sweep:
                 if len(signals) > obeyed:
                     obeyed = len(signals)
                     self.say("stops: every run finishes its iteration and saves; again, and they end at once")
-                    for flight in self.flights:
-                        flight.children.stop()
+                    for trial_runs in self.in_progress:
+                        trial_runs.children.stop()
                 if not self.futures:
                     if signals:
                         return 128 + signals[0]
@@ -253,23 +259,25 @@ class Sweep:
                         return 0
                     time.sleep(0.5)  # others have the last trials
                 for future in wait(self.futures, 0.5, FIRST_COMPLETED).done:
-                    flight, job = self.futures.pop(future)
-                    flight.busy -= 1
+                    trial_runs, job = self.futures.pop(future)
+                    trial_runs.busy -= 1
                     result = future.result()
-                    if result in ("done", "failed") and not flight.over:
-                        self.record(flight, job, result)
-                    elif not flight.over and not signals:  # somebody else stopped the process
-                        flight.todo.appendleft(job)
-                self.flights = [flight for flight in self.flights if flight.busy or not flight.over]
+                    if result in ("done", "failed") and not trial_runs.over:
+                        self.record(trial_runs, job, result)
+                    elif not trial_runs.over and not signals:  # somebody else stopped the process
+                        trial_runs.todo.appendleft(job)
+                self.in_progress = [
+                    trial_runs for trial_runs in self.in_progress if trial_runs.busy or not trial_runs.over
+                ]
                 self.draw()
         finally:
-            for flight in self.flights:
-                flight.children.stop()
+            for trial_runs in self.in_progress:
+                trial_runs.children.stop()
             pool.shutdown()
             with locked(self.plan.runs_dir):
-                for flight in self.flights:
-                    if not flight.over:
-                        hand_back(self.study, flight.trial)
+                for trial_runs in self.in_progress:
+                    if not trial_runs.over:
+                        hand_back(self.study, trial_runs.trial)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
