@@ -2,7 +2,7 @@
 
 Each (trial, environment, seed) is a process of the unmodified script and an ordinary run directory. What is known of a
 trial is in the storage. So the same command in another terminal, or on another node, takes a part of the trials, and
-after a kill it goes on. A free worker takes the next run of the oldest trial in trial_runs before it begins another one:
+after a kill it goes on. A free worker takes the next run of the oldest trial in progress before another one:
 trials end early, and the sampler has seen their scores when it proposes the next.
 """
 
@@ -104,9 +104,7 @@ class Sweep:
         if time.monotonic() - self.drawn < (0.5 if terminal else 60.0):
             return
         self.drawn = time.monotonic()
-        running = ", ".join(
-            f"{trial_runs} has {len(trial_runs.runs)} of {len(trial_runs.jobs)} runs" for trial_runs in self.in_progress
-        )
+        running = ", ".join(f"{work} has {len(work.runs)} of {len(work.jobs)} runs" for work in self.in_progress)
         rate = sum(progress_of(job, self.folder)[1] for _, job in self.futures.values())
         line = f"{self.count} of {self.plan.options.trials} trials; {running or 'others run'}; {rate:,.0f} steps/s"
         if terminal:
@@ -133,7 +131,7 @@ class Sweep:
 
     def free_trials_of_the_dead(self) -> None:
         """Hands back the trials whose workers are gone; an owner is missing for an instant after a trial begins."""
-        mine = [trial_runs.trial.number for trial_runs in self.in_progress]
+        mine = [work.trial.number for work in self.in_progress]
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state != TrialState.RUNNING or trial.number in mine:
                 continue
@@ -177,55 +175,55 @@ class Sweep:
         if (
             waits
             and len(self.in_progress) < self.plan.options.workers
-            or not any(trial_runs.todo for trial_runs in self.in_progress)
+            or not any(work.todo for work in self.in_progress)
         ):
             self.claim()
-        trial_runs = next((trial_runs for trial_runs in self.in_progress if trial_runs.todo), None)
-        return (trial_runs, trial_runs.todo.popleft()) if trial_runs else None
+        work = next((work for work in self.in_progress if work.todo), None)
+        return (work, work.todo.popleft()) if work else None
 
-    def record(self, trial_runs: TrialInProgress, job: Job, result: str) -> None:
+    def record(self, work: TrialInProgress, job: Job, result: str) -> None:
         """Takes down what came out of a run. A run that failed or finished no episode has no value."""
         run = self.folder / job.name
         value = read_json(run / "summary.json").get("train_last100") if result == "done" else None
         value = value if value is not None and math.isfinite(value) else None
         if value is None:
             end = "".join(f"\n    {line}" for line in end_of_log(job, self.folder).splitlines())
-            what = f"{trial_runs} {job.env_id} seed {job.seed}"
+            what = f"{work} {job.env_id} seed {job.seed}"
             self.say(f"FAILED   {what}: the end of {log_of(job, self.folder)}:{end}")
         status = "refused" if result == "failed" and not run.exists() else result  # wrong usage creates nothing
         known = dict(status=status, value=value, score=self.plan.score(job.env_id, value), run=job.name)
-        trial_runs.runs[f"{job.env_id} {job.seed}"] = known
+        work.runs[f"{job.env_id} {job.seed}"] = known
         try:
-            trial_runs.trial.set_user_attr("runs", trial_runs.runs)
-            self.judge(trial_runs)
+            work.trial.set_user_attr("runs", work.runs)
+            self.judge(work)
         except optuna.exceptions.UpdateFinishedTrialError:
-            self.say(f"{trial_runs} was taken over, because this process was silent for too long")
-            trial_runs.end()
+            self.say(f"{work} was taken over, because this process was silent for too long")
+            work.end()
 
-    def judge(self, trial_runs: TrialInProgress) -> None:
+    def judge(self, work: TrialInProgress) -> None:
         """Ends a trial that has all its runs, or is bad; raises UsageError where the script refuses to start at all."""
-        runs, whole, options = trial_runs.runs, len(trial_runs.runs) == len(trial_runs.jobs), self.plan.options
+        runs, whole, options = work.runs, len(work.runs) == len(work.jobs), self.plan.options
         if whole and all(run["status"] == "refused" for run in runs.values()) and not any(self.folder.glob("*__*")):
-            raise UsageError(f"no run of {trial_runs} has started:\n{end_of_log(trial_runs.jobs[-1], self.folder)}")
+            raise UsageError(f"no run of {work} has started:\n{end_of_log(work.jobs[-1], self.folder)}")
         others = [trial.user_attrs["runs"] for trial in finished(self.study) if trial.state == TrialState.COMPLETE]
         bad = not whole and options.prune > 0 and is_bad(runs, others, options.prune, len(options.env_ids))
-        trial_runs.trial.report(mean_score(runs), step=len(runs))  # the sampler ranks trials stopped early by it
+        work.trial.report(mean_score(runs), step=len(runs))  # the sampler ranks trials stopped early by it
         if whole:
-            self.study.tell(trial_runs.trial, mean_score(runs))
+            self.study.tell(work.trial, mean_score(runs))
         elif bad:
-            self.study.tell(trial_runs.trial, state=TrialState.PRUNED)
+            self.study.tell(work.trial, state=TrialState.PRUNED)
         else:
             return
-        trial_runs.end()
+        work.end()
         self.count = len(finished(self.study))
-        self.say_result(trial_runs, whole)
+        self.say_result(work, whole)
 
-    def say_result(self, trial_runs: TrialInProgress, whole: bool) -> None:
+    def say_result(self, work: TrialInProgress, whole: bool) -> None:
         """What a trial that has ended has scored, the best so far, and how long the others will take."""
-        runs, trials, best = trial_runs.runs, self.plan.options.trials, best_of(self.study)
-        line = f"{trial_runs}: {show(mean_score(runs))}"
+        runs, trials, best = work.runs, self.plan.options.trials, best_of(self.study)
+        line = f"{work}: {show(mean_score(runs))}"
         if not whole:
-            line += f", stopped after {len(runs)} of {len(trial_runs.jobs)} runs"
+            line += f", stopped after {len(runs)} of {len(work.jobs)} runs"
         line += f" ({', '.join(f'{env_id} {show(value)}' for env_id, value in by_environment(runs, 'value').items())})"
         if best:
             line += f"; best {show(best.value)}, trial {number_of(best)}"
@@ -250,8 +248,8 @@ class Sweep:
                 if len(signals) > obeyed:
                     obeyed = len(signals)
                     self.say("stops: every run finishes its iteration and saves; again, and they end at once")
-                    for trial_runs in self.in_progress:
-                        trial_runs.children.stop()
+                    for work in self.in_progress:
+                        work.children.stop()
                 if not self.futures:
                     if signals:
                         return 128 + signals[0]
@@ -259,25 +257,23 @@ class Sweep:
                         return 0
                     time.sleep(0.5)  # others have the last trials
                 for future in wait(self.futures, 0.5, FIRST_COMPLETED).done:
-                    trial_runs, job = self.futures.pop(future)
-                    trial_runs.busy -= 1
+                    work, job = self.futures.pop(future)
+                    work.busy -= 1
                     result = future.result()
-                    if result in ("done", "failed") and not trial_runs.over:
-                        self.record(trial_runs, job, result)
-                    elif not trial_runs.over and not signals:  # somebody else stopped the process
-                        trial_runs.todo.appendleft(job)
-                self.in_progress = [
-                    trial_runs for trial_runs in self.in_progress if trial_runs.busy or not trial_runs.over
-                ]
+                    if result in ("done", "failed") and not work.over:
+                        self.record(work, job, result)
+                    elif not work.over and not signals:  # somebody else stopped the process
+                        work.todo.appendleft(job)
+                self.in_progress = [work for work in self.in_progress if work.busy or not work.over]
                 self.draw()
         finally:
-            for trial_runs in self.in_progress:
-                trial_runs.children.stop()
+            for work in self.in_progress:
+                work.children.stop()
             pool.shutdown()
             with locked(self.plan.runs_dir):
-                for trial_runs in self.in_progress:
-                    if not trial_runs.over:
-                        hand_back(self.study, trial_runs.trial)
+                for work in self.in_progress:
+                    if not work.over:
+                        hand_back(self.study, work.trial)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 

@@ -487,10 +487,10 @@ def test_more_trials_than_asked_for_are_given_up_by_whom_is_later(here, monkeypa
 
     first.claim()
     monkeypatch.setattr(type(found), "ask", late)
-    second.flights = list(first.flights)  # one process plays both: what first has is not its dead predecessor's
+    second.in_progress = list(first.in_progress)  # one process plays both: what first has is not its dead predecessor's
     second.claim()
     assert [trial.state.name for trial in found.trials] == ["RUNNING", "RUNNING", "FAIL"]
-    assert len(first.flights) == 2 and len(second.flights) == 1
+    assert len(first.in_progress) == 2 and len(second.in_progress) == 1
 
 
 def test_a_trial_that_is_handed_back_stays_what_it_was(here):
@@ -499,15 +499,15 @@ def test_a_trial_that_is_handed_back_stays_what_it_was(here):
     first, second = sweep.Sweep(plan, found), sweep.Sweep(plan, found)
     for _ in range(2):
         first.claim()
-    second.flights = list(first.flights)
-    trial = first.flights[0].trial
+    second.in_progress = list(first.in_progress)
+    trial = first.in_progress[0].trial
     trial.set_user_attr("runs", {"CartPole-v1 1001": {"status": "done", "value": 400.0, "score": 0.79, "run": "x"}})
     study.hand_back(found, trial)
     study.hand_back(found, trial)  # by somebody else who had the same thought
     second.claim()
-    taken = second.flights[-1]
+    taken = second.in_progress[-1]
     assert str(taken) == "trial 0" and taken.trial.params == trial.params and len(found.trials) == 3
-    assert [job.name for job in taken.todo] == [job.name for job in first.flights[0].jobs[1:]]
+    assert [job.name for job in taken.todo] == [job.name for job in first.in_progress[0].jobs[1:]]
 
 
 def test_owners_are_dead_without_their_process_and_after_a_long_silence(here):
