@@ -72,6 +72,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -1300,15 +1301,26 @@ class Log:
         if not state:
             csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
             self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
-            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in swept.items()}
-            for summary in hparams(plain, dict.fromkeys(METRICS, 0.0)):
-                self.tensorboard.file_writer.add_summary(summary)
+            self.hparams(swept)
         self.wandb = None
         if args.track:
             import wandb
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": path.name, "dir": path}
             self.wandb = wandb.init(id=read_config(path)[1]["wandb_id"], resume="allow", config=swept, **names)
+
+    def hparams(self, swept: dict[str, Any]) -> None:
+        """The HParams tab. It shows those first that differ, by their names; these are taken to be the flags given."""
+        given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv}
+        plain = {name: x if type(x) in (int, float) else str(x) for name, x in swept.items()}
+        experiment, *session = hparams(plain, dict.fromkeys(METRICS, 0.0))
+        content = experiment.value[0].metadata.plugin_data
+        data = HParamsPluginData.FromString(content.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = info.name in given
+        content.content = data.SerializeToString()
+        for summary in (experiment, *session):
+            self.tensorboard.file_writer.add_summary(summary)
 
     def row(self, step: int, columns: dict[str, Any], values: dict[str, float]) -> None:
         """A row of progress.csv. The values go to TensorBoard and wandb, too; NaN stands for none."""

@@ -127,7 +127,7 @@ class Sweep:
         todo.sort(key=lambda job: status_of(job, self.folder) != "running")  # a killed worker has left it running
         self.in_progress.append(TrialInProgress(trial, jobs, runs, deque(todo)))
         if runs:
-            self.judge(self.in_progress[-1])
+            self.end_if_decided(self.in_progress[-1])
 
     def free_trials_of_the_dead(self) -> None:
         """Hands back the trials whose workers are gone; an owner is missing for an instant after a trial begins."""
@@ -195,12 +195,12 @@ class Sweep:
         work.runs[f"{job.env_id} {job.seed}"] = known
         try:
             work.trial.set_user_attr("runs", work.runs)
-            self.judge(work)
+            self.end_if_decided(work)
         except optuna.exceptions.UpdateFinishedTrialError:
             self.say(f"{work} was taken over, because this process was silent for too long")
             work.end()
 
-    def judge(self, work: TrialInProgress) -> None:
+    def end_if_decided(self, work: TrialInProgress) -> None:
         """Ends a trial that has all its runs, or is bad; raises UsageError where the script refuses to start at all."""
         runs, whole, options = work.runs, len(work.runs) == len(work.jobs), self.plan.options
         if whole and all(run["status"] == "refused" for run in runs.values()) and not any(self.folder.glob("*__*")):
