@@ -314,7 +314,8 @@ def make_gradient(agent: Agent, args: RunArgs) -> Callable[..., tuple[Tensor, di
 
     def example() -> tuple[Batch, Tensor, Tensor]:
         batch = estimate(agent, example_steps(agent, args), args)
-        return batch, torch.arange(len(batch.obs) // args.num_minibatches), torch.tensor(1.0)
+        rows = torch.arange(len(batch.obs) // args.num_minibatches, device=agent.device)
+        return batch, rows, torch.tensor(args.kl_beta, device=agent.device)
 
     calls = args.total_timesteps // (args.num_envs * args.num_steps) * args.update_epochs * args.num_minibatches
     return compile_for(example, gradient, args, calls > 40_000 and not agent.image)
@@ -323,14 +324,13 @@ def make_gradient(agent: Agent, args: RunArgs) -> Callable[..., tuple[Tensor, di
 @torch.no_grad()
 def estimate(agent: Agent, steps: Steps, args: Args) -> Batch:
     """pi_old, V and advantages of the steps that were played, for all states at once."""
-    features = features_of(agent, steps)
-    values = agent.value(features).view(-1, args.num_envs)  # (num_steps + 1, num_envs)
+    values = agent.value(steps.features).view(-1, args.num_envs)  # (num_steps + 1, num_envs)
     next_values = torch.where(steps.truncations, steps.final_values, values[1:])
     values = values[:-1]
     advantages, returns = compute_gae(
         steps.rewards, values, next_values, steps.terminations, steps.truncations, args.gamma, args.gae_lambda
     )
-    old_policy = agent.policy(features[: values.numel()])
+    old_policy = agent.policy(steps.features[: values.numel()])
     actions = steps.actions.flatten(0, 1)
     return Batch(
         obs=steps.observations[:-1].flatten(0, 1),
@@ -1041,7 +1041,7 @@ class Steps(NamedTuple):
     """What was played, (num_steps, num_envs, ...) and on the agent's device. Flags belong to step t, after it."""
 
     observations: Tensor  # one more than steps: also what came after the last one
-    features: Tensor | None  # of all steps, flattened, where acting has computed them in torch
+    features: Tensor  # of these observations, flattened
     actions: Tensor
     rewards: Tensor  # as the method learns from them
     terminations: Tensor
@@ -1096,6 +1096,7 @@ class Player:
                     final_obs[t, n] = last[n]
         observations[-1].copy_(torch.from_numpy(self.obs))
         check_finite(observations, rewards, final_obs)
+        features.append(agent.features(observations.flatten(0, 1) if actor else observations[-1]))
         self.finished = self.episodes.collect(actions, rewards, over)
         if self.args.clip_reward:
             rewards = np.sign(rewards)
@@ -1104,7 +1105,7 @@ class Player:
             rewards = scale_rewards(agent.return_norm, rewards, ended, self.discounted, self.args.gamma)
         return Steps(
             observations=observations,
-            features=torch.cat(features) if features else None,
+            features=torch.cat(features),
             actions=torch.from_numpy(actions).to(agent.device),
             rewards=torch.from_numpy(rewards.astype(np.float32)).to(agent.device),
             terminations=torch.from_numpy(terminations).to(agent.device),
@@ -1126,27 +1127,17 @@ class Player:
             self.discounted = state["discounted"].numpy()
 
 
-def features_of(agent: Agent, steps: Steps) -> Tensor:
-    """What actor and critic see of all num_steps + 1 observations, flattened."""
-    if steps.features is None:
-        return agent.features(steps.observations.flatten(0, 1))
-    return torch.cat([steps.features, agent.features(steps.observations[-1])])
-
-
 def example_steps(agent: Agent, args: RunArgs) -> Steps:
     """Steps of the right shapes, to compile something for them."""
     shape = (args.num_steps, args.num_envs)
-    zeros = torch.zeros(shape, device=agent.device)
     observations = example_obs(agent, args.num_steps + 1, args.num_envs)
     with torch.no_grad():
-        features = agent.features(observations[:-1].flatten(0, 1))
-        actions = act(agent, features, torch.zeros((), device=agent.device)).unflatten(0, shape)
-    never = torch.zeros(shape, dtype=torch.bool, device=agent.device)
-    acted_in_torch = numpy_actor(agent) is None
-    # Clones, because a tensor that is given twice would be compiled as one input.
-    return Steps(
-        observations, features if acted_in_torch else None, actions, zeros, never, never.clone(), zeros.clone()
-    )
+        features = agent.features(observations.flatten(0, 1))
+        actions = act(agent, features[args.num_envs :], torch.zeros((), device=agent.device)).unflatten(0, shape)
+    # Not one tensor three times, because that would be compiled as one input.
+    rewards, final_values = torch.zeros(2, *shape, device=agent.device).unbind()
+    terminations, truncations = torch.zeros(2, *shape, dtype=torch.bool, device=agent.device).unbind()
+    return Steps(observations, features, actions, rewards, terminations, truncations, final_values)
 
 
 # ==== shared: optimising ====
