@@ -169,7 +169,7 @@ class Agent(nn.Module):
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
         if self.obs_norm:
             obs = self.obs_norm(obs)
-        return obs.flatten(1)
+        return obs.reshape(len(obs), -1)
 
     def actor_head(self, features: Tensor) -> Tensor:
         """Means (batch, dims), or logits (batch, components, choices)."""

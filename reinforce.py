@@ -180,7 +180,7 @@ class Agent(nn.Module):
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
         if self.obs_norm:
             obs = self.obs_norm(obs)
-        return obs.flatten(1)
+        return obs.reshape(len(obs), -1)
 
     def actor_head(self, features: Tensor) -> Tensor:
         """Means (batch, dims), or logits (batch, components, choices)."""
@@ -1118,6 +1118,7 @@ class Player:
         if self.args.clip_reward:
             rewards = np.sign(rewards)
         if self.args.norm_reward:  # all episodes one after the other, because every one is whole
+            rewards = rewards.copy()  # self.episodes keeps those that came
             column = rewards.T[played.T][:, None]
             flags = (terminations | truncations).T[played.T][:, None]
             scaled = scale_rewards(agent.return_norm, column, flags, np.zeros(1), self.args.gamma)

@@ -177,7 +177,7 @@ class Agent(nn.Module):
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
         if self.obs_norm:
             obs = self.obs_norm(obs)
-        return obs.flatten(1)
+        return obs.reshape(len(obs), -1)
 
     def actor_head(self, features: Tensor) -> Tensor:
         """Means (batch, dims), or logits (batch, components, choices)."""
@@ -305,7 +305,7 @@ def trust_region_step(product: Callable[[Tensor], Tensor], gradient: Tensor, arg
     curvature = direction @ product(direction)  # s'(F + c I)s
     if not curvature > 0:
         return torch.zeros_like(gradient), residual
-    return (2 * args.max_kl / curvature).sqrt() * direction, residual
+    return math.sqrt(2 * args.max_kl) / curvature.sqrt() * direction, residual
 
 
 @torch.no_grad()
