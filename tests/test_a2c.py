@@ -27,7 +27,7 @@ SETTING += " --vf-coef 0.5 --max-grad-norm 0.5 --log-std-init 0 --device cpu --c
 SETTING = SETTING.split()  # for the defaults are free to change
 
 
-class Player:
+class Learner:
     """What train sets up before its loop, without a run directory."""
 
     def __init__(self, *flags: str, **env_options):
@@ -68,23 +68,23 @@ class Player:
 CLOCK = ("--env-id", "Clock-v0", "--num-envs", "3", "--num-steps", "5")
 
 
-def clock_player(action_space: gym.Space, *flags: str) -> Player:
+def clock_learner(action_space: gym.Space, *flags: str) -> Learner:
     """An agent that is far from a fresh one, three steps into its environments' second episodes."""
-    player = Player(*CLOCK, *flags, action_space=action_space)
-    for parameter in player.agent.parameters():
+    learner = Learner(*CLOCK, *flags, action_space=action_space)
+    for parameter in learner.agent.parameters():
         nn.init.normal_(parameter, std=0.3)
-    player.play()
-    player.play()
-    return player
+    learner.play()
+    learner.play()
+    return learner
 
 
 # ------------------------------------------------------------------------------------------- A2C is PPO in one step
 def side_by_side(action_space: gym.Space, flags: tuple[str, ...], ppo_flags: tuple[str, ...]) -> list[float]:
     """The largest difference between the weights of a2c.py and of ppo.py after each of 20 iterations."""
     same = (*CLOCK, "--gae-lambda", "1", "--max-grad-norm", "0.5", "--ent-coef", "0.01", "--vf-coef", "0.7", *flags)
-    mine = Player(*same, "--optimizer", "adam", action_space=action_space)
+    mine = Learner(*same, "--optimizer", "adam", action_space=action_space)
     one_step = ("--num-minibatches", "1", "--update-epochs", "1", "--no-norm-adv")
-    other = test_method.Player(*same, *one_step, *ppo_flags, action_space=action_space)
+    other = test_method.Learner(*same, *one_step, *ppo_flags, action_space=action_space)
     for parameter in mine.agent.parameters():
         nn.init.normal_(parameter, std=0.3)
     other.agent.load_state_dict(mine.agent.state_dict())
@@ -163,25 +163,25 @@ def test_an_optimizer_goes_on_from_its_state(which):
 @pytest.mark.parametrize("kind", ["discrete", "uneven", "box"])
 def test_returns_are_n_step_returns_up_to_the_end_of_rollout_or_episode(kind):
     """With the value of the state that was truly reached at the end, be it for a time limit, but of no terminal one."""
-    player = clock_player(ACTION_SPACES[kind], "--gamma", "0.9")
+    learner = clock_learner(ACTION_SPACES[kind], "--gamma", "0.9")
     seen = set()
     for _ in range(9):
-        steps = player.play()
+        steps = learner.play()
         names = ("reward", "successor", "terminated", "truncated")
-        rewards, successors, terminated, truncated = (player.log(name).numpy() for name in names)
+        rewards, successors, terminated, truncated = (learner.log(name).numpy() for name in names)
         expected = np.zeros((5, 3))
         for t, n in np.ndindex(5, 3):
             end = next((k for k in range(t, 5) if terminated[k, n] or truncated[k, n]), 4)
             expected[t, n] = sum(0.9 ** (k - t) * rewards[k, n] for k in range(t, end + 1))
             if not terminated[end, n]:
                 with torch.no_grad():
-                    future = player.agent.value(player.agent.features(torch.from_numpy(successors[end, n])[None]))
+                    future = learner.agent.value(learner.agent.features(torch.from_numpy(successors[end, n])[None]))
                 expected[t, n] += 0.9 ** (end + 1 - t) * future.item()
             seen.add((bool(terminated[end, n]), bool(truncated[end, n]), end == 4))
-        _, returns, values = player.update(steps, learning_rate=0.0)
+        _, returns, values = learner.update(steps, learning_rate=0.0)
         close(returns, expected, rtol=1e-4, atol=1e-5)
         with torch.no_grad():
-            close(values.flatten(), player.agent.value(player.agent.features(player.log("obs").flatten(0, 1))))
+            close(values.flatten(), learner.agent.value(learner.agent.features(learner.log("obs").flatten(0, 1))))
     assert len(seen) >= 5  # the rollout ended within episodes and with them
 
 
@@ -189,15 +189,15 @@ def test_returns_are_n_step_returns_up_to_the_end_of_rollout_or_episode(kind):
 @pytest.mark.parametrize("gae_lambda, norm", [(1.0, "--no-norm-adv"), (0.9, "--no-norm-adv"), (0.9, "--norm-adv")])
 def test_gradient_is_that_of_policy_value_and_entropy_by_torch_with_constant_targets(action_space, gae_lambda, norm):
     flags = ("--vf-coef", "0.7", "--ent-coef", "0.3", "--max-grad-norm", "1e9", "--gae-lambda", str(gae_lambda), norm)
-    player = clock_player(action_space, *flags)
-    agent, steps = player.agent, player.play()
-    advantages, returns = player.targets(0.99, gae_lambda)
-    found, stats, found_returns, _ = player.gradient(steps, a2c.values_of_final_obs(agent, steps))
+    learner = clock_learner(action_space, *flags)
+    agent, steps = learner.agent, learner.play()
+    advantages, returns = learner.targets(0.99, gae_lambda)
+    found, stats, found_returns, _ = learner.gradient(steps, a2c.values_of_final_obs(agent, steps))
     close(found_returns, returns, rtol=1e-4, atol=1e-4)
 
     if norm == "--norm-adv":
         advantages = (advantages - advantages.mean()) / advantages.std()
-    features = agent.features(player.log("obs").flatten(0, 1))
+    features = agent.features(learner.log("obs").flatten(0, 1))
     policy, values = torch_policy(agent, features), agent.critic(features)[:, 0]
     policy_loss = -(torch_log_prob(policy, steps.actions.flatten(0, 1)) * advantages.flatten()).mean()
     value_loss = nn.functional.mse_loss(values, returns.flatten()) / 2
@@ -213,31 +213,31 @@ def test_gradient_is_that_of_policy_value_and_entropy_by_torch_with_constant_tar
 
 def test_the_policy_loss_moves_no_value_and_the_value_loss_no_policy():
     for flags, still in ((("--vf-coef", "0"), "critic"), ((), "actor")):
-        player = clock_player(ACTION_SPACES["box"], *flags)
-        steps = player.play()
+        learner = clock_learner(ACTION_SPACES["box"], *flags)
+        steps = learner.play()
         if still == "actor":
-            player.args.gae_lambda = 0.0
+            learner.args.gae_lambda = 0.0
             with torch.no_grad():  # no advantages: the rewards are what the critic takes them to be
-                obs, successors = (player.log(name).flatten(0, 1) for name in ("obs", "successor"))
+                obs, successors = (learner.log(name).flatten(0, 1) for name in ("obs", "successor"))
                 values, next_values = (
-                    player.agent.value(player.agent.features(x)).view(5, 3) for x in (obs, successors)
+                    learner.agent.value(learner.agent.features(x)).view(5, 3) for x in (obs, successors)
                 )
-                alive = ~player.log("terminated")
+                alive = ~learner.log("terminated")
                 steps = steps._replace(rewards=values - 0.99 * next_values * alive + 0.0)
-        before = {name: x.clone() for name, x in player.agent.named_parameters()}
-        player.update(steps)
-        moved = {name for name, x in player.agent.named_parameters() if (x - before[name]).abs().max() > 1e-6}
+        before = {name: x.clone() for name, x in learner.agent.named_parameters()}
+        learner.update(steps)
+        moved = {name for name, x in learner.agent.named_parameters() if (x - before[name]).abs().max() > 1e-6}
         assert bool(moved) == (still == "critic") and not any(name.startswith(still) for name in moved)
 
 
 @pytest.mark.parametrize("bound", ["0.01", "1e6"])
 def test_gradient_clipping_equals_torch(bound):
-    player = clock_player(ACTION_SPACES["box"], "--max-grad-norm", bound)
-    steps = player.play()
-    final_values = a2c.values_of_final_obs(player.agent, steps)
-    gradient, stats, *_ = player.gradient(steps, final_values)
-    a2c.a2c_loss(player.agent, steps, final_values, player.args)[0].backward()
-    parameters = list(player.agent.parameters())
+    learner = clock_learner(ACTION_SPACES["box"], "--max-grad-norm", bound)
+    steps = learner.play()
+    final_values = a2c.values_of_final_obs(learner.agent, steps)
+    gradient, stats, *_ = learner.gradient(steps, final_values)
+    a2c.a2c_loss(learner.agent, steps, final_values, learner.args)[0].backward()
+    parameters = list(learner.agent.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     norm = nn.utils.clip_grad_norm_(parameters, float(bound))
@@ -251,52 +251,52 @@ def test_norm_adv_standardises_over_the_batch():
     gradients = []
     for scale in (1.0, 100.0):
         torch.manual_seed(0)
-        player = clock_player(Discrete(4), "--norm-adv", "--vf-coef", "0", "--max-grad-norm", "1e9")
-        player.agent.critic.last.weight.data *= scale
-        player.agent.critic.last.bias.data *= scale
-        steps = player.play()
+        learner = clock_learner(Discrete(4), "--norm-adv", "--vf-coef", "0", "--max-grad-norm", "1e9")
+        learner.agent.critic.last.weight.data *= scale
+        learner.agent.critic.last.bias.data *= scale
+        steps = learner.play()
         steps = steps._replace(rewards=scale * steps.rewards)
-        gradients.append(player.gradient(steps, a2c.values_of_final_obs(player.agent, steps))[0])
+        gradients.append(learner.gradient(steps, a2c.values_of_final_obs(learner.agent, steps))[0])
     close(*gradients, rtol=1e-3, atol=1e-5)
     assert gradients[0].norm() > 0.1
 
 
 def test_equal_advantages_are_standardised_to_nothing():
-    player = clock_player(Discrete(4), "--norm-adv", "--vf-coef", "0", "--gae-lambda", "0")
-    for parameter in player.agent.critic.parameters():
+    learner = clock_learner(Discrete(4), "--norm-adv", "--vf-coef", "0", "--gae-lambda", "0")
+    for parameter in learner.agent.critic.parameters():
         nn.init.zeros_(parameter)
-    steps = player.play()
+    steps = learner.play()
     for reward in (0.0, 1.0, 0.1, 1e4 / 3):
         equal = steps._replace(rewards=torch.full((5, 3), reward))
-        gradient, *_ = player.gradient(equal, torch.zeros(5, 3))
+        gradient, *_ = learner.gradient(equal, torch.zeros(5, 3))
         assert torch.equal(gradient, torch.zeros_like(gradient)), reward
 
 
 def test_the_compiled_gradient_is_the_eager_one():
     """Although no call resembles the one that was compiled, whose numbers were all zero."""
-    player = clock_player(ACTION_SPACES["box"], "--norm-obs", "--norm-adv", "--ent-coef", "0.1", "--num-steps", "3")
-    player.args.compile = "on"
-    compiled = a2c.make_gradient(player.agent, player.args)
+    learner = clock_learner(ACTION_SPACES["box"], "--norm-obs", "--norm-adv", "--ent-coef", "0.1", "--num-steps", "3")
+    learner.args.compile = "on"
+    compiled = a2c.make_gradient(learner.agent, learner.args)
     for _ in range(3):
-        steps = player.play()
-        final_values = a2c.values_of_final_obs(player.agent, steps)
+        steps = learner.play()
+        final_values = a2c.values_of_final_obs(learner.agent, steps)
         steps = steps._replace(features=[], final_obs={})
-        for found, expected in zip(compiled(steps, final_values), player.gradient(steps, final_values), strict=True):
+        for found, expected in zip(compiled(steps, final_values), learner.gradient(steps, final_values), strict=True):
             close(found, expected, rtol=1e-3, atol=1e-5)
-        player.optimizer.step(expected.new_ones(len(player.optimizer.parameters)), 0.01)
-        player.agent.obs_norm.update(steps.observations.flatten(0, 1))
+        learner.optimizer.step(expected.new_ones(len(learner.optimizer.parameters)), 0.01)
+        learner.agent.obs_norm.update(steps.observations.flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------- update
 @pytest.mark.parametrize("kind", ["discrete", "box"])
 def test_updates_equal_stable_baselines3(kind):
     env_id = {"discrete": "CartPole-v1", "box": "Pendulum-v1"}[kind]
-    player = Player("--env-id", env_id, "--num-envs", "4", "--num-steps", "8", "--ent-coef", "0.02", "--vf-coef", "0.5")
+    learner = Learner("--env-id", env_id, "--num-envs", "4", "--num-steps", "8", "--ent-coef", "0.02", "--vf-coef", "0.5")
     optimizer = dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(alpha=0.99, eps=1e-5))
     settings = dict(n_steps=32, learning_rate=0.03, ent_coef=0.02, vf_coef=0.25, max_grad_norm=0.5, device="cpu")
     model = stable_baselines3.A2C("MlpPolicy", env_id, policy_kwargs=optimizer, **settings)  # no half in its value loss
     model.set_logger(Logger(None, []))
-    agent, body, policy = player.agent, model.policy.mlp_extractor, model.policy
+    agent, body, policy = learner.agent, model.policy.mlp_extractor, model.policy
     pairs = [(body.policy_net[0], agent.actor.first), (body.policy_net[2], agent.actor.second)]
     pairs += [(policy.action_net, agent.actor.last), (policy.value_net, agent.critic.last)]
     pairs += [(body.value_net[0], agent.critic.first), (body.value_net[2], agent.critic.second)]
@@ -305,17 +305,17 @@ def test_updates_equal_stable_baselines3(kind):
     if kind == "box":
         policy.log_std.data.copy_(agent.log_std)
     for _ in range(3):
-        before, steps = player.optimizer.parameters.clone(), player.play()
+        before, steps = learner.optimizer.parameters.clone(), learner.play()
         buffer = model.rollout_buffer
         buffer.reset()
         buffer.observations[:, 0] = steps.observations[:-1].flatten(0, 1)
         buffer.actions[:, 0] = steps.actions.flatten(0, 1)
-        _, returns, values = player.update(steps, learning_rate=0.03)
+        _, returns, values = learner.update(steps, learning_rate=0.03)
         for name, x in dict(returns=returns, values=values, advantages=returns - values).items():
             getattr(buffer, name)[:, 0] = x.flatten()
         buffer.full = True
         model.train()
-        assert (player.optimizer.parameters - before).abs().max() > 1e-3
+        assert (learner.optimizer.parameters - before).abs().max() > 1e-3
         for theirs, ours in pairs:
             for found, expected in zip(ours.parameters(), theirs.parameters()):
                 close(found.data, expected.data, rtol=1e-3, atol=1e-5)
@@ -325,11 +325,11 @@ def test_updates_equal_stable_baselines3(kind):
 
 
 def test_a_gradient_that_is_not_finite_is_named_before_anything_moves():
-    player = clock_player(Discrete(4))
-    steps, before = player.play(), player.optimizer.parameters.clone()
+    learner = clock_learner(Discrete(4))
+    steps, before = learner.play(), learner.optimizer.parameters.clone()
     with pytest.raises(a2c.Failed, match="gradient's norm is nan"):
-        player.update(steps._replace(rewards=torch.full((5, 3), math.nan)))
-    assert torch.equal(player.optimizer.parameters, before)
+        learner.update(steps._replace(rewards=torch.full((5, 3), math.nan)))
+    assert torch.equal(learner.optimizer.parameters, before)
 
 
 def test_a_cnn_learns_from_bytes_through_one_body():
