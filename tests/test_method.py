@@ -619,7 +619,7 @@ def test_target_kl_lets_no_step_start_too_far_away():
 
 @every_action_space
 def test_mean_kl_equals_torch(action_space):
-    learner = clock_learner(action_space, "--num-steps", "500")  # 1,500 rows: more than one chunk
+    learner = clock_learner(action_space, "--num-steps", "500")
     batch = learner.rollout()
     old = torch_policy(copy.deepcopy(learner.agent), learner.agent.features(batch.obs))
     for parameter in learner.agent.parameters():
@@ -832,7 +832,7 @@ def played(env_id: str, seed: int = 1, shift: int = 0, num_envs: int = 2, frames
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", *GAMES])
 def test_every_episode_has_a_seed_of_its_own_whatever_came_before(env_id):
-    """It goes as (seed, environment, number) say, be it as the hundredth step or the thousandth."""
+    """It goes as (seed, environment, number) say, whenever it begins."""
     begins, seen = played(env_id)
     other_begins, other_seen = played(env_id, shift=1, num_envs=3, frames=400)
     both = [key for key in seen if key in other_seen and key[1] >= 2]
