@@ -27,30 +27,31 @@ SETTING += " --vf-coef 0.5 --max-grad-norm 0.5 --log-std-init 0 --device cpu --c
 SETTING = SETTING.split()  # for the defaults are free to change
 
 
-class Player:
+class Learner:
     """What train sets up before its loop, without a run directory."""
 
     def __init__(self, *flags: str, **env_options):
         self.args = a2c.parse_args([*SETTING, *flags])
-        self.envs = a2c.make_envs(self.args, self.args.num_envs, **env_options)
-        self.agent = a2c.Agent(self.envs.single_observation_space, self.envs.single_action_space, self.args)
+        self.envs = a2c.make_envs(self.args, self.args.num_envs, self.args.seed, **env_options)
+        self.player = a2c.Player(self.envs, self.args)
+        self.agent = a2c.make_agent(self.envs, self.args)
         optimizer = a2c.RMSprop if self.args.optimizer == "rmsprop" else a2c.Adam
         self.optimizer = optimizer(a2c.flatten_parameters(self.agent.parameters()))
         self.gradient = a2c.make_gradient(self.agent, self.args)
-        self.episodes = a2c.Episodes(self.args.num_envs)
-        self.obs, self.info = a2c.reset_envs(self.envs, self.args.seed, 1)
 
     def play(self) -> a2c.Steps:
-        result = a2c.play(self.agent, self.envs, self.obs, self.info, self.episodes, self.args)
-        steps, self.obs, self.info, _ = result
-        return steps
+        return self.player.play(self.agent)
 
-    def update(self, steps: a2c.Steps, learning_rate: float = 0.01) -> tuple[torch.Tensor, ...]:
-        return a2c.update(self.agent, self.optimizer, self.gradient, steps, learning_rate)
+    @torch.no_grad()
+    def estimate(self, steps: a2c.Steps) -> a2c.Batch:
+        return a2c.estimate(self.agent, steps, self.args)
+
+    def update(self, steps: a2c.Steps, learning_rate: float = 0.01) -> dict[str, torch.Tensor]:
+        return a2c.update(self.optimizer, self.gradient, steps, learning_rate)
 
     def log(self, field: str) -> torch.Tensor:
         """What the Clocks saw in the latest steps, (num_steps, num_envs, ...)."""
-        logs = [env.unwrapped.log[-self.args.num_steps :] for env in self.envs.envs]
+        logs = [env.unwrapped.log[-self.args.num_steps :] for env in self.envs.envs.envs]
         return torch.from_numpy(np.stack([[getattr(step, field) for step in log] for log in logs], axis=1))
 
     @torch.no_grad()
@@ -68,23 +69,23 @@ class Player:
 CLOCK = ("--env-id", "Clock-v0", "--num-envs", "3", "--num-steps", "5")
 
 
-def clock_player(action_space: gym.Space, *flags: str) -> Player:
+def clock_learner(action_space: gym.Space, *flags: str) -> Learner:
     """An agent that is far from a fresh one, three steps into its environments' second episodes."""
-    player = Player(*CLOCK, *flags, action_space=action_space)
-    for parameter in player.agent.parameters():
+    learner = Learner(*CLOCK, *flags, action_space=action_space)
+    for parameter in learner.agent.parameters():
         nn.init.normal_(parameter, std=0.3)
-    player.play()
-    player.play()
-    return player
+    learner.play()
+    learner.play()
+    return learner
 
 
 # ------------------------------------------------------------------------------------------- A2C is PPO in one step
 def side_by_side(action_space: gym.Space, flags: tuple[str, ...], ppo_flags: tuple[str, ...]) -> list[float]:
     """The largest difference between the weights of a2c.py and of ppo.py after each of 20 iterations."""
     same = (*CLOCK, "--gae-lambda", "1", "--max-grad-norm", "0.5", "--ent-coef", "0.01", "--vf-coef", "0.7", *flags)
-    mine = Player(*same, "--optimizer", "adam", action_space=action_space)
+    mine = Learner(*same, "--optimizer", "adam", action_space=action_space)
     one_step = ("--num-minibatches", "1", "--update-epochs", "1", "--no-norm-adv")
-    other = test_method.Player(*same, *one_step, *ppo_flags, action_space=action_space)
+    other = test_method.Learner(*same, *one_step, *ppo_flags, action_space=action_space)
     for parameter in mine.agent.parameters():
         nn.init.normal_(parameter, std=0.3)
     other.agent.load_state_dict(mine.agent.state_dict())
@@ -96,7 +97,7 @@ def side_by_side(action_space: gym.Space, flags: tuple[str, ...], ppo_flags: tup
         other.update(other.rollout(), learning_rate=0.01)
         differences.append((mine.optimizer.parameters - other.optimizer.parameters).abs().max().item())
     for name in ("terminated", "truncated"):
-        assert any(getattr(step, name) for step in mine.envs.envs[0].unwrapped.log)
+        assert any(getattr(step, name) for step in mine.envs.envs.envs[0].unwrapped.log)
     assert (mine.optimizer.parameters - before).abs().max() > 0.05
     return differences
 
@@ -163,25 +164,25 @@ def test_an_optimizer_goes_on_from_its_state(which):
 @pytest.mark.parametrize("kind", ["discrete", "uneven", "box"])
 def test_returns_are_n_step_returns_up_to_the_end_of_rollout_or_episode(kind):
     """With the value of the state that was truly reached at the end, be it for a time limit, but of no terminal one."""
-    player = clock_player(ACTION_SPACES[kind], "--gamma", "0.9")
+    learner = clock_learner(ACTION_SPACES[kind], "--gamma", "0.9")
     seen = set()
     for _ in range(9):
-        steps = player.play()
+        steps = learner.play()
         names = ("reward", "successor", "terminated", "truncated")
-        rewards, successors, terminated, truncated = (player.log(name).numpy() for name in names)
+        rewards, successors, terminated, truncated = (learner.log(name).numpy() for name in names)
         expected = np.zeros((5, 3))
         for t, n in np.ndindex(5, 3):
             end = next((k for k in range(t, 5) if terminated[k, n] or truncated[k, n]), 4)
             expected[t, n] = sum(0.9 ** (k - t) * rewards[k, n] for k in range(t, end + 1))
             if not terminated[end, n]:
                 with torch.no_grad():
-                    future = player.agent.value(player.agent.features(torch.from_numpy(successors[end, n])[None]))
+                    future = learner.agent.value(learner.agent.features(torch.from_numpy(successors[end, n])[None]))
                 expected[t, n] += 0.9 ** (end + 1 - t) * future.item()
             seen.add((bool(terminated[end, n]), bool(truncated[end, n]), end == 4))
-        _, returns, values = player.update(steps, learning_rate=0.0)
-        close(returns, expected, rtol=1e-4, atol=1e-5)
+        batch = learner.estimate(steps)
+        close(batch.returns.view(5, 3), expected, rtol=1e-4, atol=1e-5)
         with torch.no_grad():
-            close(values.flatten(), player.agent.value(player.agent.features(player.log("obs").flatten(0, 1))))
+            close(batch.values, learner.agent.value(learner.agent.features(learner.log("obs").flatten(0, 1))))
     assert len(seen) >= 5  # the rollout ended within episodes and with them
 
 
@@ -189,15 +190,15 @@ def test_returns_are_n_step_returns_up_to_the_end_of_rollout_or_episode(kind):
 @pytest.mark.parametrize("gae_lambda, norm", [(1.0, "--no-norm-adv"), (0.9, "--no-norm-adv"), (0.9, "--norm-adv")])
 def test_gradient_is_that_of_policy_value_and_entropy_by_torch_with_constant_targets(action_space, gae_lambda, norm):
     flags = ("--vf-coef", "0.7", "--ent-coef", "0.3", "--max-grad-norm", "1e9", "--gae-lambda", str(gae_lambda), norm)
-    player = clock_player(action_space, *flags)
-    agent, steps = player.agent, player.play()
-    advantages, returns = player.targets(0.99, gae_lambda)
-    found, stats, found_returns, _ = player.gradient(steps, a2c.values_of_final_obs(agent, steps))
-    close(found_returns, returns, rtol=1e-4, atol=1e-4)
+    learner = clock_learner(action_space, *flags)
+    agent, steps = learner.agent, learner.play()
+    advantages, returns = learner.targets(0.99, gae_lambda)
+    close(learner.estimate(steps).returns.view(5, 3), returns, rtol=1e-4, atol=1e-4)
+    found, logged = learner.gradient(steps)
 
     if norm == "--norm-adv":
         advantages = (advantages - advantages.mean()) / advantages.std()
-    features = agent.features(player.log("obs").flatten(0, 1))
+    features = agent.features(learner.log("obs").flatten(0, 1))
     policy, values = torch_policy(agent, features), agent.critic(features)[:, 0]
     policy_loss = -(torch_log_prob(policy, steps.actions.flatten(0, 1)) * advantages.flatten()).mean()
     value_loss = nn.functional.mse_loss(values, returns.flatten()) / 2
@@ -205,45 +206,48 @@ def test_gradient_is_that_of_policy_value_and_entropy_by_torch_with_constant_tar
     (policy_loss + 0.7 * value_loss - 0.3 * entropy).backward()
     expected = torch.cat([p.grad.flatten() for p in agent.parameters()])
     close(found, expected, rtol=1e-3, atol=1e-4)
-    logged = dict(zip(a2c.STATS, stats))
-    for name, value in dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy).items():
+    errors = returns.flatten() - values
+    expected_stats = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, grad_norm=expected.norm())
+    expected_stats |= dict(returns_variance=returns.var(correction=0), residual_variance=errors.var(correction=0))
+    assert logged.keys() == expected_stats.keys()
+    for name, value in expected_stats.items():
         close(logged[name], value.detach(), rtol=1e-3, atol=1e-4, msg=name)
     close(logged["grad_norm"], expected.norm(), rtol=1e-3, atol=0)
+    assert not any(value.requires_grad for value in logged.values())
 
 
 def test_the_policy_loss_moves_no_value_and_the_value_loss_no_policy():
     for flags, still in ((("--vf-coef", "0"), "critic"), ((), "actor")):
-        player = clock_player(ACTION_SPACES["box"], *flags)
-        steps = player.play()
+        learner = clock_learner(ACTION_SPACES["box"], *flags)
+        steps = learner.play()
         if still == "actor":
-            player.args.gae_lambda = 0.0
+            learner.args.gae_lambda = 0.0
             with torch.no_grad():  # no advantages: the rewards are what the critic takes them to be
-                obs, successors = (player.log(name).flatten(0, 1) for name in ("obs", "successor"))
+                obs, successors = (learner.log(name).flatten(0, 1) for name in ("obs", "successor"))
                 values, next_values = (
-                    player.agent.value(player.agent.features(x)).view(5, 3) for x in (obs, successors)
+                    learner.agent.value(learner.agent.features(x)).view(5, 3) for x in (obs, successors)
                 )
-                alive = ~player.log("terminated")
+                alive = ~learner.log("terminated")
                 steps = steps._replace(rewards=values - 0.99 * next_values * alive + 0.0)
-        before = {name: x.clone() for name, x in player.agent.named_parameters()}
-        player.update(steps)
-        moved = {name for name, x in player.agent.named_parameters() if (x - before[name]).abs().max() > 1e-6}
+        before = {name: x.clone() for name, x in learner.agent.named_parameters()}
+        learner.update(steps)
+        moved = {name for name, x in learner.agent.named_parameters() if (x - before[name]).abs().max() > 1e-6}
         assert bool(moved) == (still == "critic") and not any(name.startswith(still) for name in moved)
 
 
 @pytest.mark.parametrize("bound", ["0.01", "1e6"])
 def test_gradient_clipping_equals_torch(bound):
-    player = clock_player(ACTION_SPACES["box"], "--max-grad-norm", bound)
-    steps = player.play()
-    final_values = a2c.values_of_final_obs(player.agent, steps)
-    gradient, stats, *_ = player.gradient(steps, final_values)
-    a2c.a2c_loss(player.agent, steps, final_values, player.args)[0].backward()
-    parameters = list(player.agent.parameters())
+    learner = clock_learner(ACTION_SPACES["box"], "--max-grad-norm", bound)
+    steps = learner.play()
+    gradient, stats = learner.gradient(steps)
+    a2c.a2c_loss(learner.agent, learner.estimate(steps), learner.args)[0].backward()
+    parameters = list(learner.agent.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     norm = nn.utils.clip_grad_norm_(parameters, float(bound))
     assert 0.01 < norm < 1e6
     close(gradient, torch.cat([p.grad.flatten() for p in parameters]), rtol=1e-4, atol=1e-7)
-    close(stats[-1], norm, rtol=1e-4, atol=0)
+    close(stats["grad_norm"], norm, rtol=1e-4, atol=0)
 
 
 def test_norm_adv_standardises_over_the_batch():
@@ -251,52 +255,58 @@ def test_norm_adv_standardises_over_the_batch():
     gradients = []
     for scale in (1.0, 100.0):
         torch.manual_seed(0)
-        player = clock_player(Discrete(4), "--norm-adv", "--vf-coef", "0", "--max-grad-norm", "1e9")
-        player.agent.critic.last.weight.data *= scale
-        player.agent.critic.last.bias.data *= scale
-        steps = player.play()
+        learner = clock_learner(Discrete(4), "--norm-adv", "--vf-coef", "0", "--max-grad-norm", "1e9")
+        learner.agent.critic.last.weight.data *= scale
+        learner.agent.critic.last.bias.data *= scale
+        steps = learner.play()
         steps = steps._replace(rewards=scale * steps.rewards)
-        gradients.append(player.gradient(steps, a2c.values_of_final_obs(player.agent, steps))[0])
+        gradients.append(learner.gradient(steps)[0])
     close(*gradients, rtol=1e-3, atol=1e-5)
     assert gradients[0].norm() > 0.1
 
 
 def test_equal_advantages_are_standardised_to_nothing():
-    player = clock_player(Discrete(4), "--norm-adv", "--vf-coef", "0", "--gae-lambda", "0")
-    for parameter in player.agent.critic.parameters():
+    learner = clock_learner(Discrete(4), "--norm-adv", "--vf-coef", "0", "--gae-lambda", "0")
+    for parameter in learner.agent.critic.parameters():
         nn.init.zeros_(parameter)
-    steps = player.play()
+    steps = learner.play()
     for reward in (0.0, 1.0, 0.1, 1e4 / 3):
         equal = steps._replace(rewards=torch.full((5, 3), reward))
-        gradient, *_ = player.gradient(equal, torch.zeros(5, 3))
+        gradient, _ = learner.gradient(equal)
         assert torch.equal(gradient, torch.zeros_like(gradient)), reward
 
 
-def test_the_compiled_gradient_is_the_eager_one():
+@pytest.mark.parametrize("kind, norm", [("box", "--norm-obs"), ("uneven", "--no-norm-obs")])
+def test_the_compiled_gradient_is_the_eager_one(kind, norm):
     """Although no call resembles the one that was compiled, whose numbers were all zero."""
-    player = clock_player(ACTION_SPACES["box"], "--norm-obs", "--norm-adv", "--ent-coef", "0.1", "--num-steps", "3")
-    player.args.compile = "on"
-    compiled = a2c.make_gradient(player.agent, player.args)
+    flags = (norm, "--norm-adv", "--ent-coef", "0.1", "--num-steps", "3")
+    learner = clock_learner(ACTION_SPACES[kind], *flags)
+    learner.args.compile = "on"
+    compiled = a2c.make_gradient(learner.agent, learner.args)
     for _ in range(3):
-        steps = player.play()
-        final_values = a2c.values_of_final_obs(player.agent, steps)
-        steps = steps._replace(features=[], final_obs={})
-        for found, expected in zip(compiled(steps, final_values), player.gradient(steps, final_values), strict=True):
-            close(found, expected, rtol=1e-3, atol=1e-5)
-        player.optimizer.step(expected.new_ones(len(player.optimizer.parameters)), 0.01)
-        player.agent.obs_norm.update(steps.observations.flatten(0, 1))
+        steps = learner.play()
+        (gradient, stats), (eager_gradient, eager_stats) = compiled(steps), learner.gradient(steps)
+        close(gradient, eager_gradient, rtol=1e-3, atol=1e-5)
+        assert stats.keys() == eager_stats.keys()
+        for name, value in stats.items():
+            close(value, eager_stats[name], rtol=1e-3, atol=1e-5, msg=name)
+        learner.optimizer.step(torch.ones_like(gradient), 0.01)
+        if learner.agent.obs_norm:
+            learner.agent.obs_norm.update(steps.observations.flatten(0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------- update
 @pytest.mark.parametrize("kind", ["discrete", "box"])
 def test_updates_equal_stable_baselines3(kind):
     env_id = {"discrete": "CartPole-v1", "box": "Pendulum-v1"}[kind]
-    player = Player("--env-id", env_id, "--num-envs", "4", "--num-steps", "8", "--ent-coef", "0.02", "--vf-coef", "0.5")
+    learner = Learner(
+        "--env-id", env_id, "--num-envs", "4", "--num-steps", "8", "--ent-coef", "0.02", "--vf-coef", "0.5"
+    )
     optimizer = dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(alpha=0.99, eps=1e-5))
     settings = dict(n_steps=32, learning_rate=0.03, ent_coef=0.02, vf_coef=0.25, max_grad_norm=0.5, device="cpu")
     model = stable_baselines3.A2C("MlpPolicy", env_id, policy_kwargs=optimizer, **settings)  # no half in its value loss
     model.set_logger(Logger(None, []))
-    agent, body, policy = player.agent, model.policy.mlp_extractor, model.policy
+    agent, body, policy = learner.agent, model.policy.mlp_extractor, model.policy
     pairs = [(body.policy_net[0], agent.actor.first), (body.policy_net[2], agent.actor.second)]
     pairs += [(policy.action_net, agent.actor.last), (policy.value_net, agent.critic.last)]
     pairs += [(body.value_net[0], agent.critic.first), (body.value_net[2], agent.critic.second)]
@@ -305,17 +315,18 @@ def test_updates_equal_stable_baselines3(kind):
     if kind == "box":
         policy.log_std.data.copy_(agent.log_std)
     for _ in range(3):
-        before, steps = player.optimizer.parameters.clone(), player.play()
+        before, steps = learner.optimizer.parameters.clone(), learner.play()
         buffer = model.rollout_buffer
         buffer.reset()
         buffer.observations[:, 0] = steps.observations[:-1].flatten(0, 1)
         buffer.actions[:, 0] = steps.actions.flatten(0, 1)
-        _, returns, values = player.update(steps, learning_rate=0.03)
-        for name, x in dict(returns=returns, values=values, advantages=returns - values).items():
-            getattr(buffer, name)[:, 0] = x.flatten()
+        batch = learner.estimate(steps)
+        learner.update(steps, learning_rate=0.03)
+        for name in ("returns", "values", "advantages"):
+            getattr(buffer, name)[:, 0] = getattr(batch, name)
         buffer.full = True
         model.train()
-        assert (player.optimizer.parameters - before).abs().max() > 1e-3
+        assert (learner.optimizer.parameters - before).abs().max() > 1e-3
         for theirs, ours in pairs:
             for found, expected in zip(ours.parameters(), theirs.parameters()):
                 close(found.data, expected.data, rtol=1e-3, atol=1e-5)
@@ -324,33 +335,34 @@ def test_updates_equal_stable_baselines3(kind):
             assert (agent.log_std != 0).all()
 
 
-def test_a_gradient_that_is_not_finite_is_named_before_anything_moves():
-    player = clock_player(Discrete(4))
-    steps, before = player.play(), player.optimizer.parameters.clone()
-    with pytest.raises(a2c.Failed, match="gradient's norm is nan"):
-        player.update(steps._replace(rewards=torch.full((5, 3), math.nan)))
-    assert torch.equal(player.optimizer.parameters, before)
+def test_a_gradient_that_is_not_finite_is_named_before_anything_is_saved(tmp_path, monkeypatch):
+    """It is read only after its step, with everything else that is logged; the last checkpoint is that before it."""
+    calls, play = [], a2c.Player.play
+
+    def spoilt(player: a2c.Player, agent: a2c.Agent) -> a2c.Steps:
+        steps = play(player, agent)
+        calls.append(1)
+        return steps._replace(rewards=steps.rewards * math.nan) if len(calls) == 4 else steps
+
+    monkeypatch.setattr(a2c.Player, "play", spoilt)
+    tiny = "--num-envs 2 --num-steps 5 --total-timesteps 100 --checkpoint-interval 1 --run-name bad"
+    with pytest.raises(a2c.Failed, match="iteration 4: policy_loss is nan; .*step_000000000030.pt"):
+        a2c.train(a2c.parse_args([*SETTING, *tiny.split(), "--runs-dir", str(tmp_path)]))
+    state = a2c.load_checkpoint(tmp_path / "bad")
+    assert state["global_step"] == 30
+    assert all(x.isfinite().all() for x in [*state["agent"].values(), *state["optimizer"].values()])
 
 
 def test_a_cnn_learns_from_bytes_through_one_body():
     args = a2c.parse_args([*SETTING, "--num-envs", "2", "--num-steps", "3"])
-    agent = a2c.Agent(Box(0, 255, (1, 36, 36), np.uint8), Discrete(3), args)
+    agent = a2c.Agent(Box(0, 255, (1, 36, 36), np.uint8), Discrete(3), args, share_body=True)
     optimizer = a2c.RMSprop(a2c.flatten_parameters(agent.parameters()))
     images, zeros = torch.randint(0, 256, (4, 2, 1, 36, 36), dtype=torch.uint8), torch.zeros(3, 2)
-    steps = a2c.Steps(images, [], torch.randint(0, 3, (3, 2, 1)), torch.randn(3, 2), zeros > 0, zeros > 0, {})
+    steps = a2c.Steps(images, None, torch.randint(0, 3, (3, 2, 1)), torch.randn(3, 2), zeros > 0, zeros > 0, zeros)
     gradient, before = a2c.make_gradient(agent, args), copy.deepcopy(agent)
-    a2c.update(agent, optimizer, gradient, steps, 0.01)
+    a2c.update(optimizer, gradient, steps, 0.01)
     for (name, parameter), old in zip(agent.named_parameters(), before.parameters()):
         assert not torch.equal(parameter, old), name
-
-
-def test_summarise_takes_means_and_one_explained_variance_of_all():
-    rng = np.random.default_rng(0)
-    stats, returns, values = rng.normal(size=(3, 4)), rng.normal(size=(3, 5, 2)), rng.normal(size=(3, 5, 2))
-    found = a2c.summarise([tuple(map(torch.from_numpy, row)) for row in zip(stats, returns, values)])
-    expected = dict(zip(("policy_loss", "value_loss", "entropy", "grad_norm"), stats.mean(0)))
-    expected["explained_variance"] = 1 - np.var(returns - values) / np.var(returns)
-    assert found == {f"losses/{name}": pytest.approx(value) for name, value in expected.items()}
 
 
 # --------------------------------------------------------------------------------------------------- whole runs
@@ -359,10 +371,19 @@ def rows_of(run_dir, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_path):
+def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_path, monkeypatch):
     """31 iterations; each boundary, every 10, and the last one end a row too."""
-    runs, weights = {}, {}
+    runs, weights, variances, update = {}, {}, {}, a2c.update
+
+    def watched(*arguments) -> dict[str, torch.Tensor]:
+        stats = update(*arguments)
+        for name, values in variances[interval].items():
+            values.append(stats[f"{name}_variance"].item())
+        return stats
+
+    monkeypatch.setattr(a2c, "update", watched)
     for interval in (1, 4):
+        variances[interval] = {"returns": [], "residual": []}
         tiny = ["--num-envs", "2", "--num-steps", "5", "--total-timesteps", "310", "--checkpoint-interval", "10"]
         names = ["--log-interval", str(interval), "--runs-dir", str(tmp_path), "--run-name", str(interval)]
         runs[interval] = a2c.train(a2c.parse_args([*SETTING, "--anneal-lr", *tiny, *names]))
@@ -375,11 +396,13 @@ def test_a_logged_row_is_the_mean_of_its_updates_and_the_run_is_the_same(tmp_pat
     ends = [4, 8, 10, 12, 16, 20, 24, 28, 30, 31]
     assert [int(row["global_step"]) for row in some] == [10 * end for end in ends]
     for row, begin, end in zip(some, [0, *ends], ends):
-        for name in a2c.STATS:
+        for name in ("policy_loss", "value_loss", "entropy", "grad_norm"):
             mean = np.mean([float(one[f"losses/{name}"]) for one in every[begin:end]])
             assert float(row[f"losses/{name}"]) == pytest.approx(mean, rel=1e-4, abs=1e-6)
-        assert row["charts/learning_rate"] == every[end - 1]["charts/learning_rate"]
-        assert float(row["charts/learning_rate"]) == pytest.approx(7e-4 * (1 - (end - 1) / 31))
+        returns, residual = (np.mean(variances[4][name][begin:end]) for name in ("returns", "residual"))
+        assert float(row["losses/explained_variance"]) == pytest.approx(1 - residual / returns, rel=1e-4, abs=1e-5)
+        rates = 7e-4 * (1 - np.arange(begin, end) / 31)
+        assert float(row["charts/learning_rate"]) == pytest.approx(rates.mean())
 
     episodes = [[{**row, "wall_time": ""} for row in rows_of(runs[interval], "episodes")] for interval in (1, 4)]
     assert episodes[0] == episodes[1] and len(episodes[0]) > 5
@@ -412,10 +435,10 @@ def learn(folder, steps: int, *flags: str, **probe) -> a2c.Agent:
         fast = f"--learning-rate 1e-2 --anneal-lr --runs-dir {folder} --run-name probe"
         args = a2c.parse_args([*SETTING, *small.split(), *fast.split(), *flags])
         checkpoint = a2c.load_checkpoint(a2c.train(args))
-        envs = a2c.make_envs(args, 1)
+        envs = a2c.make_envs(args, 1, 0)
     finally:
         del gym.registry["Probe-v0"]
-    agent = a2c.Agent(envs.single_observation_space, envs.single_action_space, args)
+    agent = a2c.make_agent(envs, args)
     agent.load_state_dict(checkpoint["agent"])
     return agent
 

@@ -59,22 +59,22 @@ def learn(folder: Path, steps: int, *flags: str, **probe) -> ppo.Agent:
         fast = "--learning-rate 1e-2 --update-epochs 4 --compile off --device cpu --run-name probe"
         args = ppo.parse_args([*small.split(), *fast.split(), "--runs-dir", str(folder), *flags])
         checkpoint = ppo.load_checkpoint(ppo.train(args))
-        envs = ppo.make_envs(args, 1)
+        envs = ppo.make_envs(args, 1, 0)
     finally:
         del gym.registry["Probe-v0"]
-    agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
+    agent = ppo.make_agent(envs, args)
     agent.load_state_dict(checkpoint["agent"])
     return agent
 
 
 @torch.no_grad()
 def value(agent: ppo.Agent, seen: float) -> float:
-    return agent(agent.features(torch.tensor([[seen]])))[1].item()
+    return agent.value(agent.features(torch.tensor([[seen]]))).item()
 
 
 @torch.no_grad()
 def probability(agent: ppo.Agent, seen: float, action: int) -> float:
-    return agent(agent.features(torch.tensor([[seen]])))[0].log_prob(torch.tensor([[action]])).exp().item()
+    return agent.policy(agent.features(torch.tensor([[seen]]))).log_prob(torch.tensor([[action]])).exp().item()
 
 
 def test_constant_reward_is_the_value(tmp_path):
@@ -105,7 +105,7 @@ def test_a_gaussian_policy_learns_the_action_that_pays(tmp_path):
         tmp_path, 8000, reward=lambda seen, action, last: -((action - 0.7) ** 2), action_space=Box(-5, 5, (1,))
     )
     with torch.no_grad():
-        mode = agent.act(agent.features(torch.tensor([[1.0]])), torch.zeros(1, 1)).item()
+        mode = ppo.act(agent, agent.features(torch.tensor([[1.0]])), torch.zeros(1, 1)).item()
     assert mode == pytest.approx(0.7, abs=0.15)
 
 

@@ -44,11 +44,11 @@ class Script(gym.Env):
     """Its k-th episode pays 1 at once and is over after 1 or 9 steps, as bit k of its number says."""
 
     observation_space, action_space, number = Box(-1, 1, (1,)), Discrete(2), 0
+    episode, bits = -1, []
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.episode = 0 if seed is not None else self.episode + 1
-        self.bits = [] if seed is not None else self.bits
+        self.episode += 1
         self.time, self.bit = 0, self.number >> self.episode & 1
         return np.ones(1, np.float32), {}
 
@@ -69,28 +69,30 @@ class Recorder:
         self.grad, self.learning_rate = grad.clone(), learning_rate
 
 
-class Player:
+class Learner:
     """What train sets up before its loop, without a run directory."""
 
     def __init__(self, *flags: str, **env_options):
         self.args = reinforce.parse_args([*SETTING, *flags])
-        self.envs = reinforce.make_envs(self.args, self.args.num_envs, **env_options)
-        self.agent = reinforce.Agent(self.envs.single_observation_space, self.envs.single_action_space, self.args)
+        self.envs = reinforce.make_envs(self.args, self.args.num_envs, self.args.seed, **env_options)
+        self.player = reinforce.Player(self.envs, self.args)
+        self.agent = reinforce.make_agent(self.envs, self.args)
         self.policy_optimizer = reinforce.Adam(reinforce.flatten_parameters(self.agent.policy_parameters()))
         self.value_optimizer = reinforce.Adam(reinforce.flatten_parameters(self.agent.critic.parameters()))
-        self.gradient, self.iteration = reinforce.make_gradient(self.agent, self.args), 0
+        self.gradient = reinforce.make_gradient(self.agent, self.args)
 
     def rollout(self) -> reinforce.Batch:
-        self.iteration += 1
-        obs, info = reinforce.reset_envs(self.envs, self.args.seed, self.iteration)
-        for env in self.envs.envs:
+        for env in self.envs.envs.envs:
             env.unwrapped.log = []
-        batch, self.steps, self.finished = reinforce.rollout(self.agent, self.envs, obs, info, self.args)
-        return batch
+        return reinforce.rollout(self.agent, self.player, self.args)
 
     def update(self, batch: reinforce.Batch, policy_optimizer=None, learning_rate: float = 1e-2) -> dict[str, float]:
         optimizers = (policy_optimizer or self.policy_optimizer, self.value_optimizer)
-        return reinforce.update(self.agent, *optimizers, self.gradient, batch, learning_rate, self.args)
+        logged = reinforce.update(self.agent, *optimizers, self.gradient, batch, learning_rate, self.args)
+        return {name: value.item() for name, value in logged.items()}
+
+    def fit_value(self, batch: reinforce.Batch, gradient=None) -> dict[str, torch.Tensor]:
+        return reinforce.fit_value(self.agent, self.value_optimizer, gradient or self.gradient, batch, self.args)
 
     def policy_gradients(self, batch: reinforce.Batch) -> tuple[torch.Tensor, ...]:
         return reinforce.policy_gradients(self.agent, batch, self.args)
@@ -114,7 +116,7 @@ class Player:
     def episodes(self) -> list[list[tuple[int, list[Step]]]]:
         """All that each environment played, waiting or not, episode by episode, with the step that it began in."""
         result = []
-        for env in self.envs.envs:
+        for env in self.envs.envs.envs:
             begin, cut = 0, []
             for t, step in enumerate(env.unwrapped.log):
                 if step.terminated or step.truncated or t + 1 == len(env.unwrapped.log):
@@ -131,12 +133,12 @@ class Player:
         return np.array([getattr(step, field) for env in self.expected() for episode in env for step in episode])
 
 
-def dice_player(action_space: gym.Space, *flags: str) -> Player:
+def dice_learner(action_space: gym.Space, *flags: str) -> Learner:
     """An agent that is far from a fresh one."""
-    player = Player("--env-id", "Dice-v0", *flags, action_space=action_space)
-    for parameter in player.agent.parameters():
+    learner = Learner("--env-id", "Dice-v0", *flags, action_space=action_space)
+    for parameter in learner.agent.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return player
+    return learner
 
 
 def slow_returns(rewards, terminated, truncated, next_values, gamma: float, kind: str) -> np.ndarray:
@@ -193,16 +195,16 @@ def test_psi_is_the_return_less_nothing_its_mean_or_the_value():
 @both_kinds
 def test_psi_and_targets_of_a_rollout_follow_from_what_was_seen(kind, returns, baseline):
     """Truncated episodes go on with V of their last observation only where a V is learned; V always learns to go."""
-    player = dice_player(ACTION_SPACES[kind], "--returns", returns, "--baseline", baseline, "--norm-obs")
-    player.agent.obs_norm.update(torch.randn(10, 2) + 1)
+    learner = dice_learner(ACTION_SPACES[kind], "--returns", returns, "--baseline", baseline, "--norm-obs")
+    learner.agent.obs_norm.update(torch.randn(10, 2) + 1)
     bootstrapped = 0
     for _ in range(3):
-        batch = player.rollout()
+        batch = learner.rollout()
         names = ("reward", "terminated", "truncated")
-        rows = [player.expected_rows(name) for name in names]
-        obs, successors = (torch.from_numpy(player.expected_rows(name)) for name in ("obs", "successor"))
+        rows = [learner.expected_rows(name) for name in names]
+        obs, successors = (torch.from_numpy(learner.expected_rows(name)) for name in ("obs", "successor"))
         with torch.no_grad():
-            values, next_values = (player.agent.value(player.agent.features(x)).numpy() for x in (obs, successors))
+            values, next_values = (learner.agent.value(learner.agent.features(x)).numpy() for x in (obs, successors))
         future = next_values if baseline == "value" else np.zeros_like(next_values)
         close(batch.returns, slow_returns(*rows, future, 0.9, "to-go"), rtol=1e-4, atol=1e-4)
         weighed = slow_returns(*rows, future, 0.9, returns)
@@ -215,25 +217,25 @@ def test_psi_and_targets_of_a_rollout_follow_from_what_was_seen(kind, returns, b
 # ------------------------------------------------------------------------------------------------ whole episodes
 @every_action_space
 def test_a_batch_is_exactly_the_episodes_that_began_in_the_first_steps(action_space):
-    player, waited = dice_player(action_space, "--num-steps", "8"), 0
+    learner, waited = dice_learner(action_space, "--num-steps", "8"), 0
     for _ in range(4):
-        batch = player.rollout()
-        close(batch.obs, player.expected_rows("obs"))
-        assert batch.lengths == [sum(map(len, env)) for env in player.expected()]
+        batch = learner.rollout()
+        close(batch.obs, learner.expected_rows("obs"))
+        assert batch.lengths == [sum(map(len, env)) for env in learner.expected()]
         assert len(batch.obs) == len(batch.actions) == len(batch.psi) == sum(batch.lengths)
-        taken = player.agent.to_env(batch.actions.numpy())
-        close(taken, player.expected_rows("action").reshape(taken.shape))
+        taken = reinforce.to_env(action_space, batch.actions.numpy())
+        close(taken, learner.expected_rows("action").reshape(taken.shape))
 
         time = max(batch.lengths)  # all play until the last one is through
-        assert player.steps == 3 * time
-        assert all(sum(len(steps) for _, steps in env) == time for env in player.episodes())
+        assert learner.player.steps == 3 * time
+        assert all(sum(len(steps) for _, steps in env) == time for env in learner.episodes())
         done = []
-        for n, env in enumerate(player.expected()):
+        for n, env in enumerate(learner.expected()):
             ends = np.cumsum([len(episode) for episode in env])
             done += [(3 * end, sum(s.reward for s in e), len(e), n) for end, e in zip(ends, env)]
         done.sort(key=lambda episode: (episode[0], episode[3]))
-        assert player.finished == [(step, pytest.approx(ret), length, n) for step, ret, length, n in done]
-        for env in player.expected():
+        assert learner.player.finished == [(step, pytest.approx(ret), length, n) for step, ret, length, n in done]
+        for env in learner.expected():
             assert all(episode[-1].terminated or episode[-1].truncated for episode in env)
         waited += 3 * time - sum(batch.lengths)
     assert waited > 5
@@ -243,11 +245,11 @@ def test_no_episode_that_begins_after_the_first_steps_is_taken():
     """Episodes of one step each: every batch is num_steps of them and nobody waits."""
     gym.register("Probe-v0", entry_point=lambda: Probe(lambda seen, action, last: 1.0))
     try:
-        player = Player("--env-id", "Probe-v0", "--num-steps", "8")
+        learner = Learner("--env-id", "Probe-v0", "--num-steps", "8")
     finally:
         del gym.registry["Probe-v0"]
-    batch = player.rollout()
-    assert batch.lengths == [8, 8, 8] and player.steps == 24 and len(player.finished) == 24
+    batch = learner.rollout()
+    assert batch.lengths == [8, 8, 8] and learner.player.steps == 24 and len(learner.player.finished) == 24
 
 
 def test_short_episodes_are_not_favoured():
@@ -255,21 +257,21 @@ def test_short_episodes_are_not_favoured():
 
     By Wald's identity the sum of the terms is zero in expectation. Without the episodes unfinished it is not.
     """
-    player = Player(
+    learner = Learner(
         "--env-id", "Script-v0", "--num-envs", "16", "--num-steps", "4", "--baseline", "none", "--gamma", "1"
     )
-    nn.init.zeros_(player.agent.actor.last.weight)  # both actions are equally likely
-    for n, env in enumerate(player.envs.envs):
-        env.unwrapped.number = n
-    batch = player.rollout()
-    bits = [env.unwrapped.bits[:length] for env, length in zip(player.envs.envs, batch.lengths)]
+    nn.init.zeros_(learner.agent.actor.last.weight)  # both actions are equally likely
+    for n, env in enumerate(learner.envs.envs.envs):
+        env.unwrapped.number, env.unwrapped.episode, env.unwrapped.bits = n, -1, []
+    batch = learner.rollout()
+    bits = [env.unwrapped.bits[:length] for env, length in zip(learner.envs.envs.envs, batch.lengths)]
     batch = batch._replace(actions=torch.tensor(sum(bits, [])).unsqueeze(-1))
-    assert {length for _, _, length, _ in player.finished} == {1, 9}
+    assert {length for _, _, length, _ in learner.player.finished} == {1, 9}
 
-    grads, *_ = player.policy_gradients(batch)
+    grads, *_ = learner.policy_gradients(batch)
     assert grads.norm() > 0.1
     close(grads.mean(0), torch.zeros_like(grads[0]), rtol=0, atol=1e-6)
-    lengths = [length for _, _, length, _ in player.finished]
+    lengths = [length for _, _, length, _ in learner.player.finished]
     assert lengths.count(1) == lengths.count(9) == 15
 
     psi, begin = batch.psi.clone(), 0
@@ -277,19 +279,19 @@ def test_short_episodes_are_not_favoured():
         psi[begin + (length - 9 if length > 4 else length) : begin + length] = 0  # what is unfinished after step 4
         begin += length
     assert psi.sum() == lengths.count(1)
-    biased, *_ = player.policy_gradients(batch._replace(psi=psi))
+    biased, *_ = learner.policy_gradients(batch._replace(psi=psi))
     assert biased.mean(0).norm() > 0.1
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_rewards_are_scaled_by_the_returns_of_played_steps_alone(gamma):
     flags = ("--baseline", "none", "--gamma", str(gamma))
-    player = dice_player(Discrete(4), *flags, "--norm-reward")
+    learner = dice_learner(Discrete(4), *flags, "--norm-reward")
     seen = []
     for _ in range(3):
-        batch = player.rollout()
-        assert player.steps > len(batch.psi)
-        rows = [player.expected_rows(name) for name in ("reward", "terminated", "truncated")]
+        batch = learner.rollout()
+        assert learner.player.steps > len(batch.psi)
+        rows = [learner.expected_rows(name) for name in ("reward", "terminated", "truncated")]
         running = 0.0
         for reward, terminated, truncated in zip(*rows):
             running = gamma * running + reward
@@ -297,35 +299,58 @@ def test_rewards_are_scaled_by_the_returns_of_played_steps_alone(gamma):
             running = 0.0 if terminated or truncated else running
         scaled = (rows[0] / np.std(seen)).clip(-10, 10)
         close(batch.psi, slow_returns(scaled, *rows[1:], np.zeros(len(scaled)), gamma, "to-go"), rtol=1e-4, atol=1e-4)
-        close(player.agent.return_norm.count, len(seen))
-        totals = [ret for _, ret, _, _ in player.finished]
+        close(learner.agent.return_norm.count, len(seen))
+        totals = [ret for _, ret, _, _ in learner.player.finished]
         assert sum(totals) == pytest.approx(rows[0].sum())  # recorded raw
 
 
 def test_rewards_are_clipped_to_their_sign_but_recorded_raw():
-    player = dice_player(Discrete(4), "--clip-reward", "--baseline", "none")
-    batch = player.rollout()
-    rows = [player.expected_rows(name) for name in ("reward", "terminated", "truncated")]
+    learner = dice_learner(Discrete(4), "--clip-reward", "--baseline", "none")
+    batch = learner.rollout()
+    rows = [learner.expected_rows(name) for name in ("reward", "terminated", "truncated")]
     close(
         batch.psi,
         slow_returns(np.sign(rows[0]), *rows[1:], np.zeros(len(batch.psi)), 0.9, "to-go"),
         rtol=1e-4,
         atol=1e-4,
     )
-    assert sum(ret for _, ret, _, _ in player.finished) == pytest.approx(rows[0].sum())
+    assert sum(ret for _, ret, _, _ in learner.player.finished) == pytest.approx(rows[0].sum())
 
 
 def test_an_episode_that_never_ends_is_named(monkeypatch):
     gym.register("Probe-v0", entry_point=lambda: Probe(lambda seen, action, last: 1.0, length=10**9))
-    monkeypatch.setattr(reinforce, "LONGEST", 30)
+    monkeypatch.setattr(reinforce, "ENDLESS", 30)
     try:
-        player = Player("--env-id", "Probe-v0")
+        learner = Learner("--env-id", "Probe-v0")
     finally:
         del gym.registry["Probe-v0"]
     with pytest.raises(reinforce.Failed, match="an episode of environment 0 lasts for more than 30 steps") as failed:
-        player.rollout()
+        learner.rollout()
     assert failed.value.status == "failed"
-    assert dice_player(Discrete(4)).rollout() is not None
+    assert dice_learner(Discrete(4)).rollout() is not None
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "BreakoutNoFrameskip-v4"])
+def test_a_player_comes_back_bit_for_bit(env_id):
+    """Although every rollout begins with a reset, which leaves episodes unfinished where an environment waited."""
+    flags = ("--env-id", env_id, "--num-envs", "2", "--num-steps", "30")
+    first, second, waited = Learner(*flags), Learner(*flags), 0
+    for _ in range(2):
+        batch = reinforce.rollout(first.agent, first.player, first.args)
+        waited += first.player.steps - sum(batch.lengths)
+    assert waited > 0 or env_id == "Pendulum-v1"
+    reinforce.rollout(second.agent, second.player, second.args)  # what it did before must not matter
+    second.agent.load_state_dict(first.agent.state_dict())
+    second.player.load_state_dict(copy.deepcopy(first.player.state_dict()))
+    assert second.player.inexact == "" and np.array_equal(first.player.obs, second.player.obs)
+    assert np.array_equal(first.envs.numbers, second.envs.numbers)
+    batches = []
+    for learner in (first, second):
+        torch.manual_seed(5)
+        batches.append(reinforce.rollout(learner.agent, learner.player, learner.args))
+    for name, one, two in zip(batches[0]._fields, *batches):
+        assert one == two if name == "lengths" else torch.equal(one, two), name
+    assert first.player.finished == second.player.finished and first.player.steps == second.player.steps
 
 
 # ------------------------------------------------------------------------------------------------- the estimator
@@ -336,16 +361,16 @@ def test_the_estimate_is_the_mean_over_environments_of_the_sum_of_grad_log_pi_ps
     action_space, ent_coef, rows, monkeypatch
 ):
     monkeypatch.setattr(reinforce, "ROWS", rows)
-    player = dice_player(action_space, "--norm-obs", "--ent-coef", str(ent_coef))
-    player.agent.obs_norm.update(torch.randn(10, 2) + 1)
-    batch = player.rollout()
-    grads, objective, entropy = player.policy_gradients(batch)
-    expected = player.torch_gradients(batch, batch.psi, ent_coef)
+    learner = dice_learner(action_space, "--norm-obs", "--ent-coef", str(ent_coef))
+    learner.agent.obs_norm.update(torch.randn(10, 2) + 1)
+    batch = learner.rollout()
+    grads, objective, entropy = learner.policy_gradients(batch)
+    expected = learner.torch_gradients(batch, batch.psi, ent_coef)
     close(grads, expected, rtol=1e-3, atol=1e-3)
     assert len({*batch.lengths}) > 1 and expected.norm() > 1
 
     with torch.no_grad():
-        policy = torch_policy(player.agent, player.agent.features(batch.obs))
+        policy = torch_policy(learner.agent, learner.agent.features(batch.obs))
         close(objective, (torch_log_prob(policy, batch.actions) * batch.psi).sum() / 60, rtol=1e-4, atol=1e-4)
         close(entropy, sum(x.entropy() for x in policy).mean(), rtol=1e-4, atol=1e-5)
 
@@ -370,7 +395,7 @@ class Enumeration:
     def __init__(self, returns: str, baseline: str, gamma: float = 1.0):
         args = [*SETTING, "--num-envs", "4", "--num-steps", "2", "--returns", returns, "--baseline", baseline]
         self.args = reinforce.parse_args(args)
-        self.agent = reinforce.Agent(SIX_NUMBERS, Discrete(2), self.args)
+        self.agent = reinforce.Agent(SIX_NUMBERS, Discrete(2), self.args, share_body=False)
         for parameter in self.agent.parameters():
             nn.init.normal_(parameter, std=0.3)
         states = torch.randn(3, 6)  # the first, and the ones where action 0 and action 1 lead
@@ -431,16 +456,16 @@ def test_full_and_to_go_part_where_there_is_a_discount():
 @both_kinds
 def test_a_positive_psi_makes_its_action_likelier_and_a_negative_one_less_likely(kind):
     for sign in (1.0, -1.0):
-        player = dice_player(ACTION_SPACES[kind], "--norm-adv", "--baseline", "none")
-        batch = player.rollout()
+        learner = dice_learner(ACTION_SPACES[kind], "--norm-adv", "--baseline", "none")
+        batch = learner.rollout()
         psi = torch.zeros_like(batch.psi)
         psi[5] = 2 * sign
         log_probs = []
         for _ in range(2):
             with torch.no_grad():
-                policy = player.agent.policy(player.agent.features(batch.obs[5:6]))
+                policy = learner.agent.policy(learner.agent.features(batch.obs[5:6]))
                 log_probs.append(policy.log_prob(batch.actions[5:6]).item())
-            player.update(batch._replace(psi=psi), learning_rate=1e-3)
+            learner.update(batch._replace(psi=psi), learning_rate=1e-3)
         assert sign * (log_probs[1] - log_probs[0]) > 1e-3
 
 
@@ -452,99 +477,113 @@ def test_the_step_is_up_the_torch_gradient_and_norm_adv_only_rescales_it(kind, r
     found = {}
     for norm in ("--no-norm-adv", "--norm-adv"):
         torch.manual_seed(0)
-        player, optimizer = dice_player(ACTION_SPACES[kind], *flags, norm), Recorder()
-        batch = player.rollout()
-        found[norm] = player.update(batch, optimizer, learning_rate=0.123) | dict(step=-optimizer.grad)
+        learner, optimizer = dice_learner(ACTION_SPACES[kind], *flags, norm), Recorder()
+        batch = learner.rollout()
+        found[norm] = learner.update(batch, optimizer, learning_rate=0.123) | dict(step=-optimizer.grad)
         assert optimizer.learning_rate == 0.123
     raw, normed = found.values()
-    rows, rms = player.torch_gradients(batch, batch.psi), batch.psi.numpy().astype(np.float64)
+    rows, rms = learner.torch_gradients(batch, batch.psi), batch.psi.numpy().astype(np.float64)
     rms = np.sqrt((rms**2).mean())
     close(raw["step"], rows.mean(0), rtol=1e-3, atol=1e-3)
     close(normed["step"] * rms, raw["step"], rtol=1e-3, atol=1e-3)
-    assert raw["losses/grad_norm"] == pytest.approx(rows.mean(0).norm().item(), rel=1e-3)
-    assert normed["losses/grad_norm"] == pytest.approx(raw["losses/grad_norm"] / rms, rel=1e-3)
+    assert raw["grad_norm"] == pytest.approx(rows.mean(0).norm().item(), rel=1e-3)
+    assert normed["grad_norm"] == pytest.approx(raw["grad_norm"] / rms, rel=1e-3)
     variance = np.trace(np.cov(rows.numpy().T)) / 3
     for values in (raw, normed):  # of psi itself, so that runs compare
-        assert values["losses/grad_variance"] == pytest.approx(variance, rel=1e-3)
-        assert values["losses/grad_snr"] == pytest.approx(rows.mean(0).square().sum().item() / variance, rel=1e-3)
+        assert values["grad_variance"] == pytest.approx(variance, rel=1e-3)
+        assert values["grad_snr"] == pytest.approx(rows.mean(0).square().sum().item() / variance, rel=1e-3)
 
 
 @pytest.mark.parametrize("bound", [0.01, 1e6])
 def test_the_gradient_is_clipped_to_max_grad_norm_and_logged_as_it_was(bound):
-    player, optimizer = dice_player(ACTION_SPACES["box"], "--max-grad-norm", str(bound)), Recorder()
-    batch = player.rollout()
-    logged = player.update(batch, optimizer)
-    raw = player.torch_gradients(batch, batch.psi).mean(0)
+    learner, optimizer = dice_learner(ACTION_SPACES["box"], "--max-grad-norm", str(bound)), Recorder()
+    batch = learner.rollout()
+    logged = learner.update(batch, optimizer)
+    raw = learner.torch_gradients(batch, batch.psi).mean(0)
     assert 0.01 < raw.norm() < 1e6
     close(-optimizer.grad, raw * min(1.0, bound / raw.norm().item()), rtol=1e-3, atol=1e-3 * min(bound, 1.0))
-    assert logged["losses/grad_norm"] == pytest.approx(raw.norm().item(), rel=1e-3)
+    assert logged["grad_norm"] == pytest.approx(raw.norm().item(), rel=1e-3)
 
 
 @both_kinds
 @every_baseline
 def test_the_policy_s_step_leaves_the_critic_alone_and_the_fit_of_v_the_policy(kind, baseline):
-    player = dice_player(ACTION_SPACES[kind], "--baseline", baseline)
-    batch, (policy, critic) = player.rollout(), player.weights()
-    reinforce.fit_value(player.agent, player.value_optimizer, player.gradient, batch, player.args)
-    same_policy, moved_critic = player.weights()
+    learner = dice_learner(ACTION_SPACES[kind], "--baseline", baseline)
+    batch, (policy, critic) = learner.rollout(), learner.weights()
+    learner.fit_value(batch)
+    same_policy, moved_critic = learner.weights()
     assert torch.equal(policy, same_policy) and not torch.equal(critic, moved_critic)
-    logged = player.update(batch)
-    moved_policy, critic = player.weights()
+    logged = learner.update(batch)
+    moved_policy, critic = learner.weights()
     assert not torch.equal(policy, moved_policy)
     assert torch.equal(critic, moved_critic) == (baseline != "value")
-    assert ("losses/value_loss" in logged) == ("losses/explained_variance" in logged) == (baseline == "value")
+    names = {"policy_loss", "entropy", "grad_norm", "grad_variance", "grad_snr"}
+    fitted = {"value_loss", "returns_variance", "residual_variance"} if baseline == "value" else set()
+    assert logged.keys() == names | fitted
     if kind == "box":
-        assert (player.agent.log_std.detach() != policy[-3:]).all()
-    ours, theirs = player.agent.policy_parameters(), list(player.agent.critic.parameters())
-    assert {*ours}.isdisjoint(theirs) and {*ours, *theirs} == {*player.agent.parameters()}
+        assert (learner.agent.log_std.detach() != policy[-3:]).all()
+    ours, theirs = learner.agent.policy_parameters(), list(learner.agent.critic.parameters())
+    assert {*ours}.isdisjoint(theirs) and {*ours, *theirs} == {*learner.agent.parameters()}
 
 
 def test_fit_value_equals_torch_adam_on_half_the_squared_error_and_returns_its_mean():
-    player, losses, calls = dice_player(Discrete(4), "--value-steps", "5", "--norm-obs"), [], []
-    player.agent.obs_norm.update(torch.randn(10, 2) + 1)
-    batch, twin = player.rollout(), copy.deepcopy(player.agent.critic)
+    learner, losses, calls = dice_learner(Discrete(4), "--value-steps", "5", "--norm-obs"), [], []
+    learner.agent.obs_norm.update(torch.randn(10, 2) + 1)
+    batch, twin = learner.rollout(), copy.deepcopy(learner.agent.critic)
     reference = torch.optim.Adam(twin.parameters(), lr=3e-3, eps=1e-5)
 
     def watched(obs, returns):
         calls.append((obs, returns))
-        return player.gradient(obs, returns)
+        return learner.gradient(obs, returns)
 
-    found = reinforce.fit_value(player.agent, player.value_optimizer, watched, batch, player.args)
+    found = learner.fit_value(batch, watched)
     pairs = {(*obs.tolist(), ret.item()) for obs, ret in zip(batch.obs, batch.returns)}
     assert len(calls) == 5 and len({tuple(returns.tolist()) for _, returns in calls}) == 5
     drawn = {tuple(row) for obs, _ in calls for row in obs.tolist()}
     assert len(drawn) > 30  # of about 70, at random from all of them
     for obs, returns in calls:
         assert len(obs) == 16 and {(*x.tolist(), ret.item()) for x, ret in zip(obs, returns)} <= pairs
-        loss = nn.functional.mse_loss(twin(player.agent.features(obs))[:, 0], returns) / 2
+        loss = nn.functional.mse_loss(twin(learner.agent.features(obs))[:, 0], returns) / 2
         reference.zero_grad()
         loss.backward()
         reference.step()
         losses.append(loss.item())
-    close(player.weights()[1], nn.utils.parameters_to_vector(twin.parameters()).detach(), rtol=1e-3, atol=1e-5)
-    assert found.item() == pytest.approx(np.mean(losses), rel=1e-4)
+    close(learner.weights()[1], nn.utils.parameters_to_vector(twin.parameters()).detach(), rtol=1e-3, atol=1e-5)
+    assert found["value_loss"].item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones():
-    player = dice_player(Discrete(4))
-    batch = player.rollout()
+    learner = dice_learner(Discrete(4))
+    batch = learner.rollout()
     for values, expected in ((batch.returns, 1.0), (torch.zeros_like(batch.returns), 0.0), (-batch.returns, -3.0)):
-        logged = player.update(batch._replace(values=values))
-        assert logged["losses/explained_variance"] == pytest.approx(expected, abs=1e-5)
+        logged = learner.update(batch._replace(values=values))
+        explained = 1 - logged["residual_variance"] / logged["returns_variance"]  # as Run.write_row has it
+        assert explained == pytest.approx(expected, abs=1e-5)
 
 
 def test_no_psi_at_all_gives_no_step():
-    player = dice_player(Discrete(4), "--norm-adv", "--baseline", "none")
-    batch, (policy, _) = player.rollout(), player.weights()
-    logged = player.update(batch._replace(psi=torch.zeros_like(batch.psi)))
-    assert torch.equal(player.weights()[0], policy) and logged["losses/grad_snr"] == 0
+    learner = dice_learner(Discrete(4), "--norm-adv", "--baseline", "none")
+    batch, (policy, _) = learner.rollout(), learner.weights()
+    logged = learner.update(batch._replace(psi=torch.zeros_like(batch.psi)))
+    assert torch.equal(learner.weights()[0], policy) and logged["grad_snr"] == 0
 
 
-def test_a_gradient_that_is_not_finite_is_named():
-    player = dice_player(Discrete(4))
-    batch = player.rollout()
-    with pytest.raises(reinforce.Failed, match="is nan"):
-        player.update(batch._replace(psi=batch.psi * math.nan))
+def test_a_gradient_that_is_not_finite_is_named_before_anything_is_saved(tmp_path, monkeypatch):
+    """It is read only after its step, with everything else that is logged; the last checkpoint is that before it."""
+    calls, rollout = [], reinforce.rollout
+
+    def spoilt(*arguments) -> reinforce.Batch:
+        batch = rollout(*arguments)
+        calls.append(1)
+        return batch._replace(psi=batch.psi * math.nan) if len(calls) == 3 else batch
+
+    monkeypatch.setattr(reinforce, "rollout", spoilt)
+    tiny = "--env-id CartPole-v1 --num-steps 5 --total-timesteps 1000 --checkpoint-interval 1 --run-name bad"
+    with pytest.raises(reinforce.Failed, match="iteration 3: .* is nan; the last good checkpoint is .*step_.*.pt"):
+        reinforce.train(reinforce.parse_args([*SETTING, *tiny.split(), "--runs-dir", str(tmp_path)]))
+    state = reinforce.load_checkpoint(tmp_path / "bad")
+    assert state["iteration"] == 2
+    assert all(x.isfinite().all() for name in ("agent", "policy_optimizer") for x in state[name].values())
 
 
 # ----------------------------------------------------------------------------------------------------- whole runs
@@ -584,10 +623,10 @@ def learn(folder, steps: int, *flags: str, **probe) -> reinforce.Agent:
         fast = "--value-learning-rate 1e-2 --value-batch-size 64 --anneal-lr --run-name probe"
         args = reinforce.parse_args([*SETTING, *small.split(), *fast.split(), "--runs-dir", str(folder), *flags])
         checkpoint = reinforce.load_checkpoint(reinforce.train(args))
-        envs = reinforce.make_envs(args, 1)
+        envs = reinforce.make_envs(args, 1, 0)
     finally:
         del gym.registry["Probe-v0"]
-    agent = reinforce.Agent(envs.single_observation_space, envs.single_action_space, args)
+    agent = reinforce.make_agent(envs, args)
     agent.load_state_dict(checkpoint["agent"])
     return agent
 

@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -50,40 +51,46 @@ SETTING += " --num-minibatches 4 --norm-adv --log-std-init 0 --device cpu --comp
 SETTING = SETTING.split()  # for the defaults are free to change
 
 
-class Player:
+class Learner:
     """What train sets up before its loop, without a run directory."""
 
     def __init__(self, *flags: str, **env_options):
         self.args = trpo.parse_args([*SETTING, *flags])
-        self.envs = trpo.make_envs(self.args, self.args.num_envs, **env_options)
-        self.agent = trpo.Agent(self.envs.single_observation_space, self.envs.single_action_space, self.args)
+        self.envs = trpo.make_envs(self.args, self.args.num_envs, self.args.seed, **env_options)
+        self.player = trpo.Player(self.envs, self.args)
+        self.agent = trpo.make_agent(self.envs, self.args)
         self.theta = trpo.flatten_parameters(self.agent.policy_parameters())
         self.optimizer = trpo.Adam(trpo.flatten_parameters(self.agent.critic.parameters()))
         self.gradient = trpo.make_gradient(self.agent, self.args)
-        self.episodes = trpo.Episodes(self.args.num_envs)
-        self.obs, self.info = trpo.reset_envs(self.envs, self.args.seed, 1)
 
     def rollout(self) -> trpo.Batch:
-        result = trpo.rollout(self.agent, self.envs, self.obs, self.info, self.episodes, self.args)
-        batch, self.obs, self.info, _ = result
-        return batch
+        return trpo.rollout(self.agent, self.player, self.args)
+
+    def features(self, batch: trpo.Batch) -> torch.Tensor:
+        return self.agent.features(batch.obs)
 
     def update_policy(self, batch: trpo.Batch) -> dict[str, float]:
-        return trpo.update_policy(self.agent, self.theta, batch, self.args)
+        return trpo.update_policy(self.agent, self.theta, self.features(batch), batch, self.args)
 
-    def update(self, batch: trpo.Batch) -> dict[str, float]:
-        return trpo.update(self.agent, self.theta, self.optimizer, self.gradient, batch, 1e-3, self.args)
+    def update(self, batch: trpo.Batch, learning_rate: float = 1e-3, gradient=None) -> dict[str, float]:
+        gradient = gradient or self.gradient
+        return trpo.update(self.agent, self.theta, self.optimizer, gradient, batch, learning_rate, self.args)
+
+    def fit_value(self, batch: trpo.Batch, learning_rate: float = 1e-3, gradient=None) -> dict[str, float]:
+        """An update whose policy stays where it is."""
+        with mock.patch.object(trpo, "update_policy", lambda *arguments: {}):
+            return self.update(batch, learning_rate, gradient)
 
     def search(self, batch: trpo.Batch, step: torch.Tensor, *flags: str) -> dict[str, float]:
         args = trpo.parse_args([*SETTING, *flags])
-        return trpo.line_search(self.agent, self.theta, step, batch, args)
+        return trpo.line_search(self.agent, self.theta, step, self.features(batch), batch, args)
 
     def log(self, field: str) -> np.ndarray:
-        return np.stack([[getattr(step, field) for step in env.unwrapped.log] for env in self.envs.envs], axis=1)
+        return np.stack([[getattr(step, field) for step in env.unwrapped.log] for env in self.envs.envs.envs], axis=1)
 
 
-def clock_player(action_space: gym.Space, *flags: str) -> Player:
-    return Player("--env-id", "Clock-v0", "--num-envs", "3", "--num-steps", "20", *flags, action_space=action_space)
+def clock_learner(action_space: gym.Space, *flags: str) -> Learner:
+    return Learner("--env-id", "Clock-v0", "--num-envs", "3", "--num-steps", "20", *flags, action_space=action_space)
 
 
 SMALL = ("--num-envs", "4", "--num-steps", "64")
@@ -99,7 +106,7 @@ class Small:
 
     def __init__(self, action_space: gym.Space, *flags: str):
         self.args = trpo.parse_args([*SETTING, *flags])
-        self.agent = trpo.Agent(SIX_NUMBERS, action_space, self.args)
+        self.agent = trpo.Agent(SIX_NUMBERS, action_space, self.args, share_body=False)
         outputs = self.agent.actor.last.out_features
         self.agent.actor = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, outputs))
         self.agent.double()
@@ -111,7 +118,10 @@ class Small:
             self.old, policy = torch_policy(self.agent, self.features), self.agent.policy(self.features)
         actions = torch.stack([component.sample() for component in self.old], dim=-1)
         logprobs = torch_log_prob(self.old, actions).detach()
-        self.batch = trpo.Batch(self.features, self.features, actions, logprobs, advantages, *2 * [advantages], policy)
+        self.batch = trpo.Batch(self.features, actions, logprobs, advantages, *2 * [advantages], policy)
+
+    def update_policy(self) -> dict[str, float]:
+        return trpo.update_policy(self.agent, self.theta, self.features, self.batch, self.args)
 
     def at(self, theta: torch.Tensor) -> list[torch.distributions.Distribution]:
         """The policy of a parameter vector, by torch alone and differentiable in the vector."""
@@ -262,6 +272,14 @@ def test_no_curvature_and_no_gradient_give_no_step():
         assert torch.equal(trpo.trust_region_step(product, gradient, args)[0], torch.zeros(5))
 
 
+def test_a_tiny_gradient_gives_a_step_to_the_border_all_the_same():
+    """As that of a policy which is all but sure of its actions; its square is hardly a number any more."""
+    args = trpo.parse_args([*SETTING, "--max-kl", "0.05"])
+    step, residual = trpo.trust_region_step(lambda v: 2 * v, torch.full((5,), 1e-21), args)
+    assert residual.isfinite()
+    close(step @ step, 0.05, rtol=0.01, atol=0)
+
+
 # ------------------------------------------------------------------------------------------- the policy's update
 @every_action_space
 @pytest.mark.parametrize("damping", [0.02, 0.5])
@@ -272,7 +290,7 @@ def test_without_line_search_the_update_is_the_natural_gradient_of_a_dense_solve
     damped = small.fisher() + damping * torch.eye(len(before))
     direction = torch.linalg.solve(damped, g)
     step = direction * (2 * 0.02 / (g @ direction)).sqrt()
-    stats = trpo.update_policy(small.agent, small.theta, small.batch, small.args)
+    stats = small.update_policy()
     close(small.theta - before, step, rtol=1e-3, atol=1e-5)
     close(nn.utils.parameters_to_vector(small.agent.policy_parameters()), small.theta)  # they are views of it
 
@@ -288,20 +306,20 @@ def test_without_line_search_the_update_is_the_natural_gradient_of_a_dense_solve
 @every_action_space
 def test_half_the_damped_curvature_of_a_real_step_is_the_radius(action_space, monkeypatch):
     """Before backtracking, on the networks and numbers of a run, with few conjugate gradients."""
-    player = clock_player(action_space, "--cg-iters", "4")
-    batch, steps, line_search = player.rollout(), [], trpo.line_search
+    learner = clock_learner(action_space, "--cg-iters", "4")
+    batch, steps, line_search = learner.rollout(), [], trpo.line_search
     monkeypatch.setattr(
         trpo,
         "line_search",
         lambda agent, theta, step, *rest: steps.append(step) or line_search(agent, theta, step, *rest),
     )
-    twin, before = copy.deepcopy(player.agent), player.theta.clone()
-    stats = player.update_policy(batch)
+    twin, before = copy.deepcopy(learner.agent), learner.theta.clone()
+    stats = learner.update_policy(batch)
     (step,) = steps
-    close(player.theta, before + stats["step_fraction"] * step, rtol=0, atol=1e-6)
+    close(learner.theta, before + stats["step_fraction"] * step, rtol=0, atol=1e-6)
 
     with torch.no_grad():
-        twin, features, h = twin.double(), batch.features.double(), 1e-3
+        twin, features, h = twin.double(), learner.features(batch).double(), 1e-3
         old = torch_policy(twin, features)
         nn.utils.vector_to_parameters(before.double() + h * step.double(), twin.policy_parameters())
         curvature = 2 * torch_kl(old, torch_policy(twin, features)).mean() / h**2 + 0.1 * step @ step
@@ -311,15 +329,16 @@ def test_half_the_damped_curvature_of_a_real_step_is_the_radius(action_space, mo
 @every_game
 @pytest.mark.parametrize("max_kl", [0.01, 0.5])
 def test_every_accepted_update_keeps_to_the_region_and_raises_the_surrogate(game, max_kl):
-    player, accepted = Player(*game, "--max-kl", str(max_kl), "--cg-damping", "0.01"), []
+    learner, accepted = Learner(*game, "--max-kl", str(max_kl), "--cg-damping", "0.01"), []
     for _ in range(8):
-        batch, before = player.rollout(), player.theta.clone()
+        batch, before = learner.rollout(), learner.theta.clone()
+        features = learner.features(batch)
         with torch.no_grad():
-            old = torch_policy(copy.deepcopy(player.agent), batch.features)
+            old = torch_policy(copy.deepcopy(learner.agent), features)
             close(batch.logprobs, torch_log_prob(old, batch.actions), rtol=1e-4, atol=1e-5)
-        stats = {name.removeprefix("losses/"): value for name, value in player.update(batch).items()}
+        stats = learner.update(batch)
         with torch.no_grad():
-            new = torch_policy(player.agent, batch.features)
+            new = torch_policy(learner.agent, features)
             kl, log_ratio = torch_kl(old, new).mean().item(), torch_log_prob(new, batch.actions) - batch.logprobs
             improvement = ((log_ratio.exp() - 1) * batch.advantages).mean().item()
         assert stats["kl"] == pytest.approx(kl, rel=1e-2, abs=1e-5)
@@ -330,21 +349,21 @@ def test_every_accepted_update_keeps_to_the_region_and_raises_the_surrogate(game
             assert stats["step_fraction"] == pytest.approx(0.8 ** (stats["line_search_steps"] - 1))
             accepted.append(stats["step_fraction"])
         else:
-            assert torch.equal(player.theta, before)
-        if player.agent.obs_norm:
-            player.agent.obs_norm.update(batch.obs)
+            assert torch.equal(learner.theta, before)
+        if learner.agent.obs_norm:
+            learner.agent.obs_norm.update(batch.obs)
     assert len(accepted) >= 6
     assert max_kl == 0.01 or min(accepted) < 1  # the search had something to do
 
 
 @pytest.mark.parametrize("kind", ["discrete", "uneven", "box"])
 def test_nothing_to_gain_changes_nothing(kind):
-    player = clock_player(ACTION_SPACES[kind])
-    batch, before = player.rollout(), player.theta.clone()
-    stats = player.update(batch._replace(advantages=torch.zeros(60)))
-    assert torch.equal(player.theta, before)
+    learner = clock_learner(ACTION_SPACES[kind])
+    batch, before = learner.rollout(), learner.theta.clone()
+    stats = learner.update(batch._replace(advantages=torch.zeros(60)))
+    assert torch.equal(learner.theta, before)
     assert all(math.isfinite(value) for value in stats.values())
-    assert stats["losses/kl"] == stats["losses/surrogate_improvement"] == stats["losses/grad_norm"] == 0
+    assert stats["kl"] == stats["surrogate_improvement"] == stats["grad_norm"] == 0
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1e4 / 3])
@@ -352,31 +371,32 @@ def test_equal_advantages_of_a_whole_batch_change_nothing(reward):
     """Standardised, they are zero; what rounding leaves of them must not be blown up."""
     gym.register("Probe-v0", entry_point=lambda: Probe(lambda seen, action, last: reward))
     try:
-        player = Player("--env-id", "Probe-v0", "--num-envs", "3", "--num-steps", "37", "--num-minibatches", "1")
+        learner = Learner("--env-id", "Probe-v0", "--num-envs", "3", "--num-steps", "37", "--num-minibatches", "1")
     finally:
         del gym.registry["Probe-v0"]
-    before = player.theta.clone()
-    player.update_policy(player.rollout())
-    assert torch.equal(player.theta, before)
+    before = learner.theta.clone()
+    learner.update_policy(learner.rollout())
+    assert torch.equal(learner.theta, before)
 
 
 @every_action_space
 @pytest.mark.parametrize("why", ["it falls", "it goes too far", "it is NaN"])
 def test_a_failed_line_search_restores_the_parameters_to_the_bit(action_space, why):
-    player = clock_player(action_space)
-    nn.init.normal_(player.agent.actor.last.weight, std=0.3)
-    batch, before = player.rollout(), player.theta.clone()
+    learner = clock_learner(action_space)
+    nn.init.normal_(learner.agent.actor.last.weight, std=0.3)
+    batch, before = learner.rollout(), learner.theta.clone()
     gradient = trpo.flat_grad(
-        trpo.surrogate_objective(player.agent.policy(batch.features), batch), player.agent.policy_parameters()
+        trpo.surrogate_objective(learner.agent.policy(learner.features(batch)), batch),
+        learner.agent.policy_parameters(),
     )
     step = {"it falls": -0.01 * gradient, "it goes too far": 0.1 * gradient, "it is NaN": math.nan * gradient}[why]
     max_kl = "1e-7" if why == "it goes too far" else "0.01"
-    stats = player.search(batch, step, "--max-kl", max_kl, "--line-search-steps", "7")
-    assert torch.equal(player.theta, before)
+    stats = learner.search(batch, step, "--max-kl", max_kl, "--line-search-steps", "7")
+    assert torch.equal(learner.theta, before)
     expected = dict(kl=0.0, surrogate_improvement=0.0, step_fraction=0.0, line_search_steps=7)
     assert stats == expected
     if why == "it goes too far":  # what is refused for its KL alone would have paid
-        stats = player.search(batch, step, "--max-kl", "0.5", "--line-search-steps", "1")
+        stats = learner.search(batch, step, "--max-kl", "0.5", "--line-search-steps", "1")
         assert stats["surrogate_improvement"] > 0 and stats["kl"] > 1e-7 and stats["step_fraction"] == 1
 
 
@@ -389,7 +409,7 @@ def test_the_line_search_takes_the_longest_step_that_keeps_both_promises(action_
             small.theta.copy_(before)
             step, shrink = length * small.policy_gradient(), 0.6
             args = trpo.parse_args([*SETTING, "--max-kl", str(max_kl), "--line-search-shrink", "0.6"])
-            stats = trpo.line_search(small.agent, small.theta, step, small.batch, args)
+            stats = trpo.line_search(small.agent, small.theta, step, small.features, small.batch, args)
             for k in range(10):
                 there = before + shrink**k * step
                 kl, gain = small.mean_kl(there), small.surrogate(there) - small.surrogate(before)
@@ -407,14 +427,15 @@ def test_the_line_search_takes_the_longest_step_that_keeps_both_promises(action_
 
 def test_no_line_search_takes_the_full_step_unseen():
     """Be it down the hill and out of the region."""
-    player = clock_player(Discrete(4), "--line-search-steps", "0")
-    batch, before = player.rollout(), player.theta.clone()
+    learner = clock_learner(Discrete(4), "--line-search-steps", "0")
+    batch, before = learner.rollout(), learner.theta.clone()
     direction = -trpo.flat_grad(
-        trpo.surrogate_objective(player.agent.policy(batch.features), batch), player.agent.policy_parameters()
+        trpo.surrogate_objective(learner.agent.policy(learner.features(batch)), batch),
+        learner.agent.policy_parameters(),
     )
     step = 30 * direction
-    stats = player.search(batch, step, "--line-search-steps", "0")
-    assert torch.equal(player.theta, before + step)
+    stats = learner.search(batch, step, "--line-search-steps", "0")
+    assert torch.equal(learner.theta, before + step)
     assert stats["kl"] > 0.01 and stats["surrogate_improvement"] < 0 and stats["step_fraction"] == 1
 
 
@@ -425,7 +446,7 @@ def test_fisher_fraction_draws_that_many_rows_without_repetition(fraction, rows,
         trpo, "fisher_vector_product", lambda agent, x, damping: drawn.append(x) or product(agent, x, damping)
     )
     for _ in range(2):
-        trpo.update_policy(small.agent, small.theta, small.batch, small.args)
+        small.update_policy()
     numbers = [(small.features == row).all(1).nonzero().item() for row in drawn[0]]
     assert len(numbers) == len(set(numbers)) == rows
     if rows == 10:
@@ -433,11 +454,11 @@ def test_fisher_fraction_draws_that_many_rows_without_repetition(fraction, rows,
 
 
 def test_a_gradient_that_is_not_finite_is_named_before_anything_moves():
-    player = clock_player(Discrete(4))
-    batch, before = player.rollout(), player.theta.clone()
+    learner = clock_learner(Discrete(4))
+    batch, before = learner.rollout(), learner.theta.clone()
     with pytest.raises(trpo.Failed, match="policy's gradient is nan"):
-        player.update(batch._replace(advantages=torch.full((60,), math.nan)))
-    assert torch.equal(player.theta, before)
+        learner.update(batch._replace(advantages=torch.full((60,), math.nan)))
+    assert torch.equal(learner.theta, before)
 
 
 @pytest.mark.parametrize("kind", ["discrete", "box"])
@@ -445,22 +466,22 @@ def test_a_gradient_that_is_not_finite_is_named_before_anything_moves():
 def test_one_update_equals_sb3_contrib(kind, max_kl, monkeypatch):
     """Its KL is that of the new from the old policy, but the two have the same Hessian where they are equal."""
     flags = ("--cg-iters", "10", "--max-kl", str(max_kl), "--norm-adv", "--cg-damping", "0.1")
-    player = Player(*GAMES[kind], *flags)
-    nn.init.normal_(player.agent.actor.last.weight, std=0.1)
-    batch, before = player.rollout(), player.theta.clone()
-    env_id = player.args.env_id
+    learner = Learner(*GAMES[kind], *flags)
+    nn.init.normal_(learner.agent.actor.last.weight, std=0.1)
+    batch, before = learner.rollout(), learner.theta.clone()
+    env_id = learner.args.env_id
     settings = dict(n_steps=256, batch_size=256, cg_max_steps=10, cg_damping=0.1, target_kl=max_kl, device="cpu")
     model = sb3_contrib.TRPO("MlpPolicy", env_id, n_critic_updates=1, **settings)
     model.set_logger(Logger(None, []))
-    mlp, net = player.agent.actor, model.policy.mlp_extractor.policy_net
+    mlp, net = learner.agent.actor, model.policy.mlp_extractor.policy_net
     pairs = [(net[0], mlp.first), (net[2], mlp.second), (model.policy.action_net, mlp.last)]
     with torch.no_grad():
         for theirs, ours in pairs:
             theirs.load_state_dict(ours.state_dict())
         if kind == "box":
-            model.policy.log_std.copy_(player.agent.log_std)
+            model.policy.log_std.copy_(learner.agent.log_std)
     buffer = model.rollout_buffer
-    buffer.observations[:, 0], buffer.actions[:, 0] = batch.features, batch.actions
+    buffer.observations[:, 0], buffer.actions[:, 0] = learner.features(batch), batch.actions
     for name, column in dict(
         log_probs=batch.logprobs, advantages=3 * batch.advantages + 1, returns=batch.returns, values=batch.values
     ).items():
@@ -469,12 +490,12 @@ def test_one_update_equals_sb3_contrib(kind, max_kl, monkeypatch):
     with monkeypatch.context() as patch:  # it starts its conjugate gradients from noise
         patch.setattr(torch, "randn_like", torch.zeros_like)
         model.train()
-    stats = player.update_policy(batch)
+    stats = learner.update_policy(batch)
     theirs = [
         *(p for layer, _ in pairs for p in layer.parameters()),
         *([model.policy.log_std] if kind == "box" else []),
     ]
-    found, expected = player.theta - before, nn.utils.parameters_to_vector(theirs).detach() - before
+    found, expected = learner.theta - before, nn.utils.parameters_to_vector(theirs).detach() - before
     assert model.logger.name_to_value["train/is_line_search_success"] == 1 and stats["step_fraction"] == 1
     assert (found - expected).norm() < 5e-3 * expected.norm()
     assert stats["kl"] == pytest.approx(model.logger.name_to_value["train/kl_divergence_loss"], rel=0.2)
@@ -485,21 +506,21 @@ def test_one_update_equals_sb3_contrib(kind, max_kl, monkeypatch):
 @pytest.mark.parametrize("sight", ["numbers", "images"])
 def test_the_critic_leaves_the_policy_alone_and_the_policy_the_critic(kind, sight):
     flags = () if sight == "numbers" else ("--env-id", "Pictures-v0", "--num-steps", "8", "--num-minibatches", "2")
-    player = clock_player(ACTION_SPACES[kind], *flags)
-    agent, batch = player.agent, player.rollout()
+    learner = clock_learner(ACTION_SPACES[kind], *flags)
+    agent, batch = learner.agent, learner.rollout()
     ours, theirs = agent.policy_parameters(), list(agent.critic.parameters())
     assert {*ours}.isdisjoint(theirs) and {*ours, *theirs} == {*agent.parameters()}
     if sight == "images":
-        assert batch.features.dtype == torch.uint8 and len(ours) == 10 + (kind == "box")
+        assert learner.features(batch).dtype == torch.uint8 and len(ours) == 10 + (kind == "box")
 
     def weights() -> tuple[torch.Tensor, torch.Tensor]:
         return nn.utils.parameters_to_vector(ours).clone(), nn.utils.parameters_to_vector(theirs).clone()
 
     policy, critic = weights()
-    trpo.fit_value(player.optimizer, player.gradient, batch, 1e-3, player.args)
+    learner.fit_value(batch)
     moved_policy, moved_critic = weights()
     assert torch.equal(policy, moved_policy) and not torch.equal(critic, moved_critic)
-    stats = player.update_policy(batch)
+    stats = learner.update_policy(batch)
     moved_policy, same_critic = weights()
     assert torch.equal(moved_critic, same_critic)
     assert not torch.equal(policy, moved_policy) and stats["step_fraction"] > 0
@@ -510,65 +531,70 @@ def test_the_critic_leaves_the_policy_alone_and_the_policy_the_critic(kind, sigh
 @pytest.mark.parametrize("kind", ["discrete", "box"])
 def test_an_update_in_bfloat16_keeps_its_promises_in_float32(kind):
     flags = ("--env-id", "Pictures-v0", "--num-steps", "40", "--num-minibatches", "2", "--bf16", "on")
-    player = clock_player(ACTION_SPACES[kind], *flags)
-    batch, old = player.rollout(), copy.deepcopy(player.agent)
-    stats, new = player.update_policy(batch), copy.deepcopy(player.agent)
+    learner = clock_learner(ACTION_SPACES[kind], *flags)
+    batch, old = learner.rollout(), copy.deepcopy(learner.agent)
+    stats, new = learner.update_policy(batch), copy.deepcopy(learner.agent)
     with torch.no_grad():
         for agent in (old, new):
-            agent.actor.bf16 = False
-        old, new = (torch_policy(agent, batch.features) for agent in (old, new))
+            assert agent.actor[0].dtype == torch.bfloat16
+            agent.actor[0].dtype = torch.float32
+        old, new = (torch_policy(agent, batch.obs) for agent in (old, new))
         ratio = (torch_log_prob(new, batch.actions) - torch_log_prob(old, batch.actions)).exp()
     assert stats["kl"] == pytest.approx(torch_kl(old, new).mean().item(), rel=0.05) and stats["kl"] > 1e-3
     assert stats["surrogate_improvement"] == pytest.approx(((ratio - 1) * batch.advantages).mean().item(), rel=0.05)
 
 
 def test_fit_value_equals_torch_adam_on_half_the_squared_error_and_logs_its_mean():
-    player = clock_player(Discrete(4), "--update-epochs", "5", "--num-minibatches", "3")
-    batch, twin, losses, calls = player.rollout(), copy.deepcopy(player.agent.critic), [], []
+    learner = clock_learner(Discrete(4), "--update-epochs", "5", "--num-minibatches", "3")
+    batch, twin, losses, calls = learner.rollout(), copy.deepcopy(learner.agent.critic), [], []
     reference = torch.optim.Adam(twin.parameters(), lr=0.01, eps=1e-5)
 
     def watched(features, returns, rows):
         calls.append(rows)
-        return player.gradient(features, returns, rows)
+        return learner.gradient(features, returns, rows)
 
-    logged = trpo.fit_value(player.optimizer, watched, batch, 0.01, player.args)
+    logged = learner.fit_value(batch, 0.01, watched)
+    features = learner.features(batch)
     rows = torch.stack(calls).view(5, 60)
     close(rows.sort().values, torch.arange(60).expand(5, 60))
     assert len(rows.unique(dim=0)) == 5
     for rows in calls:
-        loss = nn.functional.mse_loss(twin(batch.features[rows])[:, 0], batch.returns[rows]) / 2
+        loss = nn.functional.mse_loss(twin(features[rows])[:, 0], batch.returns[rows]) / 2
         reference.zero_grad()
         loss.backward()
         reference.step()
         losses.append(loss.item())
-    close(nn.utils.parameters_to_vector(twin.parameters()), player.optimizer.parameters, rtol=1e-3, atol=1e-5)
-    assert logged == pytest.approx(np.mean(losses), rel=1e-4)
+    close(nn.utils.parameters_to_vector(twin.parameters()), learner.optimizer.parameters, rtol=1e-3, atol=1e-5)
+    assert logged["value_loss"].item() == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_the_compiled_gradient_of_the_critic_is_the_eager_one():
-    player = clock_player(Discrete(4), "--num-minibatches", "3")
-    batch, rows = player.rollout(), torch.randperm(60)[:20]
-    player.args.compile = "on"
-    compiled = trpo.make_gradient(player.agent, player.args)
+    learner = clock_learner(Discrete(4), "--num-minibatches", "3")
+    batch, rows = learner.rollout(), torch.randperm(60)[:20]
+    learner.args.compile = "on"
+    compiled = trpo.make_gradient(learner.agent, learner.args)
     for _ in range(2):
-        arguments = (batch.features, batch.returns, rows)
-        for found, expected in zip(compiled(*arguments), player.gradient(*arguments)):
-            close(found, expected, rtol=1e-4, atol=1e-5)
-        player.optimizer.parameters += 0.1 * torch.randn_like(player.optimizer.parameters)
+        arguments = (learner.features(batch), batch.returns, rows)
+        (gradient, stats), (eager_gradient, eager_stats) = compiled(*arguments), learner.gradient(*arguments)
+        close(gradient, eager_gradient, rtol=1e-4, atol=1e-5)
+        assert stats.keys() == eager_stats.keys() == {"value_loss"}
+        close(stats["value_loss"], eager_stats["value_loss"], rtol=1e-4, atol=1e-5)
+        learner.optimizer.parameters += 0.1 * torch.randn_like(learner.optimizer.parameters)
 
 
 def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones():
-    player = clock_player(Discrete(4))
-    batch = player.rollout()
+    learner = clock_learner(Discrete(4))
+    batch = learner.rollout()
     for values, expected in ((batch.returns, 1.0), (torch.zeros(60), 0.0), (-batch.returns, -3.0)):
-        logged = player.update(batch._replace(values=values))
-        assert logged["losses/explained_variance"] == pytest.approx(expected, abs=1e-5)
+        logged = learner.update(batch._replace(values=values))
+        explained = 1 - logged["residual_variance"] / logged["returns_variance"]  # as Run.write_row has it
+        assert explained.item() == pytest.approx(expected, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- the batch
 @every_action_space
 def test_targets_come_from_the_true_successors(action_space):
-    check_targets(clock_player(action_space, "--no-norm-adv"))
+    check_targets(clock_learner(action_space, "--no-norm-adv"))
 
 
 @pytest.mark.parametrize("kind", ["discrete", "box"])
@@ -576,23 +602,24 @@ def test_norm_adv_standardises_over_the_batch_and_touches_nothing_else(kind):
     batches = []
     for flag in ("--norm-adv", "--no-norm-adv"):
         torch.manual_seed(0)
-        batches.append(clock_player(ACTION_SPACES[kind], flag).rollout())
+        batches.append(clock_learner(ACTION_SPACES[kind], flag).rollout())
     standardised, raw = batches
     expected = raw.advantages.double().numpy()
     close(standardised.advantages, (expected - expected.mean()) / expected.std(ddof=1), rtol=1e-4, atol=1e-5)
     assert raw.advantages.std() > 1.5
-    for name in ("obs", "features", "actions", "logprobs", "returns", "values"):
+    for name in ("obs", "actions", "logprobs", "returns", "values"):
         assert torch.equal(getattr(standardised, name), getattr(raw, name))
 
 
 def test_rows_of_the_batch_are_the_steps_of_the_environments():
-    player = clock_player(ACTION_SPACES["box"], "--norm-obs")
-    player.agent.obs_norm.update(torch.randn(10, 2))
-    batch = player.rollout()
-    close(batch.obs, player.log("obs").reshape(60, 2))
-    close(batch.features, player.agent.obs_norm(batch.obs))
+    learner = clock_learner(ACTION_SPACES["box"], "--norm-obs")
+    learner.agent.obs_norm.update(torch.randn(10, 2))
+    batch = learner.rollout()
+    close(batch.obs, learner.log("obs").reshape(60, 2))
+    features = learner.features(batch)
+    close(features, learner.agent.obs_norm(batch.obs))
     with torch.no_grad():
-        policy = torch_policy(player.agent, batch.features)
+        policy = torch_policy(learner.agent, features)
     close(batch.logprobs, torch_log_prob(policy, batch.actions), rtol=1e-4, atol=1e-5)
     close(batch.old_policy.mean, torch.stack([component.mean for component in policy], -1))
 
@@ -606,10 +633,10 @@ def learn(folder, steps: int, *flags: str, **probe) -> trpo.Agent:
         fast = "--learning-rate 1e-2 --update-epochs 4 --max-kl 0.05 --run-name probe"
         args = trpo.parse_args([*SETTING, *small.split(), *fast.split(), "--runs-dir", str(folder), *flags])
         checkpoint = trpo.load_checkpoint(trpo.train(args))
-        envs = trpo.make_envs(args, 1)
+        envs = trpo.make_envs(args, 1, 0)
     finally:
         del gym.registry["Probe-v0"]
-    agent = trpo.Agent(envs.single_observation_space, envs.single_action_space, args)
+    agent = trpo.make_agent(envs, args)
     agent.load_state_dict(checkpoint["agent"])
     return agent
 
