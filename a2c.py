@@ -33,7 +33,8 @@ Departures from the paper:
 - On MuJoCo networks and rollouts are not the paper's, and observations, rewards and advantages are normalised.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
-The upper half of this file is the method. The lower half is the same text in every script of this family.
+The upper half of this file is the method. From the lower half it uses `Player`, which plays environments and returns
+`Steps`, the policies `Categorical` and `Gaussian`, `compile_for`, and `Run`, which logs, saves and stops.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ gym.register_envs(ale_py)
 
 @dataclass
 class Args:
+    """The arguments of the method and the environment. RunArgs, below, adds those of a run: device, resume, ..."""
+
     env_id: str = "CartPole-v1"  # any registered environment; package:Env-v0 imports the package first
     seed: int = 1  # seed of weights, actions and environments
     total_timesteps: int = 200_000  # environment steps of the whole run, rounded down to whole batches
@@ -96,9 +99,9 @@ class Args:
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     vf_coef: float = 0.5  # c1, weight of half the squared value error
     max_grad_norm: float = 0.5  # bound on the gradient's global norm
-    log_std_init: float = 0.0  # logarithm of the deviation that Gaussian policies start with
-    norm_obs: bool = False  # normalise observations by their running mean and deviation
-    norm_reward: bool = False  # divide rewards by the running deviation of the discounted return
+    log_std_init: float = 0.0  # initial log standard deviation of Gaussian policies
+    norm_obs: bool = False  # normalise observations by their running mean and standard deviation
+    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
     log_interval: int = 100  # updates whose means make a row of progress.csv and a point in TensorBoard
 
@@ -115,6 +118,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "atari": dict(total_timesteps=10_000_000, num_envs=16, optimizer="adam", learning_rate=5e-4, ent_coef=0.01,
                   clip_reward=True),
 }
+# Bounds of numbers. One in none of the three must be 0 or more.
 POSITIVE = ("total_timesteps", "learning_rate", "num_envs", "num_steps", "gamma", "max_grad_norm", "log_interval")
 AT_MOST_ONE = ("gamma", "gae_lambda")
 ANY_SIGN = ("log_std_init",)
@@ -140,7 +144,7 @@ class Agent(nn.Module):
             outputs = math.prod(action_space.shape)
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
         else:
-            self.choices, impossible = choices_of(action_space)
+            self.choices, impossible = choices_of(action_space)  # a component of few choices is padded
             self.register_buffer("impossible", impossible, persistent=False)
             outputs = math.prod(self.choices)
         self.body = nn.Identity()
@@ -220,28 +224,53 @@ def compute_gae(
 
     All tensors are (num_steps, num_envs), and the flags belong to step t. next_values[t] is V of the true successor of
     step t: of the final observation where an episode ended, not of the one after the reset. A terminated state has no
-    future. A truncated one has, so its TD error bootstraps. Neither passes on later errors, of another episode.
+    future. A truncated one has, so its TD error bootstraps. At both the sum over later TD errors stops, because they
+    belong to another episode.
     """
     terminations = terminations.bool()
     ended = terminations | truncations.bool()
     successors = torch.where(terminations, 0.0, next_values)  # not a product, because 0 * NaN is NaN
     deltas = rewards + gamma * successors - values
     decay = gamma * gae_lambda * (~ended).to(deltas)
-    advantages = [torch.zeros_like(deltas[0])]
+    advantages = []
+    later = torch.zeros_like(deltas[0])
     for delta, discount in zip(deltas.flip(0), decay.flip(0)):
-        advantages.append(torch.addcmul(delta, discount, advantages[-1]))
-    advantages = torch.stack(advantages[:0:-1])
+        later = delta + discount * later
+        advantages.append(later)
+    advantages = torch.stack(advantages[::-1])
     return advantages, advantages + values
 
 
 def standardise(x: Tensor) -> Tensor:
-    """(x - mean) / deviation. In double precision, because rounding must not make advantages of equal numbers."""
+    """(x - mean) / standard deviation. In double precision, because rounding would make equal advantages differ."""
     x = x.double()
     return ((x - x.mean()) / (x.std() + 1e-8)).float()
 
 
+@torch.no_grad()
+def estimate(agent: Agent, steps: Steps, args: Args) -> Batch:
+    """pi_old, V and advantages of the steps that were played, for all states at once."""
+    values = agent.value(steps.features).view(-1, args.num_envs)  # (num_steps + 1, num_envs)
+    next_values = torch.where(steps.truncations, steps.final_values, values[1:])  # V of the true successors
+    values = values[:-1]
+    advantages, returns = compute_gae(
+        steps.rewards, values, next_values, steps.terminations, steps.truncations, args.gamma, args.gae_lambda
+    )
+    old_policy = agent.policy(steps.features[: values.numel()])
+    actions = steps.actions.flatten(0, 1)
+    return Batch(
+        obs=steps.observations[:-1].flatten(0, 1),
+        actions=actions,
+        logprobs=old_policy.log_prob(actions),
+        advantages=advantages.flatten(),
+        returns=returns.flatten(),
+        values=values.flatten(),
+        old_policy=old_policy,
+    )
+
+
 def a2c_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss above, and what to log of it."""
+    """The loss above, and the statistics to log."""
     features = agent.features(batch.obs)
     policy = agent.policy(features)
     values = agent.value(features)
@@ -302,28 +331,6 @@ def make_gradient(agent: Agent, args: RunArgs) -> Callable[..., tuple[Tensor, di
     return compile_for(example, gradient, args, calls > 12_000 and not agent.image)
 
 
-@torch.no_grad()
-def estimate(agent: Agent, steps: Steps, args: Args) -> Batch:
-    """pi_old, V and advantages of the steps that were played, for all states at once."""
-    values = agent.value(steps.features).view(-1, args.num_envs)  # (num_steps + 1, num_envs)
-    next_values = torch.where(steps.truncations, steps.final_values, values[1:])
-    values = values[:-1]
-    advantages, returns = compute_gae(
-        steps.rewards, values, next_values, steps.terminations, steps.truncations, args.gamma, args.gae_lambda
-    )
-    old_policy = agent.policy(steps.features[: values.numel()])
-    actions = steps.actions.flatten(0, 1)
-    return Batch(
-        obs=steps.observations[:-1].flatten(0, 1),
-        actions=actions,
-        logprobs=old_policy.log_prob(actions),
-        advantages=advantages.flatten(),
-        returns=returns.flatten(),
-        values=values.flatten(),
-        old_policy=old_policy,
-    )
-
-
 def update(optimizer: Adam | RMSprop, gradient: Callable, steps: Steps, learning_rate: float) -> dict[str, Tensor]:
     """One gradient step. Returns what to log."""
     grad, stats = gradient(steps)
@@ -366,15 +373,18 @@ def train(args: RunArgs) -> Path:
     return run.path
 
 
-# ==== The machine room: from here on, sections are the same text in every script that has them ====
+# ==== The machine room: "shared" sections are the same text in every script that has them ====
 
 
 # ==== shared: run flags ====
+SCRIPT = Path(globals().get("__file__", "notebook"))
+
+
 @dataclass
 class RunArgs(Args):
     """All arguments of the command line: those of the method and the environment, and those of the run."""
 
-    exp_name: str = Path(globals().get("__file__", "notebook")).stem  # name of the experiment, a part of the run's name
+    exp_name: str = SCRIPT.stem  # name of the experiment, a part of the run's name
     runs_dir: str = "runs"  # folder of all runs
     run_name: str = ""  # folder of this run in runs-dir (default: {env_id}__{exp_name}__{seed}__{time})
     resume: str = ""  # run directory to go on with, from its newest good checkpoint, with its own arguments
@@ -481,6 +491,19 @@ def bound_broken(name: str, number: float) -> str:
     return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def say(line: str, end: str = "\n") -> None:
+    """Prints. A reader that has gone away must not end the run."""
+    try:
+        print(line, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks."""
     return " ".join(str(error).split())
@@ -532,8 +555,8 @@ class NamedEnv(gym.Wrapper):
 class Environments:
     """Environments side by side. An episode begins in the step in which the one before it ended.
 
-    Every episode has a seed of its own, from (seed, environment, number of the episode): with the actions since, it is
-    all that an environment is made of.
+    Every episode has a seed of its own, from (seed, environment, number of the episode). This seed and the actions
+    since are enough to rebuild an environment.
     """
 
     def __init__(self, envs: gym.vector.VectorEnv, seed: int):
@@ -618,7 +641,7 @@ def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.Vecto
         raise UsageError(f"--env-id {args.env_id}: Atari games are ALE/<Game>-v5 or <Game>NoFrameskip-v4.")
     settings = {
         "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
-        "num_threads": min(num_envs, args.num_threads or os.cpu_count() or 1),
+        "num_threads": min(num_envs, args.num_threads or cores()),
         "repeat_action_probability": 0.0 if paper else 0.25,
         "noop_max": 30 if paper else 0,
         "use_fire_reset": paper,
@@ -668,7 +691,7 @@ def settle(args: RunArgs, envs: Environments) -> None:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = "on" if image and native else "off"
     if not args.num_threads:
-        args.num_threads = (os.cpu_count() or 1) if image else 1
+        args.num_threads = cores() if image else 1
     torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -811,7 +834,7 @@ LONGEST = 1_000_000  # steps of an episode whose actions a checkpoint still hold
 class Episode(NamedTuple):
     """A finished training episode."""
 
-    step: int  # environment steps from the beginning of the rollout to its end
+    step: int  # steps of all environments from the start of the rollout to the end of this episode
     episodic_return: float  # raw
     length: int
     env: int
@@ -820,8 +843,8 @@ class Episode(NamedTuple):
 class Episodes:
     """The last episode that ended and the one in play, in each environment, across rollouts.
 
-    With its seed that brings an environment back. The one that ended is there to notice an environment that carries
-    something over to the next episode.
+    To resume, both are played again: the one in play to rebuild the environment, and the one before it to notice an
+    environment that remembers earlier episodes.
     """
 
     def __init__(self, envs: Environments):
@@ -846,13 +869,13 @@ class Episodes:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """For each environment the actions and rewards of both episodes; none of an episode that is too long."""
-        state: dict[str, Any] = {"numbers": torch.from_numpy(self.envs.numbers.copy())}
+        """For each environment the actions and rewards of both episodes, unless one is longer than LONGEST."""
+        state: dict[str, Any] = {"numbers": torch.from_numpy(self.envs.numbers.copy()), "too_long": False}
         for name, episodes in (("ended", self.ended), ("in_play", self.in_play)):
             joined = [[np.concatenate(column) for column in zip(*parts)] for parts in episodes]
-            joined = [[] if pair and len(pair[1]) > LONGEST else pair for pair in joined]
+            state["too_long"] |= any(len(rewards) > LONGEST for _, rewards in filter(None, joined))
             state[name] = [[torch.from_numpy(x) for x in pair] for pair in joined]
-        return state
+        return state | {"ended": [], "in_play": []} if state["too_long"] else state
 
     def load_state_dict(self, state: dict[str, Any], obs: Tensor) -> tuple[np.ndarray, str]:
         """Plays the episodes of state again, to end with obs. Returns the observations, and what is not as it was.
@@ -863,6 +886,8 @@ class Episodes:
         for name in ("ended", "in_play"):
             setattr(self, name, [[tuple(x.numpy() for x in pair)] if pair else [] for pair in state[name]])
         try:
+            if state["too_long"]:
+                raise Failed(f"an episode in play has more than {LONGEST:,} steps, too many for a checkpoint")
             replayed = self.replay(numbers)
             if np.array_equal(replayed, obs.numpy()) and (self.envs.numbers == numbers).all():
                 return replayed, ""
@@ -1074,7 +1099,7 @@ class Player:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Plays the episodes in play again. Begins new ones where they are not what they were."""
+        """Plays the saved episodes again. Where they are not what they were, begins new ones."""
         self.obs, self.inexact = self.episodes.load_state_dict(state["episodes"], state["obs"])
         if not self.inexact:
             self.discounted = state["discounted"].numpy()
@@ -1237,7 +1262,7 @@ def git(*command: str) -> str | None:
     """What git says in the folder of this file; None where there is no git or no repository."""
     if not shutil.which("git"):
         return None
-    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(["git", *command], cwd=SCRIPT.resolve().parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -1246,14 +1271,15 @@ def create_run_dir(args: RunArgs) -> Path:
     parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
     name = args.run_name or "__".join(str(part) for part in parts if part is not None)
     path = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
-    if path.exists() and not args.run_name:  # another run was started in this second
-        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")
     try:
         path.mkdir(parents=True)
     except OSError as error:
-        if path.exists():
+        if not path.exists():
+            raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
+        if args.run_name:
             raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
-        raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
+        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")  # another run was started in this second
+        path.mkdir()
     (path / "checkpoints").mkdir()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     changes = git("status", "--porcelain")
@@ -1283,11 +1309,17 @@ class Log:
         self.files = {}
         for name in ("episodes", "progress"):
             file = self.files[name] = open(path / f"{name}.csv", "a+", newline="", encoding="utf-8")
-            file.truncate(state["csv_bytes"][name] if state else 0)  # what came after the checkpoint will come again
+            size = state["csv_bytes"][name] if state else 0
+            if os.fstat(file.fileno()).st_size < size:
+                raise UsageError(
+                    f"{file.name} is shorter than it was at the checkpoint; restore it, or start a new run."
+                )
+            file.truncate(size)  # what came after the checkpoint will come again
         self.files["progress"].seek(0)
         self.columns = next(csv.reader(self.files["progress"]), None)
         self.tensorboard = SummaryWriter(path, purge_step=state["global_step"] + 1 if state else None)
-        swept = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and the environment
+        names = [field.name for field in fields(Args) if field.name in vars(args)]  # of the method and the environment
+        swept = {name: vars(args)[name] for name in names}
         if not state:
             csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
             self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
@@ -1378,19 +1410,20 @@ class Progress:
         line = f"{done:>11,} {line}"
         if self.terminal:
             line = f"\r[{'#' * int(10 * part):.<10}]{line}\x1b[K"
-        print(line, end="" if self.open else "\n", flush=True)
+        say(line, "" if self.open else "\n")
 
     def end(self) -> None:
         """What follows is printed on a line of its own."""
         if self.open:
-            print()
+            say("")
         self.open = False
 
 
 class Run:
     """What a run is: its directory, iterations, checkpoints, signals, and how it ends.
 
-    A step is what total counts. learner is what a checkpoint holds, by name: tensors, and all that has a state_dict.
+    Progress is counted in steps, up to total. learner are the parts that a checkpoint saves, by name: tensors, and
+    objects with a state_dict.
     """
 
     def __init__(
@@ -1416,16 +1449,17 @@ class Run:
         state = load_checkpoint(Path(args.resume)) if args.resume else None
         how = self.restore(state) if state else ""
         self.first_step = self.global_step
+        self.catch_signals()
         self.path = Path(args.resume) if args.resume else create_run_dir(args)
         self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
         if self.complete:
-            print(f"{self.path} is complete; there is nothing left to train.")
+            say(f"{self.path} is complete; there is nothing left to train.")
             return
         self.files = Log(self.path, args, state)
         compiled = ", compiled" if vars(args).get("compile") == "on" else ""
-        print(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
+        say(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
         if how:
-            print(f"goes on from step {self.global_step:,}, {how}")
+            say(f"goes on from step {self.global_step:,}, {how}")
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -1458,18 +1492,22 @@ class Run:
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same for the same bits."""
-        script = Path(__file__).read_bytes() if "__file__" in globals() else b""
+        script = SCRIPT.read_bytes() if SCRIPT.is_file() else b""
         machine = {name: vars(self.args).get(name) for name in MACHINE}
         capability = torch.backends.cpu.get_cpu_capability()
         return versions() | machine | {"processor": capability, "script": hashlib.sha256(script).hexdigest()}
 
-    def __enter__(self) -> Run:
+    def catch_signals(self) -> None:
+        """A signal ends the run after its iteration. A second one does not wait."""
+
         def remember(signum: int, frame: Any) -> None:
             if self.signals:
-                os._exit(128 + signum)  # a second signal does not wait for the iteration
+                os._exit(128 + signum)
             self.signals.append(signum)
 
         self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self) -> Run:
         if not self.args.resume:
             self.save()
         return self
@@ -1615,7 +1653,7 @@ class Run:
             self.files.wandb.finish(exit_code=int(status != "completed"))
         if isinstance(error, (Failed, OSError)):
             raise Failed(message, status) from error
-        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
+        say(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -1628,7 +1666,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damage can surface as almost anything
             print(f"{file} is corrupt and left out ({type(error).__name__}).", file=sys.stderr)
-    raise UsageError(f"{path} has no readable checkpoint.")
+    raise UsageError(f"{path} has no checkpoint that can be read. If it ended while it started, start it again.")
 
 
 # ==== shared: evaluation ====
@@ -1639,7 +1677,7 @@ class Camera(Environments):
         super().__init__(envs.envs, envs.seed)
         self.path = run_dir_of(Path(args.evaluate)) / "videos"
         self.name = name
-        self.numbers_to_film = range(1, episodes + 1)
+        self.left = self.episodes = episodes  # to film
         self.frames: list[np.ndarray] = []
         colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
         self.twins = make_envs(args, self.num_envs, self.seed, **colour) if self.atari else None
@@ -1651,18 +1689,18 @@ class Camera(Environments):
         return super().reset()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
-        number = self.numbers[0]
-        if number in self.numbers_to_film:
-            self.frames.append(self.twin_obs[0, -1] if self.twins else self.envs.envs[0].render())
+        if self.left:
+            self.frames.append(self.twin_obs[0, -1].copy() if self.twins else self.envs.envs[0].render())
         if self.twins:
             self.twin_obs = self.twins.step(actions)[0]
         obs, rewards, terminations, truncations, over, final_obs = super().step(actions)
         if over[0] and self.frames:
             from moviepy import ImageSequenceClip
 
+            self.left -= 1
             self.path.mkdir(exist_ok=True)
-            film = ImageSequenceClip(self.frames, fps=30)
-            film.write_videofile(str(self.path / f"{self.name}_episode_{number}.mp4"), logger=None)
+            path = self.path / f"{self.name}_episode_{self.episodes - self.left}.mp4"
+            ImageSequenceClip(self.frames, fps=30).write_videofile(str(path), logger=None)
             self.frames = []
         return obs, rewards, terminations, truncations, over, final_obs
 
@@ -1688,14 +1726,18 @@ def evaluate(args: RunArgs) -> list[float]:
     torch.manual_seed(args.eval_seed)
     frozen = replace(args, num_steps=min(args.num_steps, 128), norm_reward=False)
     player = Player(envs, frozen, explore=args.eval_stochastic)
-    while any(len(played) < share for played, share in zip(returns, shares)):
+    for rollouts in itertools.count(1):
         player.play(agent)
         for episode in player.finished:
             returns[episode.env].append(episode.episodic_return)
+        if all(len(played) >= share for played, share in zip(returns, shares)):
+            break
+        if rollouts * frozen.num_steps > LONGEST * max(shares):
+            raise Failed(f"an episode of {args.env_id} does not end within {LONGEST:,} steps", "failed")
     scores = [score for played, share in zip(returns, shares) for score in played[:share]]
     kind = "stochastic" if args.eval_stochastic else "deterministic"
     result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max")}
-    print(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    say(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
     if summary := read_summary(run_dir_of(path)):
         result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
         summary["eval"] = summary.get("eval", {}) | {kind: result}

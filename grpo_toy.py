@@ -215,7 +215,7 @@ def call_reward(name: str, prompt: str, completion: str, args: Args) -> float:
     return value
 
 
-def no_variance(x: Tensor) -> Tensor:
+def all_equal(x: Tensor) -> Tensor:
     """Whether a group is all the same, (prompts, group, ...) -> (prompts, ...)."""
     return x.amax(1) == x.amin(1)
 
@@ -235,7 +235,7 @@ def group_advantages(rewards: Tensor, weights: Tensor, aggregation: str, scale: 
         else:
             deviation = (x.std(1, keepdim=True) if scale == "group" else x.flatten(0, 1).std(0)) + 1e-4
         # Rounding may set the mean of equal numbers apart from them, and 1e-4 would make much of that.
-        return torch.where(no_variance(x)[:, None], 0.0, (x - x.mean(1, keepdim=True)) / deviation)
+        return torch.where(all_equal(x)[:, None], 0.0, (x - x.mean(1, keepdim=True)) / deviation)
 
     if aggregation == "sum_then_normalize":
         return normalize((rewards * weights).sum(-1))
@@ -332,15 +332,21 @@ def sample_groups(
     return groups
 
 
+def is_flat(group: Group) -> bool:
+    """Whether the first reward is the same for all of a group, so that it says nothing."""
+    return all_equal(group.rewards[None, :, 0]).item()
+
+
 def rollout(model: GPT, args: Args) -> tuple[list[Group], Batch]:
     """Samples groups of completions and compares each with its group; returns all groups, the batch's first."""
     num_prompts, groups = args.generation_batch_size // args.num_generations, []
-    for _ in range(10 if args.dynamic_sampling else 1):
+    for _ in range(10):
         prompts = sample_prompts(num_prompts, args.num_digits, held_out=False)
         groups += sample_groups(model, prompts, args.num_generations, args.rewards, args)
-        if args.dynamic_sampling:  # groups that tell nothing go to the end (DAPO eq. 11)
-            groups.sort(key=lambda group: no_variance(group.rewards[None, :, 0]).item())
-        if not no_variance(groups[num_prompts - 1].rewards[None, :, 0]):
+        if not args.dynamic_sampling:
+            break
+        groups.sort(key=is_flat)  # flat groups go to the end (DAPO eq. 11)
+        if not is_flat(groups[num_prompts - 1]):
             break
     chosen, weights = groups[:num_prompts], torch.tensor(args.reward_weights)
     rewards = condition_rewards(torch.stack([group.rewards for group in chosen]), args.rewards, args.condition)
@@ -367,14 +373,14 @@ def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]]
     values = {
         "reward": returns.mean(),
         "reward_std": returns.std(1).mean(),
-        "frac_reward_zero_std": no_variance(returns).float().mean(),
+        "frac_reward_zero_std": all_equal(returns).float().mean(),
         "completions/mean_length": sum(lengths) / len(texts),
         "completions/clipped_ratio": sum(text[-1] != "$" for text in texts) / len(texts),
     }
     for i, name in enumerate(args.rewards):
         values[f"rewards/{name}/mean"] = given[..., i].mean()
         values[f"rewards/{name}/std"] = given[..., i].std()
-        values[f"frac_reward_zero_std/{name}"] = no_variance(rewards[..., i]).float().mean()
+        values[f"frac_reward_zero_std/{name}"] = all_equal(rewards[..., i]).float().mean()
     return list(zip(returns.flatten().tolist(), lengths)), {tag: float(value) for tag, value in values.items()}
 
 
@@ -455,7 +461,7 @@ def train(args: RunArgs) -> Path:
             if not args.init_from:
                 warm_start(model, run)
             reference.load_state_dict(model.state_dict())
-            begin(model, run)
+            evaluate_before(model, run)
         for iteration in run.iterations():
             learning_rate = args.learning_rate * (1 - 0.9 * iteration / args.max_steps if args.anneal_lr else 1)
             clock = [time.perf_counter()]
@@ -467,20 +473,23 @@ def train(args: RunArgs) -> Path:
             values["learning_rate"] = learning_rate
             if iteration == args.max_steps or iteration % args.eval_interval == 0:
                 values |= evaluation(model, args)
-            tell(run, groups, batch, values)
+            report(run, groups, batch, values)
             run.log(1, [(1, *completion) for completion in completions], values)
     return run.path
 
 
-# ==== The machine room: from here on, sections are the same text in every script that has them ====
+# ==== The machine room: "shared" sections are the same text in every script that has them ====
 
 
 # ==== shared: language run flags ====
+SCRIPT = Path(globals().get("__file__", "notebook"))
+
+
 @dataclass
 class RunArgs(Args):
     """All arguments of the command line: those of the method, the task and the model, and those of the run."""
 
-    exp_name: str = Path(globals().get("__file__", "notebook")).stem  # name of the experiment, a part of the run's name
+    exp_name: str = SCRIPT.stem  # name of the experiment, a part of the run's name
     runs_dir: str = "runs"  # folder of all runs
     run_name: str = ""  # folder of this run in runs-dir (default: {exp_name}__{seed}__{time})
     resume: str = ""  # run directory to go on with, from its newest good checkpoint, with its own arguments
@@ -528,11 +537,11 @@ def settle(args: RunArgs) -> None:
         args.device = "cpu"
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     refuse(no_cuda, "--device cuda: torch sees no CUDA device here; use --device cpu.")
-    cores = os.cpu_count() or 1
     refuse(
-        args.num_threads > cores, f"--num-threads is {args.num_threads}, but there are {cores} cores; ask for fewer."
+        args.num_threads > cores(),
+        f"--num-threads is {args.num_threads}, but there are {cores()} cores; ask for fewer.",
     )
-    args.num_threads = args.num_threads or min(cores, 4)
+    args.num_threads = args.num_threads or min(cores(), 4)
     torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -615,6 +624,19 @@ def bound_broken(name: str, number: float) -> str:
     if name not in ANY_SIGN and number < 0:
         return "0 or more"
     return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def say(line: str, end: str = "\n") -> None:
+    """Prints. A reader that has gone away must not end the run."""
+    try:
+        print(line, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def one_line(error: BaseException) -> str:
@@ -750,11 +772,11 @@ def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: 
     return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropies
 
 
-# ==== telling ====
+# ==== reporting ====
 def table_of(groups: list[Group], batch: Batch, args: Args) -> list[list[str]]:
     """The first group of the batch in which something differs, if any, to look at."""
     advantages = batch.advantages.view(-1, args.num_generations)
-    i = int((~no_variance(advantages)).int().argmax())
+    i = int((~all_equal(advantages)).int().argmax())
     scores = [[f"{reward:g}" for reward in rewards] for rewards in groups[i].rewards.tolist()]
     rows = zip(groups[i].texts, scores, advantages[i].tolist())
     header = ["prompt", "completion", *args.rewards, "advantage"]
@@ -770,11 +792,11 @@ def speed(completions: list[tuple[float, int]], batch: Batch, clock: list[float]
     }
 
 
-def tell(run: Run, groups: list[Group], batch: Batch, values: dict[str, float]) -> None:
+def report(run: Run, groups: list[Group], batch: Batch, values: dict[str, float]) -> None:
     """What a run tells besides its values: accuracy, tokens a second, and now and then a group of completions."""
     last = run.iteration == run.args.max_steps
     if "eval/accuracy" in values:
-        tell_accuracy(run, values)
+        report_accuracy(run, values)
     run.notes["tokens"] = run.notes.get("tokens", 0) + sum(len(text) for group in groups for text in group.texts)
     run.notes["tokens_per_second"] = run.notes["tokens"] / run.wall_time()
     if run.iteration == 1 or last or run.iteration % math.ceil(run.args.max_steps / 4) == 0:
@@ -783,7 +805,7 @@ def tell(run: Run, groups: list[Group], batch: Batch, values: dict[str, float]) 
         widths = [max(map(len, column)) for column in zip(*table)]
         run.progress.end()
         for row in table[:9]:
-            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)), flush=True)
+            say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
 # ==== shared: run directory ====
@@ -843,7 +865,7 @@ def git(*command: str) -> str | None:
     """What git says in the folder of this file; None where there is no git or no repository."""
     if not shutil.which("git"):
         return None
-    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(["git", *command], cwd=SCRIPT.resolve().parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -852,14 +874,15 @@ def create_run_dir(args: RunArgs) -> Path:
     parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
     name = args.run_name or "__".join(str(part) for part in parts if part is not None)
     path = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
-    if path.exists() and not args.run_name:  # another run was started in this second
-        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")
     try:
         path.mkdir(parents=True)
     except OSError as error:
-        if path.exists():
+        if not path.exists():
+            raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
+        if args.run_name:
             raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
-        raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
+        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")  # another run was started in this second
+        path.mkdir()
     (path / "checkpoints").mkdir()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     changes = git("status", "--porcelain")
@@ -889,11 +912,17 @@ class Log:
         self.files = {}
         for name in ("episodes", "progress"):
             file = self.files[name] = open(path / f"{name}.csv", "a+", newline="", encoding="utf-8")
-            file.truncate(state["csv_bytes"][name] if state else 0)  # what came after the checkpoint will come again
+            size = state["csv_bytes"][name] if state else 0
+            if os.fstat(file.fileno()).st_size < size:
+                raise UsageError(
+                    f"{file.name} is shorter than it was at the checkpoint; restore it, or start a new run."
+                )
+            file.truncate(size)  # what came after the checkpoint will come again
         self.files["progress"].seek(0)
         self.columns = next(csv.reader(self.files["progress"]), None)
         self.tensorboard = SummaryWriter(path, purge_step=state["global_step"] + 1 if state else None)
-        swept = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and the environment
+        names = [field.name for field in fields(Args) if field.name in vars(args)]  # of the method and the environment
+        swept = {name: vars(args)[name] for name in names}
         if not state:
             csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
             self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
@@ -984,19 +1013,20 @@ class Progress:
         line = f"{done:>11,} {line}"
         if self.terminal:
             line = f"\r[{'#' * int(10 * part):.<10}]{line}\x1b[K"
-        print(line, end="" if self.open else "\n", flush=True)
+        say(line, "" if self.open else "\n")
 
     def end(self) -> None:
         """What follows is printed on a line of its own."""
         if self.open:
-            print()
+            say("")
         self.open = False
 
 
 class Run:
     """What a run is: its directory, iterations, checkpoints, signals, and how it ends.
 
-    A step is what total counts. learner is what a checkpoint holds, by name: tensors, and all that has a state_dict.
+    Progress is counted in steps, up to total. learner are the parts that a checkpoint saves, by name: tensors, and
+    objects with a state_dict.
     """
 
     def __init__(
@@ -1022,16 +1052,17 @@ class Run:
         state = load_checkpoint(Path(args.resume)) if args.resume else None
         how = self.restore(state) if state else ""
         self.first_step = self.global_step
+        self.catch_signals()
         self.path = Path(args.resume) if args.resume else create_run_dir(args)
         self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
         if self.complete:
-            print(f"{self.path} is complete; there is nothing left to train.")
+            say(f"{self.path} is complete; there is nothing left to train.")
             return
         self.files = Log(self.path, args, state)
         compiled = ", compiled" if vars(args).get("compile") == "on" else ""
-        print(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
+        say(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
         if how:
-            print(f"goes on from step {self.global_step:,}, {how}")
+            say(f"goes on from step {self.global_step:,}, {how}")
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -1064,18 +1095,22 @@ class Run:
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same for the same bits."""
-        script = Path(__file__).read_bytes() if "__file__" in globals() else b""
+        script = SCRIPT.read_bytes() if SCRIPT.is_file() else b""
         machine = {name: vars(self.args).get(name) for name in MACHINE}
         capability = torch.backends.cpu.get_cpu_capability()
         return versions() | machine | {"processor": capability, "script": hashlib.sha256(script).hexdigest()}
 
-    def __enter__(self) -> Run:
+    def catch_signals(self) -> None:
+        """A signal ends the run after its iteration. A second one does not wait."""
+
         def remember(signum: int, frame: Any) -> None:
             if self.signals:
-                os._exit(128 + signum)  # a second signal does not wait for the iteration
+                os._exit(128 + signum)
             self.signals.append(signum)
 
         self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self) -> Run:
         if not self.args.resume:
             self.save()
         return self
@@ -1221,7 +1256,7 @@ class Run:
             self.files.wandb.finish(exit_code=int(status != "completed"))
         if isinstance(error, (Failed, OSError)):
             raise Failed(message, status) from error
-        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
+        say(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -1234,7 +1269,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damage can surface as almost anything
             print(f"{file} is corrupt and left out ({type(error).__name__}).", file=sys.stderr)
-    raise UsageError(f"{path} has no readable checkpoint.")
+    raise UsageError(f"{path} has no checkpoint that can be read. If it ended while it started, start it again.")
 
 
 # ==== shared: language warm start and evaluation ====
@@ -1243,12 +1278,12 @@ def warm_start(model: GPT, run: Run) -> None:
     args = run.args
     recipe = ("seed", "device", "num_threads", "sft_steps", "sft_learning_rate", *SIZES)
     made_of = json.dumps({name: vars(args)[name] for name in recipe} | versions()).encode()
-    key = hashlib.sha256(made_of + Path(__file__).read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(made_of + (SCRIPT.read_bytes() if SCRIPT.is_file() else b"")).hexdigest()[:16]
     cached = run.path.parent / "warm_starts" / f"{key}.pt"
     if args.cache_warm_start and cached.exists():
         try:
             model.load_state_dict(load_checkpoint(cached)["model"])
-            print(f"warm start: {cached}")
+            say(f"warm start: {cached}")
             return
         except UsageError:  # it is corrupt, as load_checkpoint has said, and is made again
             pass
@@ -1280,18 +1315,18 @@ def warm_start(model: GPT, run: Run) -> None:
         os.replace(mine, cached)
 
 
-def begin(model: GPT, run: Run) -> None:
+def evaluate_before(model: GPT, run: Run) -> None:
     """Step 0 of a run: what the model can do before it learns from rewards."""
     random.seed(run.args.seed)  # again, because a cached warm start must not change the run
     torch.manual_seed(run.args.seed)
     values = evaluation(model, run.args)
     run.start_clock()
-    tell_accuracy(run, values)
+    report_accuracy(run, values)
     run.log(0, [], values)
     run.write_row()
 
 
-def tell_accuracy(run: Run, values: dict[str, float]) -> None:
+def report_accuracy(run: Run, values: dict[str, float]) -> None:
     """Hands an evaluation to summary.json, and its accuracy to the progress line."""
     if not run.iteration:
         run.notes["accuracy_before"] = values["eval/accuracy"]
@@ -1342,7 +1377,7 @@ def evaluate(args: RunArgs) -> dict[str, float]:
     state = load_model(model, path, args)
     values = {tag.removeprefix("eval/"): value for tag, value in evaluation(model, args).items()}
     result = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-    print(f"iteration {state['iteration']}, {args.eval_prompts} held-out prompts: {result}")
+    say(f"iteration {state['iteration']}, {args.eval_prompts} held-out prompts: {result}")
     if summary := read_summary(run_dir_of(path)):
         result = values | {"prompts": args.eval_prompts, "seed": EVAL_SEED, "iteration": state["iteration"]}
         write_json(run_dir_of(path) / "summary.json", summary | {"eval": result})

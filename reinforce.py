@@ -36,13 +36,14 @@ points exactly along the gradient. Dropping the episodes that are unfinished aft
 Departures from the paper:
 - Adam and a clipped norm replace the plain step, and psi is divided by its root mean square.
 - The term of step t has no factor gamma^t, as in all practice. The gradient of the discounted return would have it, so
-  full and to-go have one expectation at gamma = 1 only.
+  full and to-go have the same expectation only at gamma = 1.
 - Observations and rewards are normalised on MuJoCo; Atari has an entropy bonus.
 - The mean of the batch has the episode itself in it, which shrinks the estimate by about one part in M.
 - An episode that a time limit cuts is bootstrapped with the value of its last state if a V is learned. If none is, the
   return is what was seen.
 
-The upper half of this file is the method. The lower half is the same text in every script of this family.
+The upper half of this file is the method. From the lower half it uses `Player`, which plays whole episodes and returns
+`Steps`, the policies `Categorical` and `Gaussian`, `compile_for`, and `Run`, which logs, saves and stops.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ gym.register_envs(ale_py)
 
 @dataclass
 class Args:
+    """The arguments of the method and the environment. RunArgs, below, adds those of a run: device, resume, ..."""
+
     env_id: str = "CartPole-v1"  # any registered environment; package:Env-v0 imports the package first
     seed: int = 1  # seed of weights, actions, minibatches and environments
     total_timesteps: int = 300_000  # environment steps of the whole run; the last batch is finished
@@ -107,9 +110,9 @@ class Args:
     value_learning_rate: float = 3e-3  # step size of Adam for V
     value_steps: int = 16  # minibatches of each batch that fit V
     value_batch_size: int = 256  # rows of such a minibatch
-    log_std_init: float = 0.0  # logarithm of the deviation that Gaussian policies start with
-    norm_obs: bool = False  # normalise observations by their running mean and deviation
-    norm_reward: bool = False  # divide rewards by the running deviation of the discounted return
+    log_std_init: float = 0.0  # initial log standard deviation of Gaussian policies
+    norm_obs: bool = False  # normalise observations by their running mean and standard deviation
+    norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
 
 
@@ -125,6 +128,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "atari": dict(total_timesteps=10_000_000, num_envs=4, num_steps=256, learning_rate=1e-3, value_learning_rate=2.5e-4,
                   ent_coef=0.01, clip_reward=True),
 }
+# Bounds of numbers. One in none of the three must be 0 or more.
 POSITIVE = ("total_timesteps", "learning_rate", "num_envs", "num_steps", "gamma", "max_grad_norm",
             "value_learning_rate", "value_steps", "value_batch_size")
 AT_MOST_ONE = ("gamma",)
@@ -151,7 +155,7 @@ class Agent(nn.Module):
             outputs = math.prod(action_space.shape)
             self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
         else:
-            self.choices, impossible = choices_of(action_space)
+            self.choices, impossible = choices_of(action_space)  # a component of few choices is padded
             self.register_buffer("impossible", impossible, persistent=False)
             outputs = math.prod(self.choices)
         self.body = nn.Identity()
@@ -277,7 +281,7 @@ def policy_gradients(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, Te
     return grads / args.num_steps, total / (args.num_envs * args.num_steps), total_entropy / len(batch.psi)
 
 
-def estimate(grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gradient_statistics(grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of independent gradients (num_envs, parameters), its variance and signal-to-noise ratio |mean|^2 / variance.
 
     The variance is the trace of the mean's covariance. |mean|^2 has it in it, so the ratio is about 1 for mere noise.
@@ -352,7 +356,7 @@ def update(
     if args.norm_adv:  # returns grow by orders of magnitude in a run, faster than Adam forgets; the direction stays
         scale = batch.psi.square().mean().sqrt() + 1e-8
     grads, objective, entropy = policy_gradients(agent, batch._replace(psi=batch.psi / scale), args)
-    grad, variance, snr = estimate(grads)
+    grad, variance, snr = gradient_statistics(grads)
     clipped, norm = clip_norm(-grad, args.max_grad_norm)  # Adam descends, and the policy climbs
     policy_optimizer.step(clipped, learning_rate)
     stats = {
@@ -373,7 +377,7 @@ def make_agent(envs: Environments, args: RunArgs) -> Agent:
     return agent.to(args.device)
 
 
-def check_episodes(args: Args) -> None:
+def check_num_envs(args: Args) -> None:
     """Raises UsageError where a batch has no variance to measure."""
     if args.num_envs < 2:
         raise UsageError("--num-envs 1 leaves no variance of the gradient to measure; use --num-envs 2 or more.")
@@ -387,7 +391,7 @@ def train(args: RunArgs) -> Path:
     started = time.perf_counter()
     check_args(args)
     check_batch(args)
-    check_episodes(args)
+    check_num_envs(args)
     envs = make_envs(args, args.num_envs, args.seed)
     settle(args, envs)
     player = Player(envs, args)
@@ -410,15 +414,18 @@ def train(args: RunArgs) -> Path:
     return run.path
 
 
-# ==== The machine room: from here on, sections are the same text in every script that has them ====
+# ==== The machine room: "shared" sections are the same text in every script that has them ====
 
 
 # ==== shared: run flags ====
+SCRIPT = Path(globals().get("__file__", "notebook"))
+
+
 @dataclass
 class RunArgs(Args):
     """All arguments of the command line: those of the method and the environment, and those of the run."""
 
-    exp_name: str = Path(globals().get("__file__", "notebook")).stem  # name of the experiment, a part of the run's name
+    exp_name: str = SCRIPT.stem  # name of the experiment, a part of the run's name
     runs_dir: str = "runs"  # folder of all runs
     run_name: str = ""  # folder of this run in runs-dir (default: {env_id}__{exp_name}__{seed}__{time})
     resume: str = ""  # run directory to go on with, from its newest good checkpoint, with its own arguments
@@ -525,6 +532,19 @@ def bound_broken(name: str, number: float) -> str:
     return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def say(line: str, end: str = "\n") -> None:
+    """Prints. A reader that has gone away must not end the run."""
+    try:
+        print(line, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks."""
     return " ".join(str(error).split())
@@ -576,8 +596,8 @@ class NamedEnv(gym.Wrapper):
 class Environments:
     """Environments side by side. An episode begins in the step in which the one before it ended.
 
-    Every episode has a seed of its own, from (seed, environment, number of the episode): with the actions since, it is
-    all that an environment is made of.
+    Every episode has a seed of its own, from (seed, environment, number of the episode). This seed and the actions
+    since are enough to rebuild an environment.
     """
 
     def __init__(self, envs: gym.vector.VectorEnv, seed: int):
@@ -662,7 +682,7 @@ def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.Vecto
         raise UsageError(f"--env-id {args.env_id}: Atari games are ALE/<Game>-v5 or <Game>NoFrameskip-v4.")
     settings = {
         "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
-        "num_threads": min(num_envs, args.num_threads or os.cpu_count() or 1),
+        "num_threads": min(num_envs, args.num_threads or cores()),
         "repeat_action_probability": 0.0 if paper else 0.25,
         "noop_max": 30 if paper else 0,
         "use_fire_reset": paper,
@@ -712,7 +732,7 @@ def settle(args: RunArgs, envs: Environments) -> None:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = "on" if image and native else "off"
     if not args.num_threads:
-        args.num_threads = (os.cpu_count() or 1) if image else 1
+        args.num_threads = cores() if image else 1
     torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -855,7 +875,7 @@ LONGEST = 1_000_000  # steps of an episode whose actions a checkpoint still hold
 class Episode(NamedTuple):
     """A finished training episode."""
 
-    step: int  # environment steps from the beginning of the rollout to its end
+    step: int  # steps of all environments from the start of the rollout to the end of this episode
     episodic_return: float  # raw
     length: int
     env: int
@@ -864,8 +884,8 @@ class Episode(NamedTuple):
 class Episodes:
     """The last episode that ended and the one in play, in each environment, across rollouts.
 
-    With its seed that brings an environment back. The one that ended is there to notice an environment that carries
-    something over to the next episode.
+    To resume, both are played again: the one in play to rebuild the environment, and the one before it to notice an
+    environment that remembers earlier episodes.
     """
 
     def __init__(self, envs: Environments):
@@ -890,13 +910,13 @@ class Episodes:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """For each environment the actions and rewards of both episodes; none of an episode that is too long."""
-        state: dict[str, Any] = {"numbers": torch.from_numpy(self.envs.numbers.copy())}
+        """For each environment the actions and rewards of both episodes, unless one is longer than LONGEST."""
+        state: dict[str, Any] = {"numbers": torch.from_numpy(self.envs.numbers.copy()), "too_long": False}
         for name, episodes in (("ended", self.ended), ("in_play", self.in_play)):
             joined = [[np.concatenate(column) for column in zip(*parts)] for parts in episodes]
-            joined = [[] if pair and len(pair[1]) > LONGEST else pair for pair in joined]
+            state["too_long"] |= any(len(rewards) > LONGEST for _, rewards in filter(None, joined))
             state[name] = [[torch.from_numpy(x) for x in pair] for pair in joined]
-        return state
+        return state | {"ended": [], "in_play": []} if state["too_long"] else state
 
     def load_state_dict(self, state: dict[str, Any], obs: Tensor) -> tuple[np.ndarray, str]:
         """Plays the episodes of state again, to end with obs. Returns the observations, and what is not as it was.
@@ -907,6 +927,8 @@ class Episodes:
         for name in ("ended", "in_play"):
             setattr(self, name, [[tuple(x.numpy() for x in pair)] if pair else [] for pair in state[name]])
         try:
+            if state["too_long"]:
+                raise Failed(f"an episode in play has more than {LONGEST:,} steps, too many for a checkpoint")
             replayed = self.replay(numbers)
             if np.array_equal(replayed, obs.numpy()) and (self.envs.numbers == numbers).all():
                 return replayed, ""
@@ -1285,7 +1307,7 @@ def git(*command: str) -> str | None:
     """What git says in the folder of this file; None where there is no git or no repository."""
     if not shutil.which("git"):
         return None
-    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(["git", *command], cwd=SCRIPT.resolve().parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -1294,14 +1316,15 @@ def create_run_dir(args: RunArgs) -> Path:
     parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
     name = args.run_name or "__".join(str(part) for part in parts if part is not None)
     path = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
-    if path.exists() and not args.run_name:  # another run was started in this second
-        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")
     try:
         path.mkdir(parents=True)
     except OSError as error:
-        if path.exists():
+        if not path.exists():
+            raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
+        if args.run_name:
             raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
-        raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
+        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")  # another run was started in this second
+        path.mkdir()
     (path / "checkpoints").mkdir()
     cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     changes = git("status", "--porcelain")
@@ -1331,11 +1354,17 @@ class Log:
         self.files = {}
         for name in ("episodes", "progress"):
             file = self.files[name] = open(path / f"{name}.csv", "a+", newline="", encoding="utf-8")
-            file.truncate(state["csv_bytes"][name] if state else 0)  # what came after the checkpoint will come again
+            size = state["csv_bytes"][name] if state else 0
+            if os.fstat(file.fileno()).st_size < size:
+                raise UsageError(
+                    f"{file.name} is shorter than it was at the checkpoint; restore it, or start a new run."
+                )
+            file.truncate(size)  # what came after the checkpoint will come again
         self.files["progress"].seek(0)
         self.columns = next(csv.reader(self.files["progress"]), None)
         self.tensorboard = SummaryWriter(path, purge_step=state["global_step"] + 1 if state else None)
-        swept = {field.name: vars(args)[field.name] for field in fields(Args)}  # of the method and the environment
+        names = [field.name for field in fields(Args) if field.name in vars(args)]  # of the method and the environment
+        swept = {name: vars(args)[name] for name in names}
         if not state:
             csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
             self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
@@ -1426,19 +1455,20 @@ class Progress:
         line = f"{done:>11,} {line}"
         if self.terminal:
             line = f"\r[{'#' * int(10 * part):.<10}]{line}\x1b[K"
-        print(line, end="" if self.open else "\n", flush=True)
+        say(line, "" if self.open else "\n")
 
     def end(self) -> None:
         """What follows is printed on a line of its own."""
         if self.open:
-            print()
+            say("")
         self.open = False
 
 
 class Run:
     """What a run is: its directory, iterations, checkpoints, signals, and how it ends.
 
-    A step is what total counts. learner is what a checkpoint holds, by name: tensors, and all that has a state_dict.
+    Progress is counted in steps, up to total. learner are the parts that a checkpoint saves, by name: tensors, and
+    objects with a state_dict.
     """
 
     def __init__(
@@ -1464,16 +1494,17 @@ class Run:
         state = load_checkpoint(Path(args.resume)) if args.resume else None
         how = self.restore(state) if state else ""
         self.first_step = self.global_step
+        self.catch_signals()
         self.path = Path(args.resume) if args.resume else create_run_dir(args)
         self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
         if self.complete:
-            print(f"{self.path} is complete; there is nothing left to train.")
+            say(f"{self.path} is complete; there is nothing left to train.")
             return
         self.files = Log(self.path, args, state)
         compiled = ", compiled" if vars(args).get("compile") == "on" else ""
-        print(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
+        say(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
         if how:
-            print(f"goes on from step {self.global_step:,}, {how}")
+            say(f"goes on from step {self.global_step:,}, {how}")
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -1506,18 +1537,22 @@ class Run:
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same for the same bits."""
-        script = Path(__file__).read_bytes() if "__file__" in globals() else b""
+        script = SCRIPT.read_bytes() if SCRIPT.is_file() else b""
         machine = {name: vars(self.args).get(name) for name in MACHINE}
         capability = torch.backends.cpu.get_cpu_capability()
         return versions() | machine | {"processor": capability, "script": hashlib.sha256(script).hexdigest()}
 
-    def __enter__(self) -> Run:
+    def catch_signals(self) -> None:
+        """A signal ends the run after its iteration. A second one does not wait."""
+
         def remember(signum: int, frame: Any) -> None:
             if self.signals:
-                os._exit(128 + signum)  # a second signal does not wait for the iteration
+                os._exit(128 + signum)
             self.signals.append(signum)
 
         self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self) -> Run:
         if not self.args.resume:
             self.save()
         return self
@@ -1663,7 +1698,7 @@ class Run:
             self.files.wandb.finish(exit_code=int(status != "completed"))
         if isinstance(error, (Failed, OSError)):
             raise Failed(message, status) from error
-        print(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
+        say(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -1676,7 +1711,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damage can surface as almost anything
             print(f"{file} is corrupt and left out ({type(error).__name__}).", file=sys.stderr)
-    raise UsageError(f"{path} has no readable checkpoint.")
+    raise UsageError(f"{path} has no checkpoint that can be read. If it ended while it started, start it again.")
 
 
 # ==== shared: evaluation ====
@@ -1687,7 +1722,7 @@ class Camera(Environments):
         super().__init__(envs.envs, envs.seed)
         self.path = run_dir_of(Path(args.evaluate)) / "videos"
         self.name = name
-        self.numbers_to_film = range(1, episodes + 1)
+        self.left = self.episodes = episodes  # to film
         self.frames: list[np.ndarray] = []
         colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
         self.twins = make_envs(args, self.num_envs, self.seed, **colour) if self.atari else None
@@ -1699,18 +1734,18 @@ class Camera(Environments):
         return super().reset()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
-        number = self.numbers[0]
-        if number in self.numbers_to_film:
-            self.frames.append(self.twin_obs[0, -1] if self.twins else self.envs.envs[0].render())
+        if self.left:
+            self.frames.append(self.twin_obs[0, -1].copy() if self.twins else self.envs.envs[0].render())
         if self.twins:
             self.twin_obs = self.twins.step(actions)[0]
         obs, rewards, terminations, truncations, over, final_obs = super().step(actions)
         if over[0] and self.frames:
             from moviepy import ImageSequenceClip
 
+            self.left -= 1
             self.path.mkdir(exist_ok=True)
-            film = ImageSequenceClip(self.frames, fps=30)
-            film.write_videofile(str(self.path / f"{self.name}_episode_{number}.mp4"), logger=None)
+            path = self.path / f"{self.name}_episode_{self.episodes - self.left}.mp4"
+            ImageSequenceClip(self.frames, fps=30).write_videofile(str(path), logger=None)
             self.frames = []
         return obs, rewards, terminations, truncations, over, final_obs
 
@@ -1736,14 +1771,18 @@ def evaluate(args: RunArgs) -> list[float]:
     torch.manual_seed(args.eval_seed)
     frozen = replace(args, num_steps=min(args.num_steps, 128), norm_reward=False)
     player = Player(envs, frozen, explore=args.eval_stochastic)
-    while any(len(played) < share for played, share in zip(returns, shares)):
+    for rollouts in itertools.count(1):
         player.play(agent)
         for episode in player.finished:
             returns[episode.env].append(episode.episodic_return)
+        if all(len(played) >= share for played, share in zip(returns, shares)):
+            break
+        if rollouts * frozen.num_steps > LONGEST * max(shares):
+            raise Failed(f"an episode of {args.env_id} does not end within {LONGEST:,} steps", "failed")
     scores = [score for played, share in zip(returns, shares) for score in played[:share]]
     kind = "stochastic" if args.eval_stochastic else "deterministic"
     result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max")}
-    print(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    say(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
     if summary := read_summary(run_dir_of(path)):
         result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
         summary["eval"] = summary.get("eval", {}) | {kind: result}

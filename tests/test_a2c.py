@@ -358,7 +358,8 @@ def test_a_cnn_learns_from_bytes_through_one_body():
     agent = a2c.Agent(Box(0, 255, (1, 36, 36), np.uint8), Discrete(3), args, share_body=True)
     optimizer = a2c.RMSprop(a2c.flatten_parameters(agent.parameters()))
     images, zeros = torch.randint(0, 256, (4, 2, 1, 36, 36), dtype=torch.uint8), torch.zeros(3, 2)
-    steps = a2c.Steps(images, None, torch.randint(0, 3, (3, 2, 1)), torch.randn(3, 2), zeros > 0, zeros > 0, zeros)
+    features = agent.features(images.flatten(0, 1)).detach()
+    steps = a2c.Steps(images, features, torch.randint(0, 3, (3, 2, 1)), torch.randn(3, 2), zeros > 0, zeros > 0, zeros)
     gradient, before = a2c.make_gradient(agent, args), copy.deepcopy(agent)
     a2c.update(optimizer, gradient, steps, 0.01)
     for (name, parameter), old in zip(agent.named_parameters(), before.parameters()):

@@ -244,14 +244,6 @@ def test_rows_of_a_policy_are_the_policy_of_those_rows(action_space):
 
 
 @every_action_space
-def test_a_detached_policy_is_the_same_and_has_no_gradient(action_space):
-    policy = random_agent(action_space).policy(torch.randn(50, 6))
-    detached = policy.detach()
-    close(detached.kl(policy), torch.zeros(50))
-    assert policy.entropy().requires_grad and not detached.entropy().requires_grad
-
-
-@every_action_space
 def test_an_optimizer_that_moves_the_weights_in_place_does_not_move_an_old_policy(action_space):
     agent, features = random_agent(action_space), torch.randn(50, 6)
     with torch.no_grad():

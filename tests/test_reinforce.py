@@ -374,7 +374,7 @@ def test_the_estimate_is_the_mean_over_environments_of_the_sum_of_grad_log_pi_ps
         close(objective, (torch_log_prob(policy, batch.actions) * batch.psi).sum() / 60, rtol=1e-4, atol=1e-4)
         close(entropy, sum(x.entropy() for x in policy).mean(), rtol=1e-4, atol=1e-5)
 
-    mean, variance, snr = reinforce.estimate(grads)
+    mean, variance, snr = reinforce.gradient_statistics(grads)
     close(mean, grads.numpy().mean(0), rtol=1e-4, atol=1e-5)
     close(variance, np.trace(np.cov(grads.numpy().T)) / 3, rtol=1e-4, atol=0)
     close(snr, (grads.numpy().mean(0) ** 2).sum() / variance.item(), rtol=1e-4, atol=0)
@@ -382,10 +382,10 @@ def test_the_estimate_is_the_mean_over_environments_of_the_sum_of_grad_log_pi_ps
 
 def test_the_variance_of_the_estimate_is_that_of_many_estimates():
     grads = torch.randn(3000, 8, 5) * torch.arange(5) + 1
-    means, variances, ratios = zip(*map(reinforce.estimate, grads))
+    means, variances, ratios = zip(*map(reinforce.gradient_statistics, grads))
     assert np.mean(variances) == pytest.approx(torch.stack(means).var(0).sum().item(), rel=0.05)
-    assert reinforce.estimate(torch.zeros(4, 5))[2] == 0
-    noise = [reinforce.estimate(x)[2].item() for x in torch.randn(1000, 8, 50)]
+    assert reinforce.gradient_statistics(torch.zeros(4, 5))[2] == 0
+    noise = [reinforce.gradient_statistics(x)[2].item() for x in torch.randn(1000, 8, 50)]
     assert np.mean(noise) == pytest.approx(1, abs=0.1)
 
 
