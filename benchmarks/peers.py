@@ -1,9 +1,8 @@
 """Stable-Baselines3 and a random policy beside the scripts: python -m benchmarks.peers ALGO --env-id CartPole-v1
 
 ALGO is sb3:ppo or sb3:a2c (Stable-Baselines3), sb3:trpo (sb3-contrib), or random: uniformly random actions, in training
-and in evaluation. Budgets, run directory and exit status are those of ppo.py; so are --evaluate RUN_DIR and --resume
-RUN_DIR, but the library does not resume exactly. A run ends as the library's do, with the first whole batch that
-reaches the budget.
+and in evaluation. The flags of a run, its directory, budget and exit status are those of ppo.py, but the library does
+not resume exactly. A run ends as the library's do, with the first whole batch that reaches the budget.
 
 --hyperparameters theirs takes the library's defaults but for what is customary with it (THEIRS below). Each is a flag:
 --n-steps 512 --learning-rate lin_3e-4 (falls linearly to zero) --policy-kwargs '{"net_arch": [64]}'
@@ -42,8 +41,7 @@ import ppo
 from benchmarks.jobs import PEERS, read_json
 from ppo import Episode, Failed, Stopped, UsageError, one_line, run_dir_of
 
-# Arguments of a run: the values of ALGO's parser and of its hyperparameters, as an instance of a dataclass.
-Args = Any
+Args = Any  # flags of the run and hyperparameters of ALGO, as an instance of a dataclass
 
 # Where "theirs" departs from the defaults of the library's constructors, which leave the number of environments open:
 # PPO and TRPO are set for one, A2C usually gets eight. On Atari the settings of RL Baselines3 Zoo; TRPO, which it does
@@ -84,26 +82,11 @@ TAGS = {
     "kl_divergence_loss": ("losses/kl", 1.0), "clip_fraction": ("losses/clipfrac", 1.0),
     "learning_rate": ("charts/learning_rate", 1.0),
 }
-# fmt: on
-
-FLAGS = {  # of a run; their defaults are those of ppo.py, but for a few
-    "exp_name": "name of the experiment",
-    "seed": "seed of weights, actions and environments",
-    "runs_dir": "folder of all runs",
-    "run_name": "folder of this run in runs-dir",
-    "resume": "run to go on with, with its own arguments",
-    "evaluate": "run, or one of its checkpoints, to play instead of training",
-    "eval_episodes": "episodes that --evaluate plays",
-    "eval_seed": "seed of --evaluate",
-    "eval_stochastic": "let --evaluate sample actions",
-    "checkpoint_interval": "iterations between checkpoints (0: about a twentieth of the run)",
-    "device": "auto: cuda for a CNN, where there is one",
-    "num_threads": "0: one for an MLP, all cores for a CNN",
-    "hyperparameters": "where hyperparameters come from",
-    "env_id": "any registered environment; package:Env-v0 imports the package first",
-    "total_timesteps": "budget; None: that of our scripts for the environment",
-}
+# Flags that ppo.py has, too. Their defaults are the same, but for a few.
+FLAGS = ("env_id", "total_timesteps", "seed", "exp_name", "runs_dir", "run_name", "resume", "evaluate", "eval_episodes",
+         "eval_seed", "eval_stochastic", "checkpoint_interval", "device", "num_threads")
 CHOICES = {"device": ["auto", "cpu", "cuda"], "hyperparameters": ["theirs", "ours"]}
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------- hyperparameters
@@ -176,23 +159,23 @@ def plain(text: str) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags with their defaults in the help. An error is one sentence, as a UsageError."""
+    """The flags of a run. An error is one sentence, as a UsageError."""
 
     def __init__(self, algo: str):
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "add_help": False, "allow_abbrev": False}
         super().__init__("python -m benchmarks.peers ALGO", description=__doc__, **options)
         defaults = vars(ppo.RunArgs()) | {"exp_name": algo, "device": "cpu", "hyperparameters": "theirs"}
-        for name, text in FLAGS.items():
-            self.add(name, defaults[name], type(defaults[name]), f"{text} (default: %(default)s)")
+        for name in (*FLAGS, "hyperparameters"):
+            self.add(name, defaults[name], type(defaults[name]))
         self.set_defaults(algo=algo, total_timesteps=None)
 
-    def add(self, name: str, default: Any, kind: Any, text: str = "(default: %(default)s)") -> None:
+    def add(self, name: str, default: Any, kind: Any) -> None:
         flag = f"--{name.replace('_', '-')}"
+        options = {"default": default, "help": "(default: %(default)s)"}
         if isinstance(default, bool):
-            self.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            self.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            more = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": "X"}
-            self.add_argument(flag, type=kind, default=default, help=text, **more)
+            self.add_argument(flag, type=kind, choices=CHOICES.get(name), metavar="X", **options)
 
     def error(self, message: str) -> None:
         raise UsageError(f"{message.removeprefix('argument ')}.")
@@ -283,6 +266,8 @@ def settle(args: Args, image: bool, seed: int) -> None:
 class RandomPolicy:
     """Uniformly random actions in the environments of the scripts."""
 
+    packages = ()  # that results depend on, besides those of ppo.versions
+
     def __init__(self, args: Args, num_envs: int, seed: int):
         args.device = "cpu"
         self.num_steps = args.n_steps
@@ -304,6 +289,11 @@ class RandomPolicy:
         start = getattr(self.envs.single_action_space, "start", 0)  # ppo.py's actions count from zero
         return self.episodes.collect(np.stack(actions) - start, rewards, over)
 
+    def train(self, run: ppo.Run) -> None:
+        for _ in run.iterations():
+            finished = self.play()
+            run.log(self.num_steps * self.envs.num_envs, finished, {"charts/learning_rate": 0.0})
+
     def state_dict(self) -> dict[str, Any]:
         return {"obs": torch.from_numpy(np.copy(self.obs)), "episodes": self.episodes.state_dict()}
 
@@ -314,16 +304,23 @@ class RandomPolicy:
 class Library:
     """A model of the library with its environments. It is new, or else load_state_dict has yet to bring it back."""
 
+    packages = ("stable-baselines3", "sb3-contrib")
     inexact = "Stable-Baselines3 does not resume exactly"
 
-    def __init__(self, args: Args, num_envs: int):
+    def __init__(self, args: Args, num_envs: int, seed: int):
         from stable_baselines3.common.preprocessing import is_image_space
 
         self.args = args
         self.kind = library_class(args.algo)
-        self.envs = library_envs(args, num_envs)
-        settle(args, is_image_space(self.envs.observation_space), args.seed)
-        self.model = None if args.resume or args.evaluate else new_model(args, self.envs)
+        self.games: Games | None = None
+        try:
+            self.envs = library_envs(args, num_envs)
+            settle(args, is_image_space(self.envs.observation_space), seed)
+            self.model = None if args.resume or args.evaluate else new_model(args, self.kind, self.envs)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(f"{args.algo} refuses these arguments: {one_line(error)}") from None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The library's own file, and its normaliser."""
@@ -346,16 +343,48 @@ class Library:
         seed = np.random.SeedSequence([self.args.seed, self.model.num_timesteps]).generate_state(1)[0]
         self.envs.seed(int(seed // 2))  # another one, or else the run would play its first episodes again
 
-    def start_evaluation(self) -> None:
-        self.model.set_random_seed(self.args.eval_seed)
-        self.games = Games(self.envs)
-        self.obs = self.envs.reset()
-
     def play(self) -> list[Episode]:
-        """Plays a step of the evaluation in every environment. Returns the episodes that ended in it."""
+        """Plays a step of an evaluation in every environment. Returns the episodes that ended in it."""
+        if not self.games:
+            self.model.set_random_seed(self.args.eval_seed)
+            self.games = Games(self.envs)
+            self.obs = self.envs.reset()
         actions, _ = self.model.predict(self.obs, deterministic=not self.args.eval_stochastic)
         self.obs, _, dones, _ = self.envs.step(actions)
         return self.games.ended(dones, 0)
+
+    def train(self, run: ppo.Run) -> None:
+        """Lets the library learn from run.global_step to the budget, and tells the run what happens."""
+        from stable_baselines3.common.callbacks import BaseCallback
+        from stable_baselines3.common.logger import Logger
+
+        model, games, iterations = self.model, Games(self.envs), run.iterations()
+        if next(iterations, None) is None:
+            return
+
+        class Recorder(BaseCallback):
+            def _on_rollout_start(self) -> None:
+                if self.n_calls:  # after the update of the last one: only now is that iteration over
+                    self._on_training_end()
+                self.steps = 0
+                self.episodes: list[Episode] = []
+
+            def _on_step(self) -> bool:
+                self.steps += model.n_envs
+                self.episodes += games.ended(self.locals["dones"], self.steps)
+                return True
+
+            def _on_training_end(self) -> None:
+                values = {name.removeprefix("train/"): value for name, value in self.logger.name_to_value.items()}
+                tagged = {tag: values[name] * factor for name, (tag, factor) in TAGS.items() if name in values}
+                buffer = model.rollout_buffer
+                variances = ppo.value_variances(torch.from_numpy(buffer.returns), torch.from_numpy(buffer.values))
+                run.log(self.steps, self.episodes, tagged, losses=variances)
+                next(iterations, None)
+
+        model.set_logger(Logger(None, []))
+        left = self.args.total_timesteps - run.global_step  # the library adds what is done: schedules keep the budget
+        model.learn(left, Recorder(), log_interval=None, reset_num_timesteps=run.global_step == 0)
 
 
 def library_envs(args: Args, num_envs: int) -> Any:
@@ -388,8 +417,8 @@ def library_envs(args: Args, num_envs: int) -> Any:
     return envs
 
 
-def new_model(args: Args, envs: Any) -> Any:
-    """The library's model. Completes args with what it chose itself. Raises UsageError for what it refuses."""
+def new_model(args: Args, kind: type, envs: Any) -> Any:
+    """The library's model. Completes args with what it chose itself."""
     from stable_baselines3.common.preprocessing import is_image_space
     from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
     from stable_baselines3.common.utils import LinearSchedule
@@ -401,19 +430,15 @@ def new_model(args: Args, envs: Any) -> Any:
             raise ValueError(f"{name} is {value}")
         return LinearSchedule(float(value.removeprefix("lin_")), 0.0, 1.0)
 
-    try:
-        policy = dict(args.policy_kwargs)
-        if "optimizer_class" in policy:
-            name = policy["optimizer_class"]
-            policy["optimizer_class"] = RMSpropTFLike if name == "RMSpropTFLike" else getattr(torch.optim, name)
-        if "activation_fn" in policy:
-            policy["activation_fn"] = getattr(torch.nn, policy["activation_fn"])
-        settings = {name: setting(name, vars(args)[name]) for name in library_defaults(args.algo)}
-        args.policy = "CnnPolicy" if is_image_space(envs.observation_space) else "MlpPolicy"
-        kind, options = library_class(args.algo), {"seed": args.seed, "device": args.device}
-        model = kind(args.policy, envs, policy_kwargs=policy, **options, **settings)
-    except Exception as error:
-        raise UsageError(f"{args.algo} refuses these arguments: {one_line(error)}") from None
+    policy = dict(args.policy_kwargs)
+    if "optimizer_class" in policy:
+        name = policy["optimizer_class"]
+        policy["optimizer_class"] = RMSpropTFLike if name == "RMSpropTFLike" else getattr(torch.optim, name)
+    if "activation_fn" in policy:
+        policy["activation_fn"] = getattr(torch.nn, policy["activation_fn"])
+    settings = {name: setting(name, vars(args)[name]) for name in library_defaults(args.algo)}
+    args.policy = "CnnPolicy" if is_image_space(envs.observation_space) else "MlpPolicy"
+    model = kind(args.policy, envs, policy_kwargs=policy, seed=args.seed, device=args.device, **settings)
     chosen, names = model.policy, ("activation_fn", "optimizer_class", "features_extractor_class")
     args.policy_kwargs = {name: getattr(chosen, name) for name in ("net_arch", "ortho_init", "log_std_init")}
     args.policy_kwargs |= {name: getattr(chosen, name).__name__ for name in names}
@@ -452,6 +477,10 @@ class Games:
 
 
 # ---------------------------------------------------------------------------------------- evaluate, train, main
+def make_player(args: Args, num_envs: int, seed: int) -> RandomPolicy | Library:
+    return (RandomPolicy if args.algo == "random" else Library)(args, num_envs, seed)
+
+
 @contextmanager
 def failing(player: RandomPolicy | Library) -> Iterator[None]:
     """Makes one sentence of whatever an environment or the library raises."""
@@ -473,12 +502,9 @@ def evaluate(args: Args) -> list[float]:
     check_args(args)
     num_envs, folder = min(args.eval_episodes, 8), run_dir_of(Path(args.evaluate))
     state = ppo.load_checkpoint(Path(args.evaluate))
-    if args.algo == "random":
-        player = RandomPolicy(args, num_envs, args.eval_seed)
-    else:
-        player = Library(args, num_envs)
+    player = make_player(args, num_envs, args.eval_seed)
+    if args.algo != "random":
         player.load_state_dict(state["player"])
-        player.start_evaluation()
     # Each environment plays its share of the episodes, because the first ones to end are the shortest.
     shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
     returns: list[list[float]] = [[] for _ in range(num_envs)]
@@ -499,40 +525,6 @@ def evaluate(args: Args) -> list[float]:
     return scores
 
 
-def learn(model: Any, run: ppo.Run) -> None:
-    """Lets the library train from run.global_step to the budget, and tells the run what happens."""
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.logger import Logger
-
-    games = Games(model.get_env())
-    iterations = run.iterations()
-    next(iterations)
-
-    class Recorder(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            if self.n_calls:  # after the update of the last one: only now is that iteration over
-                self._on_training_end()
-            self.steps = 0
-            self.episodes: list[Episode] = []
-
-        def _on_step(self) -> bool:
-            self.steps += model.n_envs
-            self.episodes += games.ended(self.locals["dones"], self.steps)
-            return True
-
-        def _on_training_end(self) -> None:
-            values = {name.removeprefix("train/"): value for name, value in self.logger.name_to_value.items()}
-            tagged = {tag: values[name] * factor for name, (tag, factor) in TAGS.items() if name in values}
-            buffer = model.rollout_buffer
-            variances = ppo.value_variances(torch.from_numpy(buffer.returns), torch.from_numpy(buffer.values))
-            run.log(self.steps, self.episodes, tagged, losses=variances)
-            next(iterations, None)
-
-    model.set_logger(Logger(None, []))
-    left = run.args.total_timesteps - run.global_step  # the library adds what is done, so schedules keep the budget
-    model.learn(left, Recorder(), log_interval=None, reset_num_timesteps=run.global_step == 0)
-
-
 def train(args: Args) -> Path:
     """Trains for total_timesteps, or goes on with the run args.resume. Returns the run directory.
 
@@ -540,21 +532,16 @@ def train(args: Args) -> Path:
     """
     started = time.perf_counter()
     check_args(args)
-    rand = args.algo == "random"
-    player = RandomPolicy(args, args.n_envs, args.seed) if rand else Library(args, args.n_envs)
+    player = make_player(args, args.n_envs, args.seed)
     batch = args.n_envs * args.n_steps
     total = math.ceil(args.total_timesteps / batch) * batch
     log_interval = 100 if args.algo == "sb3:a2c" else 1  # as a2c.py and as the library itself
     with ppo.Run(args, total, started, log_interval, player=player) as run, failing(player):
-        if not (args.resume or rand):
+        if not args.resume:
             config = read_json(run.path / "config.json")
-            for package in ("stable-baselines3", "sb3-contrib"):
-                config["versions"][package] = importlib.metadata.version(package)
+            config["versions"] |= {package: importlib.metadata.version(package) for package in player.packages}
             ppo.write_json(run.path / "config.json", config)
-        if not rand and run.global_step < total:
-            learn(player.model, run)
-        for _ in run.iterations():
-            run.log(batch, player.play(), {"charts/learning_rate": 0.0})
+        player.train(run)
     return run.path
 
 

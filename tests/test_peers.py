@@ -237,7 +237,7 @@ def test_resume_continues_the_files(algo, capsys):
 
 
 def loaded(args, num_envs, path):
-    library = peers.Library(args, num_envs)
+    library = peers.Library(args, num_envs, args.seed)
     library.load_state_dict(ppo.load_checkpoint(path)["player"])
     return library
 
@@ -323,8 +323,8 @@ def test_evaluation_is_fair_to_long_episodes_and_changes_nothing(capsys):
 
 def test_evaluation_freezes_the_normaliser(monkeypatch):
     _, run = start("sb3:ppo", "--norm-obs", "--norm-reward", env_id="Pendulum-v1")
-    libraries, begin = [], peers.Library.start_evaluation
-    monkeypatch.setattr(peers.Library, "start_evaluation", lambda self: libraries.append(self) or begin(self))
+    libraries, make = [], peers.make_player
+    monkeypatch.setattr(peers, "make_player", lambda *given: libraries.append(make(*given)) or libraries[0])
     assert len(peers.evaluate(peers.parse_args(["--evaluate", str(run), "--eval-episodes", "2"]))) == 2
     normaliser = libraries[0].model.get_vec_normalize_env()
     assert not normaliser.training and normaliser.obs_rms.count == pytest.approx(640 + 2)
@@ -467,6 +467,7 @@ def test_ours_runs():
         ("sb3:ppo --gamma high", "gamma is high"),
         ("sb3:ppo --learning-rate lin_fast", "'fast'"),
         ("sb3:ppo --batch-size 1", "batch_size"),
+        ("sb3:ppo --env-id FrozenLake-v1 --norm-obs", "VecNormalize"),
         ("sb3:ppo --hyperparameters ours --num-minibatches 3", "3 minibatches"),
         ("sb3:ppo --seed -1", "--seed is -1"),
         ("sb3:ppo --seed one", "--seed"),
