@@ -374,12 +374,14 @@ class Library:
                 self.episodes += games.ended(self.locals["dones"], self.steps)
                 return True
 
+            def _on_rollout_end(self) -> None:
+                returns, values = model.rollout_buffer.returns, model.rollout_buffer.values
+                self.variances = ppo.value_variances(torch.from_numpy(returns), torch.from_numpy(values))
+
             def _on_training_end(self) -> None:
                 values = {name.removeprefix("train/"): value for name, value in self.logger.name_to_value.items()}
                 tagged = {tag: values[name] * factor for name, (tag, factor) in TAGS.items() if name in values}
-                buffer = model.rollout_buffer
-                variances = ppo.value_variances(torch.from_numpy(buffer.returns), torch.from_numpy(buffer.values))
-                run.log(self.steps, self.episodes, tagged, losses=variances)
+                run.log(self.steps, self.episodes, tagged, losses=self.variances)
                 next(iterations, None)
 
         model.set_logger(Logger(None, []))

@@ -154,7 +154,8 @@ def test_the_run_directory_is_that_of_a_script(algo, ours):
     expected |= {"entropy"} if algo in ("sb3:ppo", "sb3:a2c") else set()
     expected |= {"approx_kl", "clipfrac"} if algo == "sb3:ppo" else set()
     assert {f"losses/{name}" for name in expected} <= scalars
-    assert all(np.isfinite(float(row[tag])) for row in progress for tag in row if tag.endswith("_loss"))
+    losses = [tag for tag in progress[0] if tag.startswith("losses/")]
+    assert len(losses) >= len(expected) and all(np.isfinite(float(row[tag])) for row in progress for tag in losses)
 
 
 @pytest.mark.parametrize("algo", ALGOS)
@@ -196,6 +197,20 @@ def test_what_a_run_takes_is_in_its_config():
     assert args["normalize_advantage"] is False and args["n_steps"] == 32 and args["policy"] == "MlpPolicy"
     assert args["policy_kwargs"]["net_arch"] == [8] and args["policy_kwargs"]["optimizer_kwargs"] == {"eps": 1e-5}
     assert [float(row["charts/learning_rate"]) for row in rows(run, "progress")] == pytest.approx([5e-4, 0.0])
+
+
+def test_the_explained_variance_is_the_librarys(monkeypatch):
+    from stable_baselines3.common.logger import Logger
+
+    theirs, record = [], Logger.record
+
+    def watched(self, key, value, **options):
+        theirs.extend([value] * (key == "train/explained_variance"))
+        return record(self, key, value, **options)
+
+    monkeypatch.setattr(Logger, "record", watched)
+    _, run = start("sb3:ppo", env_id="CartPole-v1")
+    assert [float(row["losses/explained_variance"]) for row in rows(run, "progress")] == pytest.approx(theirs, abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------- how a run stops and goes on
