@@ -175,7 +175,8 @@ class Parser(argparse.ArgumentParser):
         if isinstance(default, bool):
             self.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            self.add_argument(flag, type=kind, choices=CHOICES.get(name), metavar="X", **options)
+            metavar = None if name in CHOICES else "X"
+            self.add_argument(flag, type=kind, choices=CHOICES.get(name), metavar=metavar, **options)
 
     def error(self, message: str) -> None:
         raise UsageError(f"{message.removeprefix('argument ')}.")
@@ -292,7 +293,7 @@ class RandomPolicy:
     def train(self, run: ppo.Run) -> None:
         for _ in run.iterations():
             finished = self.play()
-            run.log(self.num_steps * self.envs.num_envs, finished, {"charts/learning_rate": 0.0})
+            run.log(self.num_steps * self.envs.num_envs, finished, {"charts/learning_rate": 0.0})  # it learns nothing
 
     def state_dict(self) -> dict[str, Any]:
         return {"obs": torch.from_numpy(np.copy(self.obs)), "episodes": self.episodes.state_dict()}

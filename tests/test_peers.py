@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ppo
 from benchmarks import peers
-from benchmarks.jobs import ROOT, has_checkpoint
+from benchmarks.jobs import ROOT, command_of, has_checkpoint
+from benchmarks.space import help_of
 from ppo import UsageError
 
 ALGOS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
@@ -511,6 +512,16 @@ def test_wrong_continuations(capsys):
     ):
         assert peers.main(words) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_help_names_flags_defaults_and_choices(algo):
+    flags = help_of(command_of(algo)[0], "HalfCheetah-v5")
+    assert flags["total-timesteps"].default == "1000000" and flags["exp-name"].default == algo
+    assert flags["device"].choices == ["auto", "cpu", "cuda"] and flags["eval-stochastic"].kind == "bool"
+    if algo != "random":
+        assert flags["norm-obs"].default == "True" and flags["norm-obs"].kind == "bool"
+        assert flags["gamma"].default == "0.99"
 
 
 def test_a_missing_library_is_named_and_random_needs_none(monkeypatch):
