@@ -20,7 +20,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import sys
 import time
@@ -129,9 +128,8 @@ def settings_ours(algo: str, flags: list[str]) -> dict[str, Any]:
     except script.UsageError as error:
         raise UsageError(str(error)) from None
     ours = {field.name: vars(args)[field.name] for field in fields(script.Args)}
-    extra = ("n_envs", "clip_reward", "norm_obs", "norm_reward")
-    settings = library_defaults(algo)
-    same = {name: theirs for name, theirs in SAME.items() if name in ours and theirs in (*settings, *extra)}
+    settings = library_defaults(algo) | {"n_envs": 0, "clip_reward": False, "norm_obs": False, "norm_reward": False}
+    same = {name: theirs for name, theirs in SAME.items() if name in ours and theirs in settings}
     settings |= {theirs: ours[name] for name, theirs in same.items()}
     settings["learning_rate"] = f"lin_{args.learning_rate}" if args.anneal_lr else args.learning_rate
     settings["policy_kwargs"] = {"log_std_init": args.log_std_init}
@@ -252,15 +250,12 @@ def check_args(args: Args) -> None:
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
 
 
-def settle(args: Args, image: bool, seed: int) -> None:
-    """Decides what is "auto", and sets threads and seeds."""
+def settle(args: Args, image: bool) -> None:
+    """Decides what is "auto", and sets threads."""
     if args.device == "auto":
         args.device = "cuda" if image and torch.cuda.is_available() else "cpu"
     args.num_threads = args.num_threads or ((os.cpu_count() or 1) if image else 1)
     torch.set_num_threads(args.num_threads)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 # ------------------------------------------------------------------------------------------------------ players
@@ -269,11 +264,13 @@ class RandomPolicy:
 
     packages = ()  # that results depend on, besides those of ppo.versions
 
-    def __init__(self, args: Args, num_envs: int, seed: int):
+    def __init__(self, args: Args, num_envs: int):
         args.device = "cpu"
+        seed = args.eval_seed if args.evaluate else args.seed
+        np.random.seed(seed)
         self.num_steps = args.n_steps
         self.envs = ppo.make_envs(args, num_envs, seed)
-        settle(args, self.envs.atari, seed)
+        settle(args, self.envs.atari)
         self.obs = self.envs.reset()
         self.episodes = ppo.Episodes(self.envs)
         self.inexact = ""
@@ -308,7 +305,7 @@ class Library:
     packages = ("stable-baselines3", "sb3-contrib")
     inexact = "Stable-Baselines3 does not resume exactly"
 
-    def __init__(self, args: Args, num_envs: int, seed: int):
+    def __init__(self, args: Args, num_envs: int):
         from stable_baselines3.common.preprocessing import is_image_space
 
         self.args = args
@@ -316,7 +313,7 @@ class Library:
         self.games: Games | None = None
         try:
             self.envs = library_envs(args, num_envs)
-            settle(args, is_image_space(self.envs.observation_space), seed)
+            settle(args, is_image_space(self.envs.observation_space))
             self.model = None if args.resume or args.evaluate else new_model(args, self.kind, self.envs)
         except UsageError:
             raise
@@ -480,8 +477,8 @@ class Games:
 
 
 # ---------------------------------------------------------------------------------------- evaluate, train, main
-def make_player(args: Args, num_envs: int, seed: int) -> RandomPolicy | Library:
-    return (RandomPolicy if args.algo == "random" else Library)(args, num_envs, seed)
+def make_player(args: Args, num_envs: int) -> RandomPolicy | Library:
+    return RandomPolicy(args, num_envs) if args.algo == "random" else Library(args, num_envs)
 
 
 @contextmanager
@@ -505,7 +502,7 @@ def evaluate(args: Args) -> list[float]:
     check_args(args)
     num_envs, folder = min(args.eval_episodes, 8), run_dir_of(Path(args.evaluate))
     state = ppo.load_checkpoint(Path(args.evaluate))
-    player = make_player(args, num_envs, args.eval_seed)
+    player = make_player(args, num_envs)
     if args.algo != "random":
         player.load_state_dict(state["player"])
     # Each environment plays its share of the episodes, because the first ones to end are the shortest.
@@ -535,7 +532,7 @@ def train(args: Args) -> Path:
     """
     started = time.perf_counter()
     check_args(args)
-    player = make_player(args, args.n_envs, args.seed)
+    player = make_player(args, args.n_envs)
     batch = args.n_envs * args.n_steps
     total = math.ceil(args.total_timesteps / batch) * batch
     log_interval = 100 if args.algo == "sb3:a2c" else 1  # as a2c.py and as the library itself

@@ -253,7 +253,7 @@ def test_resume_continues_the_files(algo, capsys):
 
 
 def loaded(args, num_envs, path):
-    library = peers.Library(args, num_envs, args.seed)
+    library = peers.Library(args, num_envs)
     library.load_state_dict(ppo.load_checkpoint(path)["player"])
     return library
 
