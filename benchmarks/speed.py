@@ -135,17 +135,21 @@ def run_theirs(row: Row, device: str) -> dict[str, float]:
 def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]:
     """Steps per second of a script's environments, inference and update alone, and of the three in a row ("serial").
 
-    One iteration of the script's own `train` makes all that is timed: the environments, stepped with random actions;
-    `play` up to its last action, in environments that stand still; and `update`, on one batch and from the same weights
-    each time. Give --compile on or off: one iteration is too short for "auto".
+    One iteration of the script's own `train` makes all that is timed: its environments, with random actions; its
+    player's `play` up to the last action, in environments that stand still; and `update`, on one batch and from the
+    same weights each time. Give --compile on or off, because one iteration is too short for "auto".
     """
     module = importlib.import_module(Path(script).stem)
-    args, play, update = module.parse_args([*flags]), module.play, module.update
-    with tempfile.TemporaryDirectory() as folder, patch.object(module, "play", wraps=play) as played:
-        with patch.object(module, "update", wraps=update) as updated:
-            run = module.train(replace(args, total_timesteps=args.num_envs * args.num_steps, runs_dir=folder))
+    args, play = module.parse_args([*flags]), module.Player.play
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(module.Player, "play", autospec=True, side_effect=play) as played,
+        patch.object(module, "update", wraps=module.update) as updated,
+    ):
+        run = module.train(replace(args, total_timesteps=args.num_envs * args.num_steps, runs_dir=folder))
         steps = json.loads((run / "summary.json").read_text())["global_step"]
-    (agent, envs, obs, info, *_), zeros = played.call_args.args, module.np.zeros(args.num_envs)
+    player, agent = played.call_args.args
+    envs, update = player.envs, functools.partial(module.update, *updated.call_args.args)
     wait = module.torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
 
     def per_second(function: Callable, before: Callable = lambda: None) -> float:
@@ -158,20 +162,21 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
             calls, spent = calls + 1, spent + (wait() or time.perf_counter()) - begun
         return calls / spent
 
-    actions = itertools.cycle([envs.action_space.sample() for _ in range(100)])
-    module.reset_envs(envs, args.seed, 0)
+    actions = itertools.cycle([envs.envs.action_space.sample() for _ in range(100)])
+    obs = envs.reset()
     rates = {"environment": args.num_envs * per_second(lambda: envs.step(next(actions)))}
 
     def act() -> None:
-        same = itertools.repeat((obs, zeros, zeros > 0, zeros > 0, info), args.num_steps - 1)
+        same = itertools.repeat((obs, zeros, never, never, never, obs), args.num_steps - 1)
         envs.step = lambda actions: next(same)
         with contextlib.suppress(StopIteration):
-            play(*played.call_args.args)
+            play(player, agent)
 
+    zeros, never = module.np.zeros(args.num_envs), module.np.zeros(args.num_envs, dtype=bool)
+    envs.reset = lambda: obs
     rates["inference"] = args.num_envs * args.num_steps * per_second(act)
     weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
-    again = per_second(lambda: update(*updated.call_args.args), before=lambda: agent.load_state_dict(weights))
-    rates["update"] = steps * again
+    rates["update"] = steps * per_second(update, before=lambda: agent.load_state_dict(weights))
     return rates | {"serial": 1 / sum(1 / rate for rate in rates.values())}
 
 
@@ -229,7 +234,8 @@ def provenance(device: str, load: float) -> dict[str, Any]:
     import ppo
 
     with tempfile.TemporaryDirectory() as folder:
-        config = json.loads((ppo.create_run_dir(ppo.Args(runs_dir=folder, device=device)) / "config.json").read_text())
+        run = ppo.create_run_dir(ppo.RunArgs(runs_dir=folder, device=device))
+        config = json.loads((run / "config.json").read_text())
     peers = {d.name: d.version for d in importlib.metadata.distributions() if d.name.startswith(("stable", "sb3"))}
     date, command = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), ["python", "-m", "benchmarks", *sys.argv[1:]]
     return {

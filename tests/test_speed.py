@@ -193,20 +193,21 @@ def check(rates):
 @pytest.mark.parametrize("name", ["ppo", "a2c", "trpo", "reinforce"])
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "HalfCheetah-v5"])
 def test_ceilings_of_the_scripts_own_functions(name, env_id, monkeypatch):
-    module, starts = importlib.import_module(name), []
-    play, update = module.play, module.update
+    module, agents, starts = importlib.import_module(name), [], []
+    make, play, update = module.make_agent, module.Player.play, module.update
 
-    def watched(agent, *rest):
-        starts.append([parameter.detach().clone() for parameter in agent.parameters()])
-        return update(agent, *rest)
+    def watched(*arguments):
+        starts.append([parameter.detach().clone() for parameter in agents[0].parameters()])
+        return update(*arguments)
 
+    monkeypatch.setattr(module, "make_agent", lambda *arguments: agents.append(make(*arguments)) or agents[0])
     monkeypatch.setattr(module, "update", watched)
     flags = ["--env-id", env_id, "--num-envs", "2", "--num-steps", "8", "--compile", "off"]
     flags += ["--num-minibatches", "2", "--update-epochs", "1"] if name in ("ppo", "trpo") else []
     check(speed.ceilings(f"{name}.py", *flags, seconds=0.02))
-    assert module.play is play and module.update is watched  # the spies are gone
+    assert module.Player.play is play and module.update is watched  # the spies are gone
     _, _, *timed = starts  # after that of the training and one that warms up
-    assert all(torch.equal(*pair) for start in timed for pair in zip(start, timed[0]))
+    assert timed and all(torch.equal(*pair) for start in timed for pair in zip(start, timed[0]))
 
 
 def test_ceilings_come_from_a_process_of_their_own():
