@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import (
+from test_run_directory import (
     SCRIPT,
     cut,
     here,
