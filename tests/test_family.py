@@ -1,4 +1,4 @@
-"""What every user of a2c.py, trpo.py and reinforce.py meets; the text they share with ppo.py is tested in test_runs."""
+"""What every user of a2c.py, trpo.py and reinforce.py meets; the text they share is tested in test_run_directory."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import (
+from test_run_directory import (
     SCRIPT,
     assert_same_run,
     checkpoints,
@@ -48,8 +48,8 @@ import os, signal, sys
 sys.path.insert(0, {folder!r})
 import {name} as script
 log = script.Run.log
-def log_then_die(run, *values):
-    log(run, *values)
+def log_then_die(run, *values, **groups):
+    log(run, *values, **groups)
     if run.iteration >= {iteration}: os.kill(os.getpid(), signal.SIGKILL)
 script.Run.log = log_then_die
 script.main(sys.argv[1:])
@@ -111,7 +111,9 @@ def test_signal_from_outside_stops_a_real_process_that_can_go_on(name, here, cap
     wait_for_the_next_second()
     assert script(name).main(["--resume", str(run)]) == 0
     assert summary(run)["status"] == "completed" and summary(run)["global_step"] > 6000 - 128
-    assert "goes on from step" in capsys.readouterr().out
+    assert "exactly as if it had never stopped" in capsys.readouterr().out
+    assert script(name).main([*small(name), "--run-name", "whole", "--total-timesteps", "6000"]) == 0
+    assert_same_run(here / "runs" / "whole", run)
     steps = [int(row["global_step"]) for row in rows(run, "progress")]
     assert steps == sorted(set(steps)) and [step for step, _ in scalars(run)["losses/policy_loss"]] == steps
 

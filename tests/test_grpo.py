@@ -33,9 +33,9 @@ def seed_of_the_prompts():
     random.seed(0)
 
 
-def settings(**changes) -> grpo_toy.Args:
+def settings(**changes) -> grpo_toy.RunArgs:
     rewards = (SETTING | changes)["rewards"]
-    return grpo_toy.Args(**SETTING | dict(reward_weights=[1.0] * len(rewards)) | changes)
+    return grpo_toy.RunArgs(**SETTING | dict(reward_weights=[1.0] * len(rewards)) | changes)
 
 
 def small_model(args: grpo_toy.Args) -> grpo_toy.GPT:
@@ -842,8 +842,9 @@ def test_an_advantage_that_is_no_number_ends_the_run():
     model = small_model(args)
     batch = a_batch(model, args)
     batch.advantages[3] = math.nan
-    with pytest.raises(grpo_toy.Failed, match="nan"):
-        take_a_step(model, copy.deepcopy(model), batch, args)
+    values = take_a_step(model, copy.deepcopy(model), batch, args)
+    with pytest.raises(grpo_toy.Failed, match="^loss is nan$"):
+        grpo_toy.Run.log(SimpleNamespace(gathered=[]), 1, [], values)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from fcntl import ioctl
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,8 +177,8 @@ def after_iteration(monkeypatch, iteration, action):
     """Calls action once, when the given iteration was logged and before it can be saved."""
     log = ppo.Run.log
 
-    def log_then_act(run, *values):
-        log(run, *values)
+    def log_then_act(run, *values, **groups):
+        log(run, *values, **groups)
         if run.iteration == iteration:
             action()
 
@@ -199,12 +201,12 @@ DIE = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
 import ppo
-log, replace = ppo.Run.log, os.replace
-def log_then_die(run, *values):
-    log(run, *values)
+write_row, replace = ppo.Run.write_row, os.replace
+def write_row_then_die(run):
+    write_row(run)
     for signum in {signals}:
         if run.global_step == {step}: os.kill(os.getpid(), signum)
-ppo.Run.log = log_then_die
+ppo.Run.write_row = write_row_then_die
 def die_before_replacing(source, target):
     if str(target).endswith({target!r}): os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
@@ -214,7 +216,8 @@ sys.exit(ppo.main(sys.argv[1:]))
 
 
 def killed(*flags, step=0, signals=(), target="never"):
-    """A run of a real process that sends itself signals after a step, or is killed about to put a file in place."""
+    """A run of a real process that sends itself signals after the row of a step, or is killed about to put a file in
+    place."""
     code = DIE.format(folder=str(SCRIPT.parent), step=step, signals=[int(s) for s in signals], target=target)
     return process("-c", code, *SMALL, "--run-name", "killed", *flags, cwd=".").returncode
 
@@ -334,8 +337,9 @@ def test_compile_on_without_compiler_is_refused(here, monkeypatch, capsys):
 def test_compile_auto_without_compiler_goes_on_without(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda *args, **options: fail_to_compile)
     args = ppo.parse_args([*SMALL, "--total-timesteps", "10000000"])
-    envs = ppo.make_envs(args, 2)
-    gradient = ppo.make_gradient(ppo.Agent(envs.single_observation_space, envs.single_action_space, args), args)
+    envs = ppo.make_envs(args, 2, args.seed)
+    ppo.settle(args, envs)
+    gradient = ppo.make_gradient(ppo.make_agent(envs, args), args)
     assert args.compile == "off" and gradient is not fail_to_compile
     assert "cannot compile here" in capsys.readouterr().out
 
@@ -403,6 +407,16 @@ def test_resume_with_the_same_and_with_harmless_arguments_is_allowed(here):
     assert ppo.main(["--resume", str(run), *same_again, "--wandb-entity", "team", "--wandb-project-name", "other"]) == 0
 
 
+def test_evaluation_with_changed_arguments_is_refused_with_the_difference(here, capsys):
+    _, run = start(iterations=1)
+    capsys.readouterr()
+    sentence = refused(capsys, "--evaluate", str(run), "--gamma", "0.9", "--eval-seed", "7", here=here)
+    assert "gamma 0.99 -> 0.9" in sentence and "eval_seed" not in sentence
+    assert "num_envs 2 -> 4" in refused(capsys, "--evaluate", str(run), "--num-envs", "4", here=here)
+    harmless = ["--eval-episodes", "1", "--eval-seed", "7", "--eval-stochastic", "--num-threads", "1"]
+    assert ppo.main(["--evaluate", str(run), *harmless, "--device", "cpu", "--compile", "off"]) == 0
+
+
 def test_resume_of_a_checkpoint_file_is_refused(here, capsys):
     _, run = start(iterations=1)
     capsys.readouterr()
@@ -428,7 +442,7 @@ BAD_ENVIRONMENTS = {  # what goes wrong from the 150th step of environment 1 on,
     "inf reward": ("diverged", "the reward of environment 1 in step 21 of the rollout is NaN or infinite"),
     "huge reward": ("diverged", "(policy_loss|value_loss|grad_norm) is (nan|inf)"),
     "raise in step": ("failed", r"environment 1 raised ValueError\('the gripper broke'\) in step 21"),
-    "raise in reset": ("failed", r"environment 1 raised ValueError\('no more games'\) in step 24"),
+    "raise in reset": ("failed", r"environment 1 raised ValueError\('no more games'\) in step 21"),
 }
 
 
@@ -445,10 +459,10 @@ def test_bad_environment_ends_the_run_with_iteration_quantity_and_checkpoint(bad
     assert all(x.isfinite().all() for x in weights.values() if x.is_floating_point())
 
 
-def test_environment_that_raises_in_its_first_reset_fails_the_run(toy, here, capsys):
+def test_environment_that_raises_in_its_first_reset_is_named_before_anything_is_created(toy, here, capsys):
     assert start("--env-id", toy(bad="raise in reset"))[0] == 1
-    err = capsys.readouterr().err
-    assert "iteration 1" in err and "environment 1 raised ValueError('no more games')" in err
+    assert capsys.readouterr().err == "error: environment 1 raised ValueError('no more games')\n"
+    assert not list(here.iterdir())
 
 
 def test_nan_loss_ends_the_run_before_it_can_be_saved(here, capsys):
@@ -540,17 +554,20 @@ def test_atari_run_resumed_from_a_middle_checkpoint_equals_the_whole_one(here):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_finishes_and_saves_the_iteration_and_the_run_can_go_on(signum, here, monkeypatch, capsys):
+def test_signal_finishes_and_saves_the_iteration_and_the_run_goes_on_exactly(signum, here, monkeypatch, capsys):
+    start(name="whole", iterations=6)
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         before_update(patch, 3, lambda: os.kill(os.getpid(), signum))
         status, run = start(iterations=6)
     assert status == 128 + signum and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert newest(run)["iteration"] == 3 and newest(run)["exact"] is False
+    assert newest(run)["iteration"] == 3
     assert summary(run)["status"] == "interrupted" and summary(run)["global_step"] == 3 * BATCH
     assert "error" not in summary(run)
     assert len(rows(run, "progress")) == 3 and capsys.readouterr().err == ""
     assert ppo.main(["--resume", str(run)]) == 0
-    assert "not bit for bit" in capsys.readouterr().out
+    assert "goes on from step 384, exactly as if it had never stopped\n" in capsys.readouterr().out
+    assert_same_run(Path("runs/whole"), run)
     assert summary(run)["status"] == "completed" and summary(run)["global_step"] == 6 * BATCH
     assert [int(row["global_step"]) for row in rows(run, "progress")] == [BATCH * i for i in range(1, 7)]
 
@@ -676,7 +693,15 @@ def test_evaluation_stays_in_the_summary_of_a_run_that_goes_on(here, monkeypatch
 # --------------------------------------------------------------------------------------------- the run directory
 def test_two_runs_of_the_same_second_do_not_share_a_directory(here, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda *args: "20300101-000000")
-    args = ppo.parse_args(SMALL)
+    args, mkdir, together = ppo.parse_args(SMALL), Path.mkdir, threading.Barrier(8)
+    waited = threading.local()
+
+    def mkdir_at_the_same_moment(path, *options, **more):
+        if not vars(waited):
+            waited.once = together.wait(timeout=60)
+        mkdir(path, *options, **more)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_at_the_same_moment)
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(ppo.create_run_dir, [args] * 8))
     assert len(set(paths)) == 8 and all((path / "config.json").exists() for path in paths)
@@ -711,6 +736,9 @@ def assert_files_agree(run):
     assert [row["sps"] for row in progress] == [row["charts/SPS"] for row in progress]
 
     for row, before in zip(progress, [0, *steps]):
+        so_far = [float(e["return"]) for e in episodes if int(e["global_step"]) <= int(row["global_step"])]
+        last = row["charts/train_last100"]
+        assert float(last) == pytest.approx(np.mean(so_far[-100:])) if so_far else last == ""
         mine = [e for e in episodes if before < int(e["global_step"]) <= int(row["global_step"])]
         for tag, column in (("charts/episodic_return", "return"), ("charts/episodic_length", "length")):
             mean = np.mean([float(e[column]) for e in mine]) if mine else None
@@ -718,7 +746,8 @@ def assert_files_agree(run):
     assert all(float(row["return"]) == float(row["length"]) for row in episodes)  # CartPole pays 1 per step
 
 
-TAGS = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate"}
+TAGS = {"charts/episodic_return", "charts/episodic_length", "charts/train_last100", "charts/SPS"}
+TAGS |= {"charts/learning_rate"}
 TAGS |= {"losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/old_approx_kl"}
 TAGS |= {"losses/clipfrac", "losses/explained_variance"}
 
@@ -753,7 +782,8 @@ def test_tensorboard_has_hyperparameters_as_text_and_in_the_hparams_tab(here):
     content = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     shown = content.session_start_info.hparams
     for name, value in json.loads((run / "config.json").read_text())["args"].items():
-        assert f"|{name}|{value}|" in text and name in shown
+        assert f"|{name}|{value}|" in text
+    assert set(shown) == {field.name for field in fields(ppo.Args)}  # those of the run itself are not compared
     assert shown["gamma"].number_value == 0.99 and shown["target_kl"].number_value == 0.5
     assert shown["env_id"].string_value == "CartPole-v1"
 
@@ -761,10 +791,10 @@ def test_tensorboard_has_hyperparameters_as_text_and_in_the_hparams_tab(here):
 def test_config_says_what_ran_on_what(here):
     _, run = start("--seed", "3", iterations=1)
     config = json.loads((run / "config.json").read_text())
-    assert config["args"] == vars(ppo.Args(**config["args"])) and config["args"]["num_envs"] == 2
+    assert config["args"] == vars(ppo.RunArgs(**config["args"])) and config["args"]["num_envs"] == 2
     assert config["seed"] == config["args"]["seed"] == 3 and config["threads"] == 1 and config["hardware"]
     assert config["versions"]["torch"] == torch.__version__ and config["versions"]["gymnasium"] == gym.__version__
-    assert config["versions"].keys() == {"python", "torch", "gymnasium", "numpy", "mujoco", "ale-py"}
+    assert config["versions"].keys() == {"python", "torch", "gymnasium", "numpy", "mujoco", "ale_py"}
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SCRIPT.parent, capture_output=True, text=True)
     assert config["git_commit"] == (head.stdout.strip() if head.returncode == 0 else None)
     dirty = subprocess.run(["git", "status", "--porcelain"], cwd=SCRIPT.parent, capture_output=True, text=True)
@@ -791,6 +821,33 @@ def test_two_newest_checkpoints_and_the_best_are_kept(here):
     steps = [int(row["global_step"]) for row in rows(run, "episodes")]
     scores = {i: np.mean([r for r, s in zip(returns, steps) if s <= i * BATCH][-100:]) for i in (2, 4, 6, 7)}
     assert best["iteration"] == max(scores, key=scores.get) and best["best"] == pytest.approx(max(scores.values()))
+
+
+CHECKPOINT = "agent optimizer player kl_beta iteration global_step last_returns best notes wall_time csv_bytes total"
+CHECKPOINT += " conditions torch_rng cuda_rng numpy_rng python_rng"
+
+
+def test_checkpoint_holds_all_that_a_run_is(here):
+    _, run = start(iterations=2)
+    state = newest(run)
+    assert set(state) == set(CHECKPOINT.split())
+    assert (state["iteration"], state["global_step"], state["total"]) == (2, 2 * BATCH, 2 * BATCH)
+    sizes = {name: (run / f"{name}.csv").stat().st_size for name in ("episodes", "progress")}
+    assert state["csv_bytes"] == sizes and set(state["player"]) == {"obs", "discounted", "episodes"}
+
+
+@pytest.mark.parametrize("iterations", [7, 20, 50])
+def test_checkpoints_come_at_every_twentieth_of_the_budget(iterations, here, monkeypatch):
+    save, saved = ppo.Run.save, []
+
+    def save_and_tell(run):
+        saved.append(run.iteration)
+        save(run)
+
+    monkeypatch.setattr(ppo.Run, "save", save_and_tell)
+    start("--checkpoint-interval", "0", "--update-epochs", "1", iterations=iterations)
+    twentieths = [20 * iteration // iterations for iteration in range(iterations + 1)]
+    assert saved == [0] + [i for i in range(1, iterations + 1) if twentieths[i] > twentieths[i - 1]]
 
 
 def test_wandb_offline_works_and_a_resumed_run_keeps_its_id(here, monkeypatch, capsys):
@@ -931,10 +988,12 @@ class Terminal(io.StringIO):
 
 def progress_line(monkeypatch, global_step, total, sps, score):
     """What a run in this state prints on a terminal."""
-    run = SimpleNamespace(global_step=global_step, total=total, sps=lambda: sps, score=lambda: score, printed=0.0)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Terminal())
-        ppo.Run.print_progress(run)
+        run = SimpleNamespace(global_step=global_step, total=total, sps=lambda: sps, score=lambda: score, headline="")
+        run.unit, run.gathered, run.episodes, run.progress = "steps", [{}], [], ppo.Progress()
+        run.wall_time, run.files = lambda: 1.0, SimpleNamespace(row=lambda *values: None)
+        ppo.Run.write_row(run)
         return sys.stdout.getvalue()
 
 
