@@ -90,8 +90,8 @@ def arguments_of(algo: str, env_id: str, ours: bool = False) -> Arguments:
     if algo in PEERS and not ours:
         from benchmarks import peers
 
-        defaults, kinds = vars(peers.parse_args([algo, "--env-id", env_id])[0]), OF_PEERS
-        del defaults["algo"]  # the first word of its command line, and no flag
+        defaults, kinds = dict(vars(peers.parse_args([algo, "--env-id", env_id]))), OF_PEERS
+        del defaults["algo"], defaults["unmapped"]  # the first word of its command line, and what ours does not map
     else:
         defaults, kinds = ask_script(command_of(algo.removeprefix("sb3:"))[1].resolve(), env_id)
     if ours:

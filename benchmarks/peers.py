@@ -123,8 +123,7 @@ def settings_ours(algo: str, flags: list[str]) -> dict[str, Any]:
     try:
         args = script.parse_args(flags)
         script.check_args(args)
-        if algo != "sb3:a2c":
-            script.check_minibatches(args)
+        script.check_batch(args)
     except script.UsageError as error:
         raise UsageError(str(error)) from None
     ours = {field.name: vars(args)[field.name] for field in fields(script.Args)}

@@ -659,7 +659,7 @@ def test_shipped_suite_has_its_runs_and_the_scripts_take_its_flags(name, number)
         script = importlib.import_module(Path(job.command[-1]).stem)
         args = script.parse_args(job.start(Path("runs"))[2:])
         script.check_args(args)
-        getattr(script, "check_minibatches", lambda args: None)(args)
+        getattr(script, "check_batch", lambda args: None)(args)
         assert (args.env_id, args.seed, args.run_name, args.exp_name) == (job.env_id, 1, job.name, job.algo)
         assert args.total_timesteps == suite.total_timesteps
         assert args.num_threads == job.threads == (2 if name.startswith("atari") else 0)
