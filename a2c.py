@@ -408,8 +408,8 @@ PRESET = "env_id"  # the argument that picks a row of FAMILIES
 
 
 def preset(env_id: str) -> dict[str, Any]:
-    """The row of FAMILIES for an environment."""
-    return FAMILIES[environment_family(env_id)]
+    """An environment and its row of FAMILIES."""
+    return {"env_id": env_id, **FAMILIES[environment_family(env_id)]}
 
 
 # ==== shared: command line ====
@@ -448,7 +448,7 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
     if not run:
-        return tyro.cli(RunArgs, args=argv, default=RunArgs(**{PRESET: asked[PRESET]} | preset(asked[PRESET])))
+        return tyro.cli(RunArgs, args=argv, default=RunArgs(**preset(asked[PRESET])))
     saved = read_config(run)[0]
     args = tyro.cli(RunArgs, args=argv, default=saved)
     changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]

@@ -510,8 +510,8 @@ PRESET = "method"  # the argument that picks a row of METHODS
 
 
 def preset(method: str) -> dict[str, Any]:
-    """The row of METHODS for a method."""
-    return METHODS.get(method, {})
+    """A method and its row of METHODS. Nothing for an unknown one, which the parser will refuse."""
+    return {"method": method, **METHODS[method]} if method in METHODS else {}
 
 
 def refuse(wrong: Any, message: str) -> None:
@@ -583,7 +583,7 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
     if not run:
-        return tyro.cli(RunArgs, args=argv, default=RunArgs(**{PRESET: asked[PRESET]} | preset(asked[PRESET])))
+        return tyro.cli(RunArgs, args=argv, default=RunArgs(**preset(asked[PRESET])))
     saved = read_config(run)[0]
     args = tyro.cli(RunArgs, args=argv, default=saved)
     changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]
