@@ -91,7 +91,7 @@ KILLED = {  # seconds each
     "ppo CartPole-v1": "--num-envs 4 --num-steps 128 --total-timesteps 10240",
     "ppo Pendulum-v1": "--num-envs 4 --num-steps 128 --total-timesteps 10240 --norm-reward",
     "ppo HalfCheetah-v5": "--num-envs 2 --num-steps 96 --total-timesteps 4800 --num-minibatches 4",
-    "ppo odd_envs:Odd/Coin-v0": "--num-envs 4 --num-steps 100 --total-timesteps 16000",
+    "ppo odd_envs:Odd/Coin-v0": "--num-envs 4 --num-steps 100 --total-timesteps 12000",
     "ppo ALE/Pong-v5": "--num-envs 2 --num-steps 16 --total-timesteps 320 --num-minibatches 1 --update-epochs 1",
     "ppo PongNoFrameskip-v4": "--num-envs 2 --num-steps 16 --total-timesteps 320 --num-minibatches 1 --update-epochs 1",
     "a2c CartPole-v1": "--num-envs 4 --num-steps 8 --total-timesteps 9600 --log-interval 1",
@@ -124,7 +124,7 @@ def test_run_that_was_killed_again_and_again_equals_one_that_was_not(case, proce
         child.start()
         while child.exitcode is None and len(list(killed.glob("events*"))) == sessions:
             child.join(0.02)  # it is not training yet
-        child.join(moments.uniform(0, 0.5) * needed if len(kills) < 3 else None)
+        child.join(moments.uniform(0, 0.4) * needed if len(kills) < 3 else None)
         if child.exitcode is None:
             kills.append(moments.choice([signal.SIGKILL, signal.SIGTERM]))
             child.kill() if kills[-1] == signal.SIGKILL else child.terminate()

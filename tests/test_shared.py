@@ -123,7 +123,7 @@ def test_train_fits_on_a_screen(script):
 
 def test_the_difference_between_ppo_and_a2c_is_short():
     changed = sum(a_end - a + b_end - b for a, a_end, b, b_end in hunks("ppo", "a2c"))
-    assert changed <= 230  # removed and added; half of it is docstring, arguments and defaults
+    assert changed <= 230  # removed and added
 
 
 # ------------------------------------------------------------------------------------------------------ on its own
