@@ -110,7 +110,14 @@ def test_bad_argument_is_refused_in_one_sentence(argv, here, capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", ["--num-generations 1", "--rewards corect", "--beta nan", "--method ppo", "--epsilon x"]
+    "argv",
+    [
+        "--num-generations 1",
+        "--rewards corect",
+        "--beta nan",
+        "--method ppo --max-steps 1 --sft-steps 1",
+        "--epsilon x",
+    ],
 )
 def test_exit_status_of_the_script_for_bad_input(argv, tmp_path):
     done = process(TOY, *argv.split(), cwd=tmp_path)

@@ -91,7 +91,7 @@ KILLED = {  # seconds each
     "ppo CartPole-v1": "--num-envs 4 --num-steps 128 --total-timesteps 10240",
     "ppo Pendulum-v1": "--num-envs 4 --num-steps 128 --total-timesteps 10240 --norm-reward",
     "ppo HalfCheetah-v5": "--num-envs 2 --num-steps 96 --total-timesteps 4800 --num-minibatches 4",
-    "ppo odd_envs:Odd/Coin-v0": "--num-envs 4 --num-steps 100 --total-timesteps 16000",
+    "ppo odd_envs:Odd/Coin-v0": "--num-envs 4 --num-steps 100 --total-timesteps 12000",
     "ppo ALE/Pong-v5": "--num-envs 2 --num-steps 16 --total-timesteps 320 --num-minibatches 1 --update-epochs 1",
     "ppo PongNoFrameskip-v4": "--num-envs 2 --num-steps 16 --total-timesteps 320 --num-minibatches 1 --update-epochs 1",
     "a2c CartPole-v1": "--num-envs 4 --num-steps 8 --total-timesteps 9600 --log-interval 1",
@@ -109,8 +109,7 @@ def test_run_that_was_killed_again_and_again_equals_one_that_was_not(case, proce
     child.start()
     child.join()
     assert child.exitcode == 0, Path("whole.txt").read_text()
-    needed = json.loads((whole / "summary.json").read_text())
-    needed = needed["wall_time"] + needed["startup_time"]
+    needed = json.loads((whole / "summary.json").read_text())["wall_time"]
 
     moments, kills, resumed = random.Random(case), [], 0
     while True:
@@ -120,9 +119,12 @@ def test_run_that_was_killed_again_and_again_equals_one_that_was_not(case, proce
         else:
             shutil.rmtree(killed, ignore_errors=True)
             command = [*flags, "killed"]
+        sessions = len(list(killed.glob("events*")))
         child = processes.Process(target=run_script, args=(name, command, "killed.txt"))
         child.start()
-        child.join(0.3 + moments.uniform(0.1, 0.6) * needed if len(kills) < 3 else None)
+        while child.exitcode is None and len(list(killed.glob("events*"))) == sessions:
+            child.join(0.02)  # it is not training yet
+        child.join(moments.uniform(0, 0.4) * needed if len(kills) < 3 else None)
         if child.exitcode is None:
             kills.append(moments.choice([signal.SIGKILL, signal.SIGTERM]))
             child.kill() if kills[-1] == signal.SIGKILL else child.terminate()
@@ -131,10 +133,12 @@ def test_run_that_was_killed_again_and_again_equals_one_that_was_not(case, proce
             break
         assert child.exitcode in (-signal.SIGKILL, 143, -signal.SIGTERM), Path("killed.txt").read_text()
 
-    print("KILLS", case, kills, resumed, needed)
     told = Path("killed.txt").read_text()
-    assert resumed and told.count("exactly as if it had never stopped") >= resumed - kills.count(signal.SIGKILL)
-    assert "not exactly" not in told and "corrupt" not in told
+    assert "not exactly" not in told and "corrupt" not in told, told
+    # What SIGKILL ended may not have come to tell it; a run that was short of a checkpoint began again.
+    assert resumed > 0 and told.count("exactly as if it had never stopped") >= resumed - kills.count(signal.SIGKILL), (
+        told
+    )
     one, other = newest(whole), newest(killed)
     # A checkpoint that SIGTERM forces may be the best one; digits of the clock count in the length of a file.
     for key in one.keys() - {"wall_time", "csv_bytes", "best"}:

@@ -1,105 +1,165 @@
-"""What is not the method must be the same text in every control script; the name of what drifted is in the failure."""
+"""What the scripts have in common, and that they have nothing to do with each other."""
 
 import ast
-import itertools
+import difflib
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("ppo", "a2c", "trpo", "reinforce")
-# Names that carry the method and so may differ between the scripts that have them.
-METHOD = {
-    "Args",
-    "FAMILIES",
-    "POSITIVE",
-    "AT_MOST_ONE",
-    "STATS",
-    "Batch",
-    "make_gradient",
-    "rollout",
-    "update",
-    "train",
-}
-METHOD |= {"surrogate_objective", "fit_value", "check_batch", "Agent.__init__", "Agent.features", "Agent"}
-WHOLE_EPISODES = {"Steps", "play"}  # reinforce.py's own
-SECTIONS = ["arguments", "environments", "networks", "playing", "optimising", "the method", "the run directory"]
-SECTIONS += ["evaluate, train, main"]
+CONTROL = ("ppo", "a2c", "trpo", "reinforce")
+SCRIPTS = (*CONTROL, "grpo_toy")
+every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-def blocks(script: str) -> dict[str, str]:
-    """The text of every definition and assignment at the top level, of every method of Agent, of half of Args."""
-    text = (ROOT / f"{script}.py").read_text()
-    lines, found = text.splitlines(), {}
-
-    def take(name: str, node: ast.AST) -> None:
-        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-        found[name] = "\n".join(lines[first - 1 : node.end_lineno])
-
-    for node in ast.parse(text).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            take(node.name, node)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            take(ast.unparse(target), node)
-        if isinstance(node, ast.ClassDef) and node.name in ("Agent", "Run"):
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef):
-                    take(f"{node.name}.{method.name}", method)
-    found["arguments of run and environment"] = found["Args"].split("    # Algorithm\n")[0]
-    return found
+def text_of(script: str) -> str:
+    return (ROOT / f"{script}.py").read_text(encoding="utf-8")
 
 
-BLOCKS = {script: blocks(script) for script in SCRIPTS}
+def length_of_the_upper_half(text: str) -> int:
+    """Lines before the banner of the machine room."""
+    lines = text.splitlines()
+    [banner] = [i for i, line in enumerate(lines) if line.startswith("# The machine room")]
+    assert set(lines[banner - 1]) == set(lines[banner + 1]) == {"#", " ", "="}
+    return banner - 1
 
 
-@pytest.mark.parametrize("one, other", list(itertools.combinations(SCRIPTS, 2)))
-def test_blocks_that_are_not_the_method_are_the_same_text(one, other):
-    free = METHOD | (WHOLE_EPISODES if "reinforce" in (one, other) else set())
-    common = (BLOCKS[one].keys() & BLOCKS[other].keys()) - free
-    drifted = [name for name in BLOCKS[one] if name in common and BLOCKS[one][name] != BLOCKS[other][name]]
-    assert not drifted, f"{one}.py and {other}.py differ in {', '.join(drifted)}"
+def hunks(one: str, other: str) -> list[tuple[int, int, int, int]]:
+    """Where two scripts differ: lines of the one from, to, of the other from, to."""
+    matcher = difflib.SequenceMatcher(None, text_of(one).splitlines(), text_of(other).splitlines(), autojunk=False)
+    return [where for kind, *where in matcher.get_opcodes() if kind != "equal"]
 
 
-def test_no_script_lacks_a_shared_block():
-    """Or else one could drift by being renamed."""
-    shared = "UsageError Failed Stopped environment_family parse_args check_args Bare make_envs reset_envs whole_games"
-    shared += " Episodes RunningNorm Categorical Gaussian layer_init MLP nature_cnn is_image check_finite"
-    shared += " flatten_parameters Adam compile_for write_atomically write_json run_dir_of read_config versions"
-    shared += " create_run_dir Run save_checkpoint load_checkpoint restore resolve film evaluate main compute_gae"
-    shared += " values_of_final_obs"
-    for script in SCRIPTS:
-        lacking = [name for name in shared.split() if name not in BLOCKS[script]]
-        allowed = {"compute_gae"} if script == "reinforce" else set()
-        assert set(lacking) <= allowed, f"{script}.py lacks {', '.join(lacking)}"
+# ------------------------------------------------------------------------------------------------- the same text
+def shared(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, folder / "tools/shared.py", *flags], capture_output=True, text=True)
 
 
-def test_what_the_language_scripts_share_with_the_control_scripts_is_the_same_text():
-    shared = "UsageError Stopped write_atomically write_json run_dir_of read_config load_checkpoint Run.__enter__"
-    for name in [*shared.split(), "Run.write_scalars", "Run.wall_time", "Run.score"]:
-        assert blocks("grpo_toy")[name] == BLOCKS["ppo"][name], name
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the scripts and the tool."""
+    for path in (*ROOT.glob("*.py"), ROOT / "tools/shared.py"):
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    return tmp_path
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_shared_sections_are_the_same_text():
+    done = shared(ROOT, "--check")
+    assert done.returncode == 0, done.stdout
+
+
+DRIFT = [
+    ("a2c", "environments", "        self.numbers += where\n"),
+    ("reinforce", "main", "        return 130\n"),
+    ("grpo_toy", "run directory", "        self.gathered = []\n"),
+]
+
+
+@pytest.mark.parametrize("script, section, line", DRIFT)
+def test_a_changed_line_is_named_and_copying_repairs_it(script, section, line, tree):
+    path = tree / f"{script}.py"
+    assert path.read_text().count(line) == 1
+    path.write_text(path.read_text().replace(line, "        pass\n"))
+    done = shared(tree, "--check")
+    assert done.returncode == 1
+    assert done.stdout == f"{script}.py: the section 'shared: {section}' is not that of ppo.py\n1 sections differ\n"
+    assert shared(tree).returncode == 0
+    assert {path.name: path.read_text() for path in tree.glob("*.py")} == {
+        path.name: path.read_text() for path in ROOT.glob("*.py")
+    }
+
+
+def test_a_change_in_the_source_reaches_every_script_that_has_the_section(tree):
+    line, changed = "        self.numbers += where\n", "        self.numbers += where  # changed\n"
+    (tree / "ppo.py").write_text((tree / "ppo.py").read_text().replace(line, changed))
+    assert shared(tree, "--check").returncode == 1
+    assert shared(tree).returncode == 0 == shared(tree, "--check").returncode
+    assert all((changed in (tree / f"{script}.py").read_text()) == (script in CONTROL) for script in SCRIPTS)
+
+
+SECTIONS = ["shared: run flags", "shared: command line", "shared: environments", "shared: networks and policies"]
+SECTIONS += ["shared: acting", "shared: playing", "shared: optimising", "shared: run directory"]
+SECTIONS += ["shared: evaluation", "shared: main"]
+LANGUAGE = ["shared: language run flags", "shared: command line", "shared: language task", "shared: language model"]
+LANGUAGE += ["telling", "shared: run directory", "shared: language warm start and evaluation", "shared: main"]
+ORDER = dict.fromkeys(CONTROL, SECTIONS) | {"grpo_toy": LANGUAGE}
+ORDER["reinforce"] = [section.replace("shared: playing", "playing whole episodes") for section in SECTIONS]
+
+
+@every_script
 def test_sections_stand_in_the_same_order(script):
-    lines = (ROOT / f"{script}.py").read_text().splitlines()
-    assert [line.lstrip("# -") for line in lines if line.startswith("# ------")] == SECTIONS
+    found = re.findall(r"^# ==== (.+) ====$", text_of(script), re.MULTILINE)
+    assert found == ORDER[script]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_definitions_stand_in_the_order_of_ppo(script):
-    order = [name for name in BLOCKS[script] if name in BLOCKS["ppo"]]
-    assert order == [name for name in BLOCKS["ppo"] if name in BLOCKS[script]]
+@pytest.mark.parametrize("other", ["a2c", "trpo"])
+def test_scripts_differ_in_the_upper_half_alone(other):
+    ends = length_of_the_upper_half(text_of("ppo")), length_of_the_upper_half(text_of(other))
+    below = [where for where in hunks("ppo", other) if where[1] > ends[0] or where[3] > ends[1]]
+    assert not below
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# ------------------------------------------------------------------------------------------------ how long it is
+@every_script
+def test_the_upper_half_is_read_in_one_sitting(script):
+    assert length_of_the_upper_half(text_of(script)) <= (430 if script == "ppo" else 480)
+
+
+@every_script
 def test_train_fits_on_a_screen(script):
-    assert len(BLOCKS[script]["train"].splitlines()) <= 66
+    [train] = [node for node in ast.parse(text_of(script)).body if getattr(node, "name", "") == "train"]
+    assert train.end_lineno - train.lineno + 1 <= 40
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "grpo_toy"])
+def test_the_difference_between_ppo_and_a2c_is_short():
+    changed = sum(a_end - a + b_end - b for a, a_end, b, b_end in hunks("ppo", "a2c"))
+    assert changed <= 230  # removed and added
+
+
+# ------------------------------------------------------------------------------------------------------ on its own
+@every_script
 def test_no_script_imports_another(script):
-    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    tree = ast.parse(text_of(script))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {name.split(".")[0] for name in names} & {*SCRIPTS, "grpo_toy", "benchmarks"}
+    assert not {name.split(".")[0] for name in names} & {*SCRIPTS, "benchmarks", "tools"}
+
+
+def dependencies_at_the_head_of(script: str) -> dict:
+    [block] = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///\n", text_of(script), re.MULTILINE)
+    assert text_of(script).startswith("# /// script\n")
+    return tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+
+
+@every_script
+def test_dependencies_at_the_head_are_those_of_the_project(script):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    head = dependencies_at_the_head_of(script)
+    theirs = [name for name in project["dependencies"] if not name.startswith("tomli")]  # that is for benchmarks
+    assert head["requires-python"] == project["requires-python"]
+    if script in CONTROL:
+        assert head["dependencies"] == theirs
+    else:
+        assert head["dependencies"] == [name for name in theirs if name in head["dependencies"]]
+
+
+@every_script
+def test_all_that_is_imported_is_at_the_head(script):
+    packages = {
+        re.match(r"[\w-]+", name)[0].replace("-", "_") for name in dependencies_at_the_head_of(script)["dependencies"]
+    }
+    tree = ast.parse(text_of(script))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    foreign = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert foreign - {"moviepy"} <= packages  # moviepy is an extra
