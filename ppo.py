@@ -165,7 +165,9 @@ class Agent(nn.Module):
             self.actor = nn.Sequential(NatureCNN(shape, bf16), layer_init(nn.Linear(512, outputs), 0.01))
             self.critic = nn.Sequential(NatureCNN(shape, bf16), layer_init(nn.Linear(512, 1), 1.0))
         else:
-            inputs = int(observation_space.n) if self.one_hot else math.prod(observation_space.shape)
+            inputs = math.prod(observation_space.shape)
+            if self.one_hot:
+                self.start, inputs = int(observation_space.start), int(observation_space.n)
             self.actor = MLP(inputs, outputs, 0.01)
             self.critic = MLP(inputs, 1, 1.0)
 
@@ -178,7 +180,7 @@ class Agent(nn.Module):
         if self.image:
             return self.body(obs)
         if self.one_hot:
-            return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
+            return F.one_hot(obs - self.start, self.actor.first.in_features).float()
         if self.obs_norm:
             obs = self.obs_norm(obs)
         return obs.reshape(len(obs), -1)
@@ -985,7 +987,7 @@ def obs_dtype(space: gym.Space) -> torch.dtype:
 def example_obs(agent: Agent, *batch: int) -> Tensor:
     """Valid observations (*batch, *space.shape), to try or compile something on."""
     space = agent.observation_space
-    start = int(space.start) if agent.one_hot else 0
+    start = agent.start if agent.one_hot else 0
     return torch.full((*batch, *space.shape), start, dtype=obs_dtype(space), device=agent.device)
 
 
@@ -1398,7 +1400,8 @@ class Log:
 
     def row(self, step: int, columns: dict[str, Any], values: dict[str, float]) -> None:
         """A row of progress.csv. The values go to TensorBoard and wandb, too; NaN stands for none."""
-        row = columns | {tag: "" if math.isnan(value) else value for tag, value in values.items()}
+        row = columns | values
+        row = {name: "" if isinstance(x, float) and math.isnan(x) else x for name, x in row.items()}
         rows = [row]
         if not step:
             self.first_row = row
@@ -1461,7 +1464,9 @@ class Progress:
         self.open = self.terminal and part < 1
         line = f"{done:>11,} {line}"
         if self.terminal:
-            line = f"\r[{'#' * int(10 * part):.<10}]{line}\x1b[K"
+            bar = f"[{'#' * int(10 * part):.<10}]"
+            width = shutil.get_terminal_size().columns - 1
+            line = f"\r{(bar + line if len(bar + line) <= width else line)[:width]}\x1b[K"
         say(line, "" if self.open else "\n")
 
     def end(self) -> None:
@@ -1469,6 +1474,9 @@ class Progress:
         if self.open:
             say("")
         self.open = False
+
+
+KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
 
 
 class Run:
@@ -1487,13 +1495,14 @@ class Run:
         self.log_interval = log_interval
         self.unit = unit
         self.learner = learner
-        self.iteration = 0  # this and the next four are in every checkpoint
+        self.iteration = 0
         self.global_step = 0
         self.last_returns: list[float] = []  # of the last 100 training episodes
         self.best = -math.inf
         self.notes: dict[str, Any] = {}  # what else summary.json tells
         self.earlier_time = 0.0  # seconds of training in earlier sessions
         self.headline = ""  # what else the progress line tells
+        self.outcome = ""  # what else the last line tells
         self.gathered: list[dict[str, float]] = []  # values of the iterations since the last row
         self.episodes: list[list[float]] = []  # return and length of what ended since the last row
         self.signals: list[int] = []
@@ -1526,7 +1535,7 @@ class Run:
                 part.copy_(state[name])
             else:
                 part.load_state_dict(state[name])
-        for name in ("iteration", "global_step", "last_returns", "best", "notes"):
+        for name in KEPT:
             setattr(self, name, state[name])
         self.earlier_time = state["wall_time"]
         torch.set_rng_state(state["torch_rng"])
@@ -1575,10 +1584,10 @@ class Run:
                 due = self.iteration % self.args.checkpoint_interval == 0
             else:
                 due = 20 * self.global_step // self.total > 20 * before // self.total
-            if due or last or stop or self.iteration % self.log_interval == 0:
+            if last or self.iteration % self.log_interval == 0:
                 self.write_row()
             if due or last or stop:
-                self.save()
+                self.save(best=due or last)
             if stop and not last:
                 raise Stopped(self.signals[0])
 
@@ -1594,7 +1603,7 @@ class Run:
         tagged = dict(values or {})
         for group, members in groups.items():
             tagged |= {f"{group}/{name}": value for name, value in members.items()}
-        numbers = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for value in tagged.values()]
+        numbers = [torch.as_tensor(value, dtype=torch.float64, device=self.args.device) for value in tagged.values()]
         self.gathered.append(dict(zip(tagged, torch.stack(numbers).tolist())))  # stacked, to read a GPU once
         for tag, number in self.gathered[-1].items():
             if not math.isfinite(number):
@@ -1616,17 +1625,19 @@ class Run:
             means["losses/explained_variance"] = 1 - residual / variance if variance else math.nan
         returns, lengths = np.mean(self.episodes, 0).tolist() if self.episodes else (math.nan, math.nan)
         score = math.nan if self.score() is None else self.score()
-        charts = {"episodic_return": returns, "episodic_length": lengths, "train_last100": score, "SPS": self.sps()}
+        sps = self.sps()
+        charts = {"episodic_return": returns, "episodic_length": lengths, "train_last100": score, "SPS": sps}
         values = {f"charts/{name}": value for name, value in charts.items()} | means
-        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": charts["SPS"]}
+        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": sps}
         self.files.row(self.global_step, columns, values)
         self.gathered = []
         self.episodes = []
-        seconds = int(max(self.total - self.global_step, 0) / max(charts["SPS"], 1e-9))
-        left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
-        line = f"{self.unit} {min(self.global_step / self.total, 1):4.0%} {charts['SPS']:>7,.0f}/s  return "
-        line += "        -" if self.score() is None else f"{score:>9,.1f}"
-        self.progress.show(f"{line}  {left}{self.headline}", self.global_step, self.total)
+        line = f"{self.unit} {min(self.global_step / self.total, 1):4.0%}"
+        if self.global_step:
+            seconds = int(max(self.total - self.global_step, 0) / sps)
+            left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+            line += f" {sps:>7,.0f}/s  return {'-' if math.isnan(score) else f'{score:,.1f}':>9}  {left}"
+        self.progress.show(line + self.headline, self.global_step, self.total)
 
     def score(self) -> float | None:
         """Mean return of the last 100 training episodes."""
@@ -1640,18 +1651,23 @@ class Run:
         """Steps per second of this session, or of those before it where this one had nothing left to train."""
         if self.first_step >= self.total:
             return self.first_step / self.earlier_time
+        if self.global_step == self.first_step:
+            return math.nan
         return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
 
-    def save(self) -> None:
-        """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best."""
+    def save(self, best: bool = True) -> None:
+        """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best.
+
+        best is false for a checkpoint that a signal forces: it must not change what the run leaves behind.
+        """
         score = self.score()
-        better = score is not None and score > self.best
+        better = best and score is not None and score > self.best
         if better:
             self.best = score
         kind, keys, *position = np.random.get_state()
         state = {
             **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
-            **{name: getattr(self, name) for name in ("iteration", "global_step", "last_returns", "best", "notes")},
+            **{name: getattr(self, name) for name in KEPT},
             "wall_time": self.wall_time(),
             "csv_bytes": self.files.sync(),
             "total": self.total,
@@ -1682,7 +1698,7 @@ class Run:
             "status": status,
             "global_step": self.global_step,
             "wall_time": self.wall_time(),
-            "sps": self.sps(),
+            "sps": 0.0 if math.isnan(self.sps()) else self.sps(),
             "startup_time": self.startup_time,
             "train_last100": self.score(),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
@@ -1705,7 +1721,7 @@ class Run:
             self.files.wandb.finish(exit_code=int(status != "completed"))
         if isinstance(error, (Failed, OSError)):
             raise Failed(message, status) from error
-        say(f"{status} after {self.global_step:,} {self.unit}{self.headline}: {self.path}")
+        say(f"{status} after {self.global_step:,} {self.unit}{self.outcome}: {self.path}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
