@@ -1510,7 +1510,6 @@ class Run:
         state = load_checkpoint(Path(args.resume)) if args.resume else None
         how = self.restore(state) if state else ""
         self.first_step = self.global_step
-        self.catch_signals()
         self.path = Path(args.resume) if args.resume else create_run_dir(args)
         self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
         if self.complete:
@@ -1558,17 +1557,13 @@ class Run:
         capability = torch.backends.cpu.get_cpu_capability()
         return versions() | machine | {"processor": capability, "script": hashlib.sha256(script).hexdigest()}
 
-    def catch_signals(self) -> None:
-        """A signal ends the run after its iteration. A second one does not wait."""
-
+    def __enter__(self) -> Run:
         def remember(signum: int, frame: Any) -> None:
             if self.signals:
-                os._exit(128 + signum)
+                os._exit(128 + signum)  # a second signal does not wait for the iteration
             self.signals.append(signum)
 
         self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def __enter__(self) -> Run:
         if not self.args.resume:
             self.save()
         return self

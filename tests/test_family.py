@@ -109,7 +109,9 @@ def test_signal_from_outside_stops_a_real_process_that_can_go_on(name, here, cap
     run = here / "runs" / "run"
     stopped = summary(run)
     assert stopped["status"] == "interrupted" and stopped["global_step"] < 6000
-    assert stopped["global_step"] == newest(run)["global_step"] == int(rows(run, "progress")[-1]["global_step"])
+    row = 2 * 8 * 3 if name == "a2c" else 1  # steps of a row; one that a signal cuts comes after the resume
+    assert stopped["global_step"] == newest(run)["global_step"]
+    assert int(rows(run, "progress")[-1]["global_step"]) == stopped["global_step"] // row * row
     wait_for_the_next_second()
     assert script(name).main(["--resume", str(run)]) == 0
     assert summary(run)["status"] == "completed" and summary(run)["global_step"] > 6000 - 128
@@ -145,7 +147,7 @@ def test_evaluation_plays_and_records(name, here, capsys):
 REFUSED = [
     ("a2c", "--log-interval 0", "greater than 0"),
     ("a2c", "--num-steps 0", "greater than 0"),
-    ("a2c", "--num-steps 1 --num-envs 1 --norm-adv", "--num-steps 2"),
+    ("a2c", "--num-steps 1 --num-envs 1 --norm-adv", "a larger --num-steps"),
     ("a2c", "--total-timesteps 39", "ask for 40 or more"),
     ("a2c", "--gae-lambda 1.5", "at most 1"),
     ("trpo", "--max-kl 0", "greater than 0"),

@@ -844,7 +844,7 @@ def test_an_advantage_that_is_no_number_ends_the_run():
     batch.advantages[3] = math.nan
     values = take_a_step(model, copy.deepcopy(model), batch, args)
     with pytest.raises(grpo_toy.Failed, match="^loss is nan$"):
-        grpo_toy.Run.log(SimpleNamespace(gathered=[]), 1, [], values)
+        grpo_toy.Run.log(SimpleNamespace(gathered=[], args=args), 1, [], values)
 
 
 @pytest.mark.parametrize(

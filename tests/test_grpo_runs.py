@@ -389,7 +389,8 @@ def test_init_from_takes_the_trained_model_as_policy_and_as_reference(here):
 
 
 # ----------------------------------------------------------------------------------------- files and evaluation
-TAGS = """reward reward_std frac_reward_zero_std rewards/correct/mean rewards/correct/std rewards/length/mean
+TAGS = """charts/SPS charts/episodic_return charts/episodic_length charts/train_last100
+reward reward_std frac_reward_zero_std rewards/correct/mean rewards/correct/std rewards/length/mean
 rewards/length/std frac_reward_zero_std/correct frac_reward_zero_std/length kl kl/k1 kl/k2 kl/k3 entropy
 clip_ratio/low_mean clip_ratio/high_mean completions/mean_length completions/clipped_ratio ratio/max
 ratio/max_first_step loss grad_norm learning_rate tokens_per_second/sampled tokens_per_second/trained
@@ -472,7 +473,7 @@ def test_same_seed_is_the_same_run_and_another_seed_is_not(here):
 
 
 # ------------------------------------------------------------------------------------------------------ terminal
-LINE = r" +%s steps +%s%% +[\d,]+/s  return +[\d.-]+  0:00:00 left, accuracy [\d.]+%s"
+LINE = r" +%s steps +%s%% +[\d,]+/s  return +[\d.-]+  0:00:00 left  accuracy [\d.]+"
 
 
 def test_normal_run_prints_plain_lines_and_no_warning(tmp_path):
@@ -482,7 +483,7 @@ def test_normal_run_prints_plain_lines_and_no_warning(tmp_path):
     first, *middle, last = done.stdout.splitlines()
     assert first == "runs/run (cpu, threads: 1)"
     assert re.fullmatch(r"completed after 4 steps, accuracy [\d.]+ -> [\d.]+: runs/run", last)
-    assert any(re.fullmatch(LINE % ("4", "100", r" -> [\d.]+"), line) for line in middle)
+    assert any(re.fullmatch(LINE % ("4", "100"), line) for line in middle)
     assert any(re.fullmatch(r"prompt +completion +correct +advantage", line) for line in middle)
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
     assert json.loads((tmp_path / "runs/run/config.json").read_text())["args"]["exp_name"] == "mine"

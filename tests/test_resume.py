@@ -187,7 +187,7 @@ def test_other_conditions_are_named(names, here, capsys):
     torch.save(state, path)
     capsys.readouterr()
     assert ppo.main(["--resume", str(run)]) == 0
-    differences = ", ".join(f"{name} is another" for name in names)
+    differences = ", ".join(f"another {name}" for name in names)
     assert f"goes on from step 180, but not exactly: {differences}\n" in capsys.readouterr().out
 
 
@@ -196,4 +196,4 @@ def test_another_number_of_threads_is_allowed_and_named(here, capsys):
     forget_the_end(run)
     capsys.readouterr()
     assert ppo.main(["--resume", str(run), "--num-threads", "2"]) == 0
-    assert "goes on from step 180, but not exactly: num_threads is another\n" in capsys.readouterr().out
+    assert "goes on from step 180, but not exactly: another num_threads\n" in capsys.readouterr().out

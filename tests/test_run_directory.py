@@ -640,7 +640,9 @@ def test_run_of_which_all_checkpoints_are_corrupt_is_refused_and_left_alone(here
     capsys.readouterr()
     assert ppo.main(["--resume", str(run)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.endswith("error: runs/run has no readable checkpoint.\n")
+    assert out == "" and err.endswith(
+        "error: runs/run has no checkpoint that can be read. If it ended while it started, start it again.\n"
+    )
     assert "step_000000000512.pt" in err and "step_000000000256.pt" in err
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
@@ -824,7 +826,7 @@ def test_two_newest_checkpoints_and_the_best_are_kept(here):
 
 
 CHECKPOINT = "agent optimizer player kl_beta iteration global_step last_returns best notes wall_time csv_bytes total"
-CHECKPOINT += " conditions torch_rng cuda_rng numpy_rng python_rng"
+CHECKPOINT += " gathered episodes conditions torch_rng cuda_rng numpy_rng python_rng"
 
 
 def test_checkpoint_holds_all_that_a_run_is(here):
@@ -840,9 +842,9 @@ def test_checkpoint_holds_all_that_a_run_is(here):
 def test_checkpoints_come_at_every_twentieth_of_the_budget(iterations, here, monkeypatch):
     save, saved = ppo.Run.save, []
 
-    def save_and_tell(run):
+    def save_and_tell(run, **options):
         saved.append(run.iteration)
-        save(run)
+        save(run, **options)
 
     monkeypatch.setattr(ppo.Run, "save", save_and_tell)
     start("--checkpoint-interval", "0", "--update-epochs", "1", iterations=iterations)
