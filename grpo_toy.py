@@ -861,6 +861,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
+def conditions(args: RunArgs) -> dict[str, Any]:
+    """What must be the same for the same bits."""
+    return {
+        **versions(),
+        **{name: vars(args).get(name) for name in MACHINE},
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "script": hashlib.sha256(SCRIPT.read_bytes() if SCRIPT.is_file() else b"").hexdigest(),
+    }
+
+
 def git(*command: str) -> str | None:
     """What git says in the folder of this file; None where there is no git or no repository."""
     if not shutil.which("git"):
@@ -1055,6 +1065,7 @@ class Run:
         self.gathered: list[dict[str, float]] = []  # values of the iterations since the last row
         self.episodes: list[list[float]] = []  # return and length of what ended since the last row
         self.signals: list[int] = []
+        self.conditions = conditions(args)
         self.progress = Progress()
         state = load_checkpoint(Path(args.resume)) if args.resume else None
         how = self.restore(state) if state else ""
@@ -1093,18 +1104,11 @@ class Run:
         version, keys, gauss = state["python_rng"]
         random.setstate((version, tuple(keys), gauss))
         differs = [part.inexact for part in self.learner.values() if getattr(part, "inexact", "")]
-        here = self.conditions()
-        differs += [f"another {name}" for name, was in state["conditions"].items() if was != here.get(name)]
+        was, here = state["conditions"], self.conditions
+        differs += [f"another {name}" for name in was if was[name] != here.get(name)]
         if self.args.device == "cuda":
             differs.append("a GPU does not repeat itself bit for bit")
         return f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
-
-    def conditions(self) -> dict[str, Any]:
-        """What must be the same for the same bits."""
-        script = SCRIPT.read_bytes() if SCRIPT.is_file() else b""
-        machine = {name: vars(self.args).get(name) for name in MACHINE}
-        capability = torch.backends.cpu.get_cpu_capability()
-        return versions() | machine | {"processor": capability, "script": hashlib.sha256(script).hexdigest()}
 
     def __enter__(self) -> Run:
         def remember(signum: int, frame: Any) -> None:
@@ -1215,7 +1219,7 @@ class Run:
             "wall_time": self.wall_time(),
             "csv_bytes": self.files.sync(),
             "total": self.total,
-            "conditions": self.conditions(),
+            "conditions": self.conditions,
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
             "numpy_rng": [kind, keys.tolist(), *position],

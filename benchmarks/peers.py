@@ -276,7 +276,7 @@ class RandomPolicy:
 
     def play(self) -> list[Episode]:
         """Plays num_steps steps on in every environment. Returns the episodes that ended in them."""
-        space = self.envs.envs.action_space
+        space = gym.vector.utils.batch_space(self.envs.single_action_space, self.envs.num_envs)
         space.seed(np.random.randint(2**31))  # numpy's random state is in the checkpoints
         actions = [space.sample() for _ in range(self.num_steps)]
         rewards = np.zeros((self.num_steps, self.envs.num_envs))

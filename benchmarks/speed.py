@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import tyro
+from gymnasium.vector.utils import batch_space
 
 from benchmarks.jobs import ROOT, UsageError, require
 
@@ -162,7 +163,8 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
             calls, spent = calls + 1, spent + (wait() or time.perf_counter()) - begun
         return calls / spent
 
-    actions = itertools.cycle([envs.envs.action_space.sample() for _ in range(100)])
+    space = batch_space(envs.single_action_space, envs.num_envs)
+    actions = itertools.cycle([space.sample() for _ in range(100)])
     obs = envs.reset()
     rates = {"environment": args.num_envs * per_second(lambda: envs.step(next(actions)))}
 
@@ -182,20 +184,19 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
 
 def environment() -> float:
     """The part of its wall time that reinforce.py spends inside the environments on CartPole, start-up left out."""
-    from gymnasium.vector import SyncVectorEnv
-
     import reinforce
 
     spent = []
 
-    def timed(envs: SyncVectorEnv, function: Callable, *arguments: Any, **options: Any) -> Any:
+    def timed(envs: reinforce.SyncEnvs, function: Callable, *arguments: Any, **options: Any) -> Any:
         begun = time.perf_counter()
         result = function(envs, *arguments, **options)
         spent.append(time.perf_counter() - begun)
         return result
 
-    SyncVectorEnv.step = functools.partialmethod(timed, SyncVectorEnv.step)
-    SyncVectorEnv.reset = functools.partialmethod(timed, SyncVectorEnv.reset)
+    inside = reinforce.SyncEnvs
+    inside.step = functools.partialmethod(timed, inside.step)
+    inside.reset = functools.partialmethod(timed, inside.reset)
     with tempfile.TemporaryDirectory() as folder:
         run = reinforce.train(reinforce.parse_args(["--env-id", "CartPole-v1", "--runs-dir", folder]))
         return sum(spent) / json.loads((run / "summary.json").read_text())["wall_time"]
