@@ -733,6 +733,12 @@ def test_example_steps_are_like_real_ones(env_id, action_space):
 
 
 # ------------------------------------------------------------------------------------------------- environments
+@pytest.fixture
+def every_game_has_a_seed(monkeypatch):
+    """As if a seed cost ale_py nothing."""
+    monkeypatch.setattr(ppo, "RESEED", 0)
+
+
 GAMES = ["BreakoutNoFrameskip-v4", "ALE/Breakout-v5", "PongNoFrameskip-v4", "ALE/Pong-v5"]
 
 
@@ -759,7 +765,7 @@ class Games:
         return np.full(4, -2.0), np.zeros(4), np.array(terminations), np.zeros(4, bool), info
 
 
-def test_a_game_is_over_where_its_clock_turned_back():
+def test_a_game_is_over_where_its_clock_turned_back(every_game_has_a_seed):
     """And a termination without that is a lost life, after which the game goes on."""
     games = Games(([False] * 4, [100] * 4), ([True, True, False, False], [104, 7, 104, 104]))
     envs = ppo.Environments(games, seed=3)
@@ -773,7 +779,7 @@ def test_a_game_is_over_where_its_clock_turned_back():
     assert envs.numbers.tolist() == [1, 2, 1, 1] and len({*games.seeds[0], *games.seeds[1]}) == 5
 
 
-def test_atari_games_of_the_paper_go_on_after_a_lost_life():
+def test_atari_games_of_the_paper_go_on_after_a_lost_life(every_game_has_a_seed):
     envs, rng, infos = make_envs("BreakoutNoFrameskip-v4", 2), np.random.default_rng(0), []
     for name in ("reset", "step"):
         function = getattr(envs.envs, name)
@@ -823,7 +829,7 @@ def played(env_id: str, seed: int = 1, shift: int = 0, num_envs: int = 2, frames
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", *GAMES])
-def test_every_episode_has_a_seed_of_its_own_whatever_came_before(env_id):
+def test_every_episode_has_a_seed_of_its_own_whatever_came_before(env_id, every_game_has_a_seed):
     """It goes as (seed, environment, number) say, whenever it begins."""
     begins, seen = played(env_id)
     other_begins, other_seen = played(env_id, shift=1, num_envs=3, frames=400)
@@ -856,7 +862,7 @@ def test_the_last_observation_of_a_truncated_episode_is_not_that_after_the_reset
 
 
 @pytest.mark.parametrize("env_id", GAMES)
-def test_the_last_observation_of_a_truncated_game_is_that_of_a_game_that_goes_on(env_id):
+def test_the_last_observation_of_a_truncated_game_is_that_of_a_game_that_goes_on(env_id, every_game_has_a_seed):
     """But for ALE, which leaves the step's very last frame out where the game is over: some pixels of the fourth."""
     limited, twin = make_envs(env_id, 2, max_num_frames_per_episode=200), make_envs(env_id, 2)
     begin = limited.reset()
@@ -877,6 +883,29 @@ def test_the_last_observation_of_a_truncated_game_is_that_of_a_game_that_goes_on
 
 
 # -------------------------------------------------------------------------------------- environments come back
+@pytest.mark.parametrize("reseed", [300, 10_000])
+@pytest.mark.parametrize("env_id", GAMES)
+def test_games_since_the_last_seed_come_back_and_go_on_the_same(env_id, reseed, monkeypatch):
+    """Several games lie between two seeds, and the next ones too are as they would have been."""
+    monkeypatch.setattr(ppo, "RESEED", reseed)
+    args = ppo.parse_args(["--env-id", env_id, "--num-envs", "2", "--num-threads", "1"])
+    one, other = (ppo.Player(ppo.make_envs(args, 2, 7), args) for _ in range(2))
+    rng, games = np.random.default_rng(7), 0
+    for _ in range(4):
+        actions, rewards = rng.integers(0, 4, (225, 2, 1)), np.zeros((225, 2))
+        over = np.zeros((225, 2), dtype=bool)
+        for t in range(225):
+            one.obs, rewards[t], _, _, over[t], _ = one.envs.step(actions[t, :, 0])
+        games += len(one.episodes.collect(actions, rewards, over))
+    assert games and (one.envs.numbers > 1).any() == (reseed == 300)
+    other.load_state_dict(one.state_dict())
+    assert other.inexact == "" and (other.envs.numbers == one.envs.numbers).all()
+    assert other.episodes.begun == one.episodes.begun
+    for actions in rng.integers(0, 4, (250, 2)):
+        for mine, theirs in zip(one.envs.step(actions)[:5], other.envs.step(actions)[:5]):
+            assert np.array_equal(mine, theirs)
+
+
 @pytest.mark.parametrize(
     "env_id, num_steps",
     [("CartPole-v1", 100), ("Pendulum-v1", 90), ("HalfCheetah-v5", 400)]
