@@ -1482,7 +1482,7 @@ class Progress:
     """One line that renews itself on a terminal; a line every five seconds elsewhere."""
 
     def __init__(self) -> None:
-        self.terminal = sys.stdout.isatty()
+        self.terminal = bool(sys.stdout and sys.stdout.isatty())  # None where it was closed
         self.printed = 0.0
         self.open = False  # the line may be renewed
 
