@@ -110,9 +110,12 @@ def command_of(algo: str) -> tuple[tuple[str, ...], Path]:
 
 
 def keeps_contract(path: Path) -> bool:
-    """Whether a script may know the flags that every job has. Only its text is read: running it could do anything."""
+    """Whether a script may know the flags that every job has: as fields, or spelled out. Only its text is read."""
     text = path.read_text(errors="replace")
-    return all(re.search(rf"(?<![a-z]){flag}(?![a-z])", text) for flag in ("env[-_]id", "run[-_]name"))
+    return all(
+        re.search(rf"^\s+{one}_{two}\s*:|--{one}-{two}", text, re.MULTILINE)
+        for one, two in (("env", "id"), ("run", "name"))
+    )
 
 
 def as_flags(options: dict[str, Any]) -> tuple[str, ...]:
