@@ -86,7 +86,6 @@ from torch.utils.tensorboard.summary import hparams
 
 @dataclass
 class Args:
-    # Algorithm
     method: Literal["grpo", "dr_grpo", "dapo", "gspo", "gdpo"] = "grpo"  # whose defaults to take for the others
     seed: int = 1  # seed of weights, teacher, prompts and samples
     max_steps: int = 130  # iterations: sample a batch, then learn from it
@@ -479,8 +478,6 @@ def train(args: RunArgs) -> Path:
 
 
 # ==== The machine room: "shared" sections are the same text in every script that has them ====
-
-
 # ==== shared: language run flags ====
 SCRIPT = Path(globals().get("__file__", "notebook"))
 

@@ -428,8 +428,6 @@ def train(args: RunArgs) -> Path:
 
 
 # ==== The machine room: "shared" sections are the same text in every script that has them ====
-
-
 # ==== shared: run flags ====
 SCRIPT = Path(globals().get("__file__", "notebook"))
 
