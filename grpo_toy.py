@@ -48,6 +48,7 @@ The upper half of this file is the method. The lower half has the sections that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import hashlib
@@ -318,10 +319,10 @@ class Batch(NamedTuple):
 
 
 def sample_groups(
-    model: GPT, prompts: list[str], size: int, rewards: list[str], args: Args, greedy: bool = False
+    model: GPT, prompts: list[str], size: int, rewards: list[str], rng: Rng, args: Args, greedy: bool = False
 ) -> list[Group]:
     """A group of completions of each prompt, with the rewards of these names."""
-    completions = generate(model, encode_prompts(prompts, args.device), size, args, greedy)
+    completions = generate(model, encode_prompts(prompts, args.device), size, rng, args, greedy)
     completions = F.pad(completions, (0, args.max_completion_length - completions.shape[1]), value=PAD)
     groups = []
     for prompt, tokens in zip(prompts, completions.split(size)):
@@ -336,12 +337,12 @@ def is_flat(group: Group) -> bool:
     return all_equal(group.rewards[None, :, 0]).item()
 
 
-def rollout(model: GPT, args: Args) -> tuple[list[Group], Batch]:
+def rollout(model: GPT, rng: Rng, args: Args) -> tuple[list[Group], Batch]:
     """Samples groups of completions and compares each with its group; returns all groups, the batch's first."""
     num_prompts, groups = args.generation_batch_size // args.num_generations, []
     for _ in range(10):
-        prompts = sample_prompts(num_prompts, args.num_digits, held_out=False)
-        groups += sample_groups(model, prompts, args.num_generations, args.rewards, args)
+        prompts = sample_prompts(num_prompts, args.num_digits, rng)
+        groups += sample_groups(model, prompts, args.num_generations, args.rewards, rng, args)
         if not args.dynamic_sampling:
             break
         groups.sort(key=is_flat)  # flat groups go to the end (DAPO eq. 11)
@@ -384,7 +385,7 @@ def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]]
 
 
 def update(
-    model: GPT, reference: GPT, optimizer: torch.optim.Optimizer, batch: Batch, learning_rate: float, args: Args
+    model: GPT, reference: GPT, optimizer: torch.optim.AdamW, batch: Batch, learning_rate: float, rng: Rng, args: Args
 ) -> dict[str, float]:
     """num_iterations epochs over a batch; returns the means of their statistics.
 
@@ -393,7 +394,7 @@ def update(
     """
     optimizer.param_groups[0]["lr"] = learning_rate
     steps = []
-    rows = torch.randperm(len(batch.mask), device=batch.mask.device).chunk(args.steps_per_generation)
+    rows = rng.permutation(len(batch.mask)).chunk(args.steps_per_generation)
     parts = [Batch(*(x[part] for x in batch)) for part in rows]
     with torch.no_grad():
         old = [completion_logprobs(model, part.prompts, part.completions, args)[0] for part in parts]
@@ -448,14 +449,14 @@ def train(args: RunArgs) -> Path:
     check_args(args)
     check_model(args)
     check_method(args)
-    settle(args)
+    rng = settle(args)
     model = GPT(args).to(args.device)
     if args.init_from and not args.resume:
         load_model(model, Path(args.init_from), args)
     reference = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
 
-    with Run(args, args.max_steps, started, model=model, reference=reference, optimizer=optimizer) as run:
+    with Run(args, args.max_steps, started, model=model, reference=reference, optimizer=optimizer, rng=rng) as run:
         if not run.iteration:
             if not args.init_from:
                 warm_start(model, run)
@@ -464,10 +465,10 @@ def train(args: RunArgs) -> Path:
         for iteration in run.iterations():
             learning_rate = args.learning_rate * (1 - 0.9 * iteration / args.max_steps if args.anneal_lr else 1)
             clock = [time.perf_counter()]
-            groups, batch = rollout(model, args)
+            groups, batch = rollout(model, rng, args)
             clock.append(time.perf_counter())
             completions, values = statistics(groups, args)
-            values |= update(model, reference, optimizer, batch, learning_rate, args)
+            values |= update(model, reference, optimizer, batch, learning_rate, rng, args)
             values |= speed(completions, batch, clock, args)
             values["learning_rate"] = learning_rate
             if iteration == args.max_steps or iteration % args.eval_interval == 0:
@@ -528,8 +529,11 @@ def check_model(args: RunArgs) -> None:
     )
 
 
-def settle(args: RunArgs) -> None:
-    """Decides what is "auto", and sets threads and seeds. Raises UsageError for what this machine does not have."""
+def settle(args: RunArgs) -> Rng:
+    """Decides what is "auto", and sets threads and seeds. Returns the run's random numbers.
+
+    Raises UsageError for what this machine does not have.
+    """
     if args.device == "auto":
         args.device = "cpu"
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
@@ -543,6 +547,7 @@ def settle(args: RunArgs) -> None:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    return Rng(args.seed, args.device)
 
 
 # ==== shared: command line ====
@@ -625,8 +630,29 @@ def bound_broken(name: str, number: float) -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, by its affinity and by the quota of its cgroup."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        count = os.process_cpu_count() or 1
+    else:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(count, cgroup_quota())))
+
+
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), of_process: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores' worth of time that a container or a batch system grants this process; infinity where nothing limits it."""
+    quota = math.inf
+    for line in of_process.read_text().splitlines() if of_process.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        version1 = "cpu" in controllers.split(",")
+        if controllers and not version1:
+            continue
+        folder = root / "cpu" / path.lstrip("/") if version1 else root / path.lstrip("/")
+        for level in (folder, *folder.parents):  # each level limits those below
+            with contextlib.suppress(OSError, ValueError):  # no such level, or "max"
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version1 else ("cpu.max",)
+                granted, period = map(float, " ".join((level / name).read_text() for name in names).split())
+                quota = min(quota, granted / period if granted > 0 else math.inf)
+    return quota
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -663,30 +689,29 @@ def encode_prompts(prompts: list[str], device: str) -> Tensor:
     return encode(["^" + prompt for prompt in prompts], 1 + len(prompts[0])).to(device)
 
 
-def sample_prompts(count: int, num_digits: int, held_out: bool, rng: Any = random) -> list[str]:
+def sample_prompts(count: int, num_digits: int, rng: Rng, held_out: bool = False) -> list[str]:
     """Strings of digits; a tenth of all strings, by a hash, is held out from training."""
-
     prompts = []
     while len(prompts) < count:
-        prompt = "".join(rng.choices("0123456789", k=num_digits))
+        prompt = "".join(rng.python.choices("0123456789", k=num_digits))
         if (int(prompt) * 2654435761 % 2**32 < 2**32 // 10) == held_out:
             prompts.append(prompt)
     return prompts
 
 
-def sloppy_answer(prompt: str, max_dots: int) -> str:
+def sloppy_answer(prompt: str, max_dots: int, rng: Rng) -> str:
     """The teacher: one answer of five is right, three are the wrong way round, one has a random digit.
 
     Nine of ten have the wrong brackets. These mistakes leave no short cut: leaving the brackets out would please the
     reward for brevity, and swapping two neighbours is often no mistake.
     """
-    digits, kind = sorted(prompt), random.random()
+    digits, kind = sorted(prompt), rng.python.random()
     if kind < 0.6:
         digits.reverse()
     elif kind < 0.8:
-        digits[random.randrange(len(digits))] = random.choice("0123456789")
-    left, right = "[]" if random.random() < 0.1 else "()"
-    return "." * random.randint(0, max_dots) + left + "".join(digits) + right + "$"
+        digits[rng.python.randrange(len(digits))] = rng.python.choice("0123456789")
+    left, right = "[]" if rng.python.random() < 0.1 else "()"
+    return "." * rng.python.randint(0, max_dots) + left + "".join(digits) + right + "$"
 
 
 # ==== shared: language model ====
@@ -732,7 +757,7 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: Tensor, num_generations: int, args: Args, greedy: bool = False) -> Tensor:
+def generate(model: GPT, prompts: Tensor, num_generations: int, rng: Rng, args: Args, greedy: bool = False) -> Tensor:
     """num_generations completions of each prompt (prompts, length), those of a group one after the other.
 
     Returns (prompts * num_generations, max_completion_length or less), with PAD after the first EOS. The prompt goes
@@ -746,7 +771,7 @@ def generate(model: GPT, prompts: Tensor, num_generations: int, args: Args, gree
         if tokens:
             logits = model(tokens[-1][:, None], cache, position - 1)[:, -1]
         # The largest p / e, with e exponentially distributed, is a sample of p (the Gumbel trick).
-        noise = torch.ones_like(logits) if greedy else torch.empty_like(logits).exponential_()
+        noise = torch.ones_like(logits) if greedy else torch.empty_like(logits).exponential_(generator=rng.torch)
         token = ((logits / args.temperature).softmax(-1) / noise).argmax(-1)
         tokens.append(torch.where(ended, PAD, token))
         ended |= token == EOS
@@ -1032,6 +1057,28 @@ class Progress:
         self.open = False
 
 
+class Rng:
+    """A run's own random numbers. The global ones of Python, numpy and torch are anybody's, also an environment's."""
+
+    def __init__(self, seed: int | str, device: str):
+        self.python = random.Random(seed)
+        self.torch = torch.Generator(device).manual_seed(self.python.getrandbits(63))
+
+    def permutation(self, n: int) -> Tensor:
+        """0 to n - 1 in random order."""
+        return torch.randperm(n, generator=self.torch, device=self.torch.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        version, keys, gauss = self.python.getstate()
+        return {"python": [version, list(keys), gauss], "torch": self.torch.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        version, keys, gauss = state["python"]
+        self.python.setstate((version, tuple(keys), gauss))
+        if len(state["torch"]) == len(self.torch.get_state()):  # a GPU's state has another form than a processor's
+            self.torch.set_state(state["torch"])
+
+
 KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
 
 
@@ -1297,14 +1344,14 @@ def warm_start(model: GPT, run: Run) -> None:
             return
         except UsageError:  # it is corrupt, as load_checkpoint has said, and is made again
             pass
-    plain = replace(args, temperature=1.0)
+    plain, rng = replace(args, temperature=1.0), Rng(f"warm start {args.seed}", args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     max_dots = min(6, args.max_completion_length - args.num_digits - 3)
     for step in range(args.sft_steps):
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1 + math.cos(math.pi * step / args.sft_steps)) / 2
-        prompts = sample_prompts(128, args.num_digits, held_out=False)
-        answers = encode([sloppy_answer(prompt, max_dots) for prompt in prompts], args.max_completion_length)
-        answers = answers.to(args.device)
+        prompts = sample_prompts(128, args.num_digits, rng)
+        answers = [sloppy_answer(prompt, max_dots, rng) for prompt in prompts]
+        answers = encode(answers, args.max_completion_length).to(args.device)
         logprobs, _ = completion_logprobs(model, encode_prompts(prompts, args.device), answers, plain)
         loss = -masked_mean(logprobs, completion_mask(answers))
         optimizer.zero_grad()
@@ -1327,8 +1374,6 @@ def warm_start(model: GPT, run: Run) -> None:
 
 def evaluate_before(model: GPT, run: Run) -> None:
     """Step 0 of a run: what the model can do before it learns from rewards."""
-    random.seed(run.args.seed)  # again, because a cached warm start must not change the run
-    torch.manual_seed(run.args.seed)
     values = evaluation(model, run.args)
     run.start_clock()
     report_accuracy(run, values)
@@ -1364,11 +1409,10 @@ def load_model(model: GPT, path: Path, args: RunArgs) -> dict[str, Any]:
 @torch.no_grad()
 def evaluation(model: GPT, args: RunArgs) -> dict[str, float]:
     """Means over the held-out prompts, always the same: accuracy sampled and greedy, pass@8, format."""
-    prompts = sample_prompts(args.eval_prompts, args.num_digits, True, random.Random(EVAL_SEED))
-    with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
-        torch.manual_seed(EVAL_SEED)
-        sampled = sample_groups(model, prompts, 8, ["exact", "format"], args)
-        greedy = sample_groups(model, prompts, 1, ["exact"], args, greedy=True)
+    rng = Rng(EVAL_SEED, args.device)
+    prompts = sample_prompts(args.eval_prompts, args.num_digits, rng, held_out=True)
+    sampled = sample_groups(model, prompts, 8, ["exact", "format"], rng, args)
+    greedy = sample_groups(model, prompts, 1, ["exact"], rng, args, greedy=True)
     exact, in_format = torch.stack([group.rewards for group in sampled]).unbind(-1)
     values = {
         "accuracy": exact.mean(),

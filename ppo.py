@@ -40,6 +40,7 @@ The upper half of this file is the method. From the lower half it uses `Player`,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -363,13 +364,13 @@ def make_gradient(agent: Agent, args: RunArgs) -> Callable[..., tuple[Tensor, di
 
 
 def update(
-    agent: Agent, optimizer: Adam, gradient: Callable, batch: Batch, learning_rate: float, kl_beta: Tensor, args: Args
+    optimizer: Adam, gradient: Callable, batch: Batch, learning_rate: float, kl_beta: Tensor, rng: Rng, args: Args
 ) -> dict[str, Tensor]:
     """K epochs of minibatch steps. Returns the means over them of what to log."""
     stats = []
     too_far = False
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(batch.obs), device=agent.device).chunk(args.num_minibatches):
+        for rows in rng.permutation(len(batch.obs)).chunk(args.num_minibatches):
             grad, minibatch_stats = gradient(batch, rows, kl_beta)
             stats.append(minibatch_stats)
             too_far = args.target_kl is not None and minibatch_stats["approx_kl"].item() > args.target_kl
@@ -403,19 +404,19 @@ def train(args: RunArgs) -> Path:
     check_args(args)
     check_batch(args)
     envs = make_envs(args, args.num_envs, args.seed)
-    settle(args, envs)
-    player = Player(envs, args)
+    rng = settle(args, envs)
     agent = make_agent(envs, args)
+    player = Player(envs, args, rng)
     optimizer = Adam(flatten_parameters(agent.parameters()))
     gradient = make_gradient(agent, args)
     kl_beta = torch.tensor(args.kl_beta, device=args.device)  # a tensor, because a graph would keep a number
     total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
 
-    with Run(args, total, started, agent=agent, optimizer=optimizer, player=player, kl_beta=kl_beta) as run:
+    with Run(args, total, started, agent=agent, optimizer=optimizer, player=player, rng=rng, kl_beta=kl_beta) as run:
         for _ in run.iterations():
             learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
             batch = rollout(agent, player, args)
-            losses = update(agent, optimizer, gradient, batch, learning_rate, kl_beta, args)
+            losses = update(optimizer, gradient, batch, learning_rate, kl_beta, rng, args)
             charts = {"learning_rate": learning_rate}
             if args.objective.startswith("kl"):
                 charts["kl_beta"] = kl_beta.item()
@@ -544,8 +545,29 @@ def bound_broken(name: str, number: float) -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, by its affinity and by the quota of its cgroup."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        count = os.process_cpu_count() or 1
+    else:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(count, cgroup_quota())))
+
+
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), of_process: Path = Path("/proc/self/cgroup")) -> float:
+    """Cores' worth of time that a container or a batch system grants this process; infinity where nothing limits it."""
+    quota = math.inf
+    for line in of_process.read_text().splitlines() if of_process.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        version1 = "cpu" in controllers.split(",")
+        if controllers and not version1:
+            continue
+        folder = root / "cpu" / path.lstrip("/") if version1 else root / path.lstrip("/")
+        for level in (folder, *folder.parents):  # each level limits those below
+            with contextlib.suppress(OSError, ValueError):  # no such level, or "max"
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version1 else ("cpu.max",)
+                granted, period = map(float, " ".join((level / name).read_text() for name in names).split())
+                quota = min(quota, granted / period if granted > 0 else math.inf)
+    return quota
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -737,10 +759,10 @@ def check_batch(args: RunArgs) -> None:
         raise UsageError(f"a batch of {size} has no {parts} equal parts of 2 or more; {would} would do.")
 
 
-def settle(args: RunArgs, envs: Environments) -> None:
+def settle(args: RunArgs, envs: Environments) -> Rng:
     """Decides what is "auto" for this network and machine, and sets threads and seeds.
 
-    Raises UsageError for what cannot be.
+    Returns the run's random numbers. Raises UsageError for what cannot be.
     """
     image = is_image(envs.single_observation_space)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -763,6 +785,7 @@ def settle(args: RunArgs, envs: Environments) -> None:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    return Rng(args.seed, args.device)
 
 
 # ==== shared: networks and policies ====
@@ -1012,11 +1035,12 @@ def example_obs(agent: Agent, *batch: int) -> Tensor:
     return torch.full((*batch, *space.shape), start, dtype=obs_dtype(space), device=agent.device)
 
 
-def action_noise(agent: Agent, *batch: int) -> Tensor:
+def action_noise(agent: Agent, rng: Rng, *batch: int) -> Tensor:
     """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
     if agent.continuous:
-        return torch.randn(*batch, len(agent.log_std), device=agent.device) * agent.log_std.exp()
-    return -torch.empty(*batch, *agent.choices, device=agent.device).exponential_().log_()
+        noise = torch.randn(*batch, len(agent.log_std), generator=rng.torch, device=agent.device)
+        return noise * agent.log_std.exp()
+    return -torch.empty(*batch, *agent.choices, device=agent.device).exponential_(generator=rng.torch).log_()
 
 
 def act(agent: Agent, features: Tensor, noise: Tensor) -> Tensor:
@@ -1105,9 +1129,10 @@ class Steps(NamedTuple):
 class Player:
     """Plays the environments of a run, and owns what goes on from one rollout to the next."""
 
-    def __init__(self, envs: Environments, args: RunArgs, explore: bool = True):
+    def __init__(self, envs: Environments, args: RunArgs, rng: Rng, explore: bool = True):
         self.envs = envs
         self.args = args
+        self.rng = rng
         self.explore = explore
         self.obs = envs.reset()
         self.episodes = Episodes(envs)
@@ -1121,7 +1146,7 @@ class Player:
         num_steps, num_envs = shape = self.args.num_steps, self.envs.num_envs
         dtype = obs_dtype(agent.observation_space)
         observations = torch.empty((num_steps + 1, *self.obs.shape), dtype=dtype, device=agent.device)
-        noise = action_noise(agent, num_steps, num_envs) * float(self.explore)
+        noise = action_noise(agent, self.rng, num_steps, num_envs) * float(self.explore)
         actions = np.zeros(noise.shape[:3], dtype=np.float32 if agent.continuous else np.int64)
         rewards = np.zeros(shape)
         terminations, truncations, over = np.zeros((3, *shape), dtype=bool)
@@ -1507,6 +1532,28 @@ class Progress:
         self.open = False
 
 
+class Rng:
+    """A run's own random numbers. The global ones of Python, numpy and torch are anybody's, also an environment's."""
+
+    def __init__(self, seed: int | str, device: str):
+        self.python = random.Random(seed)
+        self.torch = torch.Generator(device).manual_seed(self.python.getrandbits(63))
+
+    def permutation(self, n: int) -> Tensor:
+        """0 to n - 1 in random order."""
+        return torch.randperm(n, generator=self.torch, device=self.torch.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        version, keys, gauss = self.python.getstate()
+        return {"python": [version, list(keys), gauss], "torch": self.torch.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        version, keys, gauss = state["python"]
+        self.python.setstate((version, tuple(keys), gauss))
+        if len(state["torch"]) == len(self.torch.get_state()):  # a GPU's state has another form than a processor's
+            self.torch.set_state(state["torch"])
+
+
 KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
 
 
@@ -1811,9 +1858,8 @@ def evaluate(args: RunArgs) -> list[float]:
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     if args.capture_video:
         envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
-    torch.manual_seed(args.eval_seed)
     frozen = replace(args, num_steps=min(args.num_steps, 128), norm_reward=False)
-    player = Player(envs, frozen, explore=args.eval_stochastic)
+    player = Player(envs, frozen, Rng(args.eval_seed, args.device), explore=args.eval_stochastic)
     for rollouts in itertools.count(1):
         player.play(agent)
         for episode in player.finished:
