@@ -620,7 +620,7 @@ def bound_broken(name: str, number: float) -> str:
     """What an argument must be and is not, or ""."""
     if not math.isfinite(number):
         return "a finite number"
-    if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
+    if name in (*POSITIVE, "eval_episodes", "eval_max_steps", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
         return "at most 1"
