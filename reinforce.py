@@ -578,7 +578,7 @@ def one_line(error: BaseException) -> str:
 def environment_family(env_id: str) -> str:
     """The row of FAMILIES for a registered id. Raises UsageError, with the near miss, for any other."""
     module, _, name = env_id.rpartition(":")
-    flag = f"--env-id {env_id if env_id.isprintable() else repr(env_id)}"
+    flag = f"--env-id {env_id if env_id and env_id.isprintable() else repr(env_id)}"
     if module.startswith("."):
         raise UsageError(f"{flag} begins with a relative name; name a module from the top, as in package:Env-v0.")
     try:
@@ -630,7 +630,7 @@ NEXT = {"first reset": "first step", "first step": "first end of an episode", "f
 def broken_promise(space: gym.Space, result: Any, names: tuple[str, ...]) -> str:
     """What an environment returned, and what its API or its observation space promises instead; "" if it kept that."""
     if not isinstance(result, tuple) or len(result) != len(names):
-        return f"{described(result)} instead of ({', '.join(names)})"
+        return f"{described(result)}, not ({', '.join(names)})"
     for name, x in zip(names, result):
         if name == "observation":
             kept, promise = fits(space, x), f"{brief(space)} of {space.dtype}"
@@ -641,7 +641,7 @@ def broken_promise(space: gym.Space, result: Any, names: tuple[str, ...]) -> str
             if name != "reward":
                 kept, promise = kept and x in (0, 1), "True or False"
         if not kept:
-            return f"as {name} {described(x)} instead of {promise}"
+            return f"{described(x)} as {name}, not {promise}"
     return ""
 
 
@@ -669,7 +669,7 @@ def array_of(x: Any) -> np.ndarray:
 def described(x: Any) -> str:
     """What something is, in a few words."""
     if isinstance(x, np.ndarray) and x.shape:
-        values = f", from {x.min()} to {x.max()}" if x.size and x.dtype.kind in "biuf" else ""
+        values = f" from {x.min()} to {x.max()}" if x.size and x.dtype.kind in "biuf" else ""
         return f"an array {x.shape} of {x.dtype}{values}"
     if isinstance(x, (tuple, list, dict)):
         return f"a {type(x).__name__} of {len(x)}"
@@ -726,7 +726,7 @@ class SyncEnvs:
         if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3:
             return frame
         promise = "an array (height, width, 3) of uint8"
-        raise Failed(f"environment 0 of {self.env_id} rendered {described(frame)} instead of {promise}", "failed")
+        raise Failed(f"environment 0 of {self.env_id} rendered {described(frame)}, not {promise}", "failed")
 
     def check(self, n: int, result: Any, names: tuple[str, ...]) -> None:
         """Raises Failed for a broken promise, if this is the next moment of environment n to look."""
@@ -736,7 +736,7 @@ class SyncEnvs:
         if moment in ("", "first end of an episode") and not (moment and (result[2] or result[3])):
             return
         if broken := broken_promise(self.single_observation_space, result, names):
-            raise Failed(f"environment {n} of {self.env_id} returned {broken} at its {moment}", "failed")
+            raise Failed(f"environment {n} of {self.env_id} returned at its {moment} {broken}", "failed")
         self.unchecked[n] = NEXT.get(moment)
         if not self.unchecked[n]:
             del self.unchecked[n]
@@ -937,7 +937,7 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
     if args.scale_actions == "auto":
         args.scale_actions = "on" if is_far(envs.single_action_space) else "off"
     if args.scale_actions == "on":
-        if not is_bounded(envs.single_action_space):
+        if not bounded(envs.single_action_space).any():
             raise UsageError(
                 f"--scale-actions on: the actions of {args.env_id} have no bounds; use --scale-actions off."
             )
@@ -1260,16 +1260,17 @@ def to_env(space: gym.Space, actions: np.ndarray, scale: tuple[np.ndarray, np.nd
     return actions.astype(space.dtype, copy=False)
 
 
-def is_bounded(space: gym.Space) -> bool:
-    """Whether it is a box of which an action has a lower and an upper bound."""
-    return isinstance(space, gym.spaces.Box) and bool((np.maximum(-space.low, space.high) < UNBOUNDED).any())
+def bounded(space: gym.Space) -> np.ndarray:
+    """Where a box has a lower and an upper bound; False for other spaces."""
+    if not isinstance(space, gym.spaces.Box):
+        return np.zeros(1, dtype=bool)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return np.maximum(-low, high) < UNBOUNDED
 
 
 def middle_and_half(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     """Middle and half width of a box where it has both bounds, 0 and 1 where it has not."""
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    bounded = np.maximum(-low, high) < UNBOUNDED
-    low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+    low, high = (np.where(bounded(space), x.astype(np.float64), y) for x, y in ((space.low, -1), (space.high, 1)))
     return (low + high) / 2, (high - low) / 2
 
 
@@ -1279,7 +1280,7 @@ def is_far(space: gym.Space) -> bool:
     That is so where it seldom comes near a bound, where it is always clipped to both, and where it does not meet the
     box at all. Classic control, MuJoCo and Box2D are not far.
     """
-    if not is_bounded(space):
+    if not bounded(space).any():
         return False
     middle, half = middle_and_half(space)
     wide, narrow, elsewhere = abs(middle) + half > 5, (half > 0) & (half < 0.1), abs(middle) > half + 1
@@ -1296,10 +1297,8 @@ def understood(agent: Agent, envs: Environments) -> list[str]:
     scaled = ", scaled to it" if envs.scale else ""
     lines = [f"observes {brief(space)} as {reads}, acts in {brief(actions)}{scaled}"]
     if not agent.image and sum(size >= 16 for size in space.shape) >= 2:
-        line = (
-            "warning: an MLP is not known to learn from pixels, and the CNN takes images of three dimensions only, two"
-        )
-        lines.append(f"{line} of them of 36 or more, as uint8.")
+        takes = "the CNN takes uint8 in three dimensions, two of them 36 or more"
+        lines.append(f"warning: an MLP is not known to learn from pixels; {takes}.")
     if is_far(actions) and not envs.scale:
         bounds = f"{actions.low.min():g} to {actions.high.max():g}"
         lines.append(f"warning: actions from {bounds} are not known to learn unscaled; use --scale-actions on.")
