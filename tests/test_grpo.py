@@ -687,7 +687,7 @@ def test_a_group_holds_the_completions_and_rewards_of_its_own_prompt(monkeypatch
     monkeypatch.setattr(grpo_toy, "reward_number", lambda prompt, completion, args: int(prompt), raising=False)
     monkeypatch.setattr(grpo_toy, "reward_size", lambda prompt, completion, args: len(completion), raising=False)
     args, prompts = settings(), ["07", "70", "35"]
-    groups = grpo_toy.sample_groups(small_model(args), prompts, 5, ["number", "size"], args)
+    groups = grpo_toy.sample_groups(small_model(args), prompts, 5, ["number", "size"], dice(), args)
     assert [group.prompt for group in groups] == prompts
     for group in groups:
         assert group.rewards.tolist() == [[int(group.prompt), len(text)] for text in group.texts]

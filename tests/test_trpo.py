@@ -107,6 +107,7 @@ class Small:
 
     def __init__(self, action_space: gym.Space, *flags: str):
         self.args = trpo.parse_args([*SETTING, *flags])
+        self.rng = trpo.Rng(0, "cpu")
         self.agent = trpo.Agent(SIX_NUMBERS, action_space, self.args, share_body=False)
         outputs = self.agent.actor.last.out_features
         self.agent.actor = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, outputs))
@@ -122,7 +123,7 @@ class Small:
         self.batch = trpo.Batch(self.features, actions, logprobs, advantages, *2 * [advantages], policy)
 
     def update_policy(self) -> dict[str, float]:
-        return trpo.update_policy(self.agent, self.theta, self.features, self.batch, trpo.Rng(0, "cpu"), self.args)
+        return trpo.update_policy(self.agent, self.theta, self.features, self.batch, self.rng, self.args)
 
     def at(self, theta: torch.Tensor) -> list[torch.distributions.Distribution]:
         """The policy of a parameter vector, by torch alone and differentiable in the vector."""
