@@ -63,6 +63,7 @@ import platform
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -415,32 +416,6 @@ def update(
     return values
 
 
-def check_method(args: Args) -> None:
-    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
-    batch, used = args.generation_batch_size, args.rewards
-    unit = math.lcm(args.num_generations, args.steps_per_generation)
-    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
-    refuse(
-        batch % unit,
-        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
-        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
-    )
-    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
-    for name in used:
-        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
-        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
-    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
-    args.reward_weights = args.reward_weights or [1.0] * len(used)
-    count = len(args.reward_weights)
-    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
-    for easy, hard, _ in map(parse_condition, args.condition):
-        unused = [name for name in (easy, hard) if name not in used]
-        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
-        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
-    too_long = args.overlong_buffer > args.max_completion_length
-    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
-
-
 def train(args: RunArgs) -> Path:
     """Trains for max_steps iterations, or goes on with the run args.resume. Returns the run directory.
 
@@ -480,6 +455,33 @@ def train(args: RunArgs) -> Path:
 
 
 # ==== The machine room: "shared" sections are the same text in every script that has them ====
+# ==== checks ====
+def check_method(args: Args) -> None:
+    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
+    batch, used = args.generation_batch_size, args.rewards
+    unit = math.lcm(args.num_generations, args.steps_per_generation)
+    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
+    refuse(
+        batch % unit,
+        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
+        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
+    )
+    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
+    for name in used:
+        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
+        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
+    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
+    args.reward_weights = args.reward_weights or [1.0] * len(used)
+    count = len(args.reward_weights)
+    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
+    for easy, hard, _ in map(parse_condition, args.condition):
+        unused = [name for name in (easy, hard) if name not in used]
+        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
+        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
+    too_long = args.overlong_buffer > args.max_completion_length
+    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
+
+
 # ==== shared: language run flags ====
 SCRIPT = Path(globals().get("__file__", "notebook"))
 
@@ -656,7 +658,9 @@ def check_args(args: RunArgs) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
     if args.num_threads > cores():
         if not args.resume and not args.evaluate:
-            raise UsageError(f"--num-threads is {args.num_threads}, but this process may use {cores()} cores.")
+            raise UsageError(
+                f"--num-threads is {args.num_threads}, but this process may use {cores()} cores; ask for fewer."
+            )
         args.num_threads = 0  # the run was made on a larger machine
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
@@ -735,10 +739,19 @@ def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int
 
 
 def say(line: str, end: str = "\n") -> None:
-    """Prints. A reader that has gone away must not end the run."""
+    """Prints. A reader that is gone, full or stalled must neither end the run nor hold it up."""
     try:
-        print(line, end=end, flush=True)
-    except OSError:
+        ready = select.select([], [sys.stdout], [], 0)[1]
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, as in a notebook
+        ready = True
+    try:
+        if ready:
+            print(line, end=end, flush=True)
+    except UnicodeEncodeError:
+        print(ascii(line)[1:-1], end=end, flush=True)
+    except BlockingIOError:
+        pass
+    except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")
 
 
@@ -1112,7 +1125,7 @@ class Progress:
     """One line that renews itself on a terminal; a line every five seconds elsewhere."""
 
     def __init__(self) -> None:
-        self.terminal = bool(sys.stdout and sys.stdout.isatty())  # None where it was closed
+        self.terminal = bool(sys.stdout and not sys.stdout.closed and sys.stdout.isatty())  # None after >&-
         self.printed = 0.0
         self.open = False  # the line may be renewed
 

@@ -53,6 +53,7 @@ import os
 import platform
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -557,7 +558,9 @@ def check_args(args: RunArgs) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
     if args.num_threads > cores():
         if not args.resume and not args.evaluate:
-            raise UsageError(f"--num-threads is {args.num_threads}, but this process may use {cores()} cores.")
+            raise UsageError(
+                f"--num-threads is {args.num_threads}, but this process may use {cores()} cores; ask for fewer."
+            )
         args.num_threads = 0  # the run was made on a larger machine
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
@@ -636,10 +639,19 @@ def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int
 
 
 def say(line: str, end: str = "\n") -> None:
-    """Prints. A reader that has gone away must not end the run."""
+    """Prints. A reader that is gone, full or stalled must neither end the run nor hold it up."""
     try:
-        print(line, end=end, flush=True)
-    except OSError:
+        ready = select.select([], [sys.stdout], [], 0)[1]
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, as in a notebook
+        ready = True
+    try:
+        if ready:
+            print(line, end=end, flush=True)
+    except UnicodeEncodeError:
+        print(ascii(line)[1:-1], end=end, flush=True)
+    except BlockingIOError:
+        pass
+    except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")
 
 
@@ -1834,7 +1846,7 @@ class Progress:
     """One line that renews itself on a terminal; a line every five seconds elsewhere."""
 
     def __init__(self) -> None:
-        self.terminal = bool(sys.stdout and sys.stdout.isatty())  # None where it was closed
+        self.terminal = bool(sys.stdout and not sys.stdout.closed and sys.stdout.isatty())  # None after >&-
         self.printed = 0.0
         self.open = False  # the line may be renewed
 

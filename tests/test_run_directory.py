@@ -831,7 +831,9 @@ def test_two_newest_checkpoints_and_the_best_are_kept(here):
     assert best["iteration"] == max(scores, key=scores.get) and best["best"] == pytest.approx(max(scores.values()))
 
 
-CHECKPOINT = "agent optimizer player kl_beta iteration global_step last_returns best notes wall_time csv_bytes total"
+CHECKPOINT = (
+    "agent optimizer player rng kl_beta iteration global_step last_returns best notes wall_time csv_bytes total"
+)
 CHECKPOINT += " gathered episodes conditions torch_rng cuda_rng numpy_rng python_rng"
 
 
