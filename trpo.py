@@ -738,7 +738,10 @@ def what_happened(error: BaseException) -> str:
     place = error.__traceback__
     while place.tb_next:
         place = place.tb_next
-    text = f"{type(error).__name__}: {one_line(error)[:300]}".removesuffix(": ")
+    try:
+        text = f"{type(error).__name__}: {one_line(error)[:300]}".removesuffix(": ")
+    except Exception:  # of an error that has no text
+        text = type(error).__name__
     return f"{text} ({place.tb_frame.f_code.co_filename}:{place.tb_lineno})"
 
 
@@ -755,7 +758,7 @@ NEXT = {"first reset": "first step", "first step": "first end of an episode", "f
 
 def broken_promise(space: gym.Space, result: Any, names: tuple[str, ...]) -> str:
     """What an environment returned, and what its API or its observation space promises instead; "" if it kept that."""
-    if not isinstance(result, tuple) or len(result) != len(names):
+    if not isinstance(result, (tuple, list)) or len(result) != len(names):
         return f"{described(result)}, not ({', '.join(names)})"
     for name, x in zip(names, result):
         if name == "observation":
@@ -827,7 +830,7 @@ class SyncEnvs:
                     self.check(n, result, RESET)
                 self.obs[n], _ = result
             except BaseException as error:
-                raise self.failure(n, error) from error
+                raise self.failure(n, error, RESET) from error
         return self.obs, {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -840,7 +843,7 @@ class SyncEnvs:
                     self.check(n, result, STEP)
                 self.obs[n], rewards[n], terminations[n], truncations[n], _ = result
             except BaseException as error:
-                raise self.failure(n, error) from error
+                raise self.failure(n, error, STEP) from error
         return self.obs, rewards, terminations, truncations, {}
 
     def picture(self) -> np.ndarray:
@@ -848,7 +851,7 @@ class SyncEnvs:
         try:
             frame = self.envs[0].render()
         except BaseException as error:
-            raise self.failure(0, error) from error
+            raise self.failure(0, error, ()) from error
         if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3:
             return frame
         promise = "an array (height, width, 3) of uint8"
@@ -867,11 +870,14 @@ class SyncEnvs:
         if not self.unchecked[n]:
             del self.unchecked[n]
 
-    def failure(self, n: int, error: BaseException) -> BaseException:
+    def failure(self, n: int, error: BaseException, names: tuple[str, ...]) -> BaseException:
         """What to raise where environment n raised an error: one sentence, but a signal as it is."""
         if isinstance(error, (Failed, Stopped, KeyboardInterrupt)):
             return error
-        return Failed(f"environment {n} of {self.env_id} raised {what_happened(error)}", "failed")
+        what = what_happened(error)
+        if "unpack" in what:  # gymnasium's wrappers take apart what comes, and fail before it is looked at here
+            what += f"; what must be returned is ({', '.join(names)})"
+        return Failed(f"environment {n} of {self.env_id} raised {what}", "failed")
 
     def close(self) -> None:
         if not self.closed:
@@ -1064,9 +1070,7 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
         args.scale_actions = "on" if is_far(envs.single_action_space) else "off"
     if args.scale_actions == "on":
         if not bounded(envs.single_action_space).any():
-            raise UsageError(
-                f"--scale-actions on: the actions of {args.env_id} have no bounds; use --scale-actions off."
-            )
+            raise UsageError(f"--scale-actions on: the actions of {args.env_id} have no bounds to scale to; use off.")
         envs.scale = middle_and_half(envs.single_action_space)
     space = envs.single_observation_space
     row = math.prod(space.shape) * space.dtype.itemsize + 2048 * image + 100  # an observation, its features, the rest

@@ -513,6 +513,7 @@ KEPT = {
     "a reward in an array without axes": ("step", changed(1, np.array(1)), {}),
     "a reward of torch's": ("step", changed(1, torch.tensor(1.0)), {}),
     "a reward that is true": ("step", changed(1, True), {}),
+    "a list instead of a tuple": ("step", lambda *result: [*result], {}),
     "flags of numpy's": ("step", changed(2, np.bool_(False)), {}),
     "flags that are numbers": ("end", changed(2, 1), {}),
 }
@@ -529,6 +530,31 @@ def test_an_environment_that_raises_is_named_with_type_text_and_place(odd, capsy
     assert start(odd(broken=("step", 1))) == 1
     said = "in step 7 of the rollout environment 1 of Strange0-v0 raised ValueError: the gripper broke ("
     assert f"error: iteration 2: {said}{__file__}:" in one_sentence(capsys)
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+    "error, said", [(SystemExit(0), "SystemExit: 0"), (Silent(), "Silent"), (GeneratorExit(), "G")]
+)
+def test_whatever_an_environment_raises_is_a_failure(error, said, odd, capsys):
+    def fail(*result):
+        raise error
+
+    assert start(odd(reply={"step": fail})) == 1
+    assert f"in step 0 of the rollout environment 1 of Strange0-v0 raised {said}" in one_sentence(capsys)
+
+
+def test_the_old_api_under_a_wrapper_of_gymnasium_is_told_what_must_be_returned(odd, capsys):
+    env_id = odd(reply={"step": (np.zeros(3), 1.0, False, {})})
+    gym.registry[env_id].max_episode_steps = 50
+    assert start(env_id) == 1
+    err = one_sentence(capsys)
+    assert "environment 1 of Strange0-v0 raised ValueError: not enough values to unpack (expected 5, got 4) (" in err
+    assert "; what must be returned is (observation, reward, terminated, truncated, info); the last good" in err
 
 
 def test_a_constructor_that_raises_is_named_with_type_text_and_place(odd, capsys):
