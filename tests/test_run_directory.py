@@ -166,7 +166,7 @@ def assert_same_run(a, b):
     """Same weights, normalisers, optimizer, random states, best checkpoint, episodes and progress."""
     for file in ("best.pt", max(checkpoints(a))):
         one, other = (torch.load(run / "checkpoints" / file, weights_only=True) for run in (a, b))
-        for key in one.keys() - {"wall_time", "csv_bytes"}:  # the clock's digits also count in the length of a csv file
+        for key in one.keys() - {"wall_time", "csv"}:  # the clock's digits also count in the length of a csv file
             assert same(one[key], other[key]), (file, key)
     assert len(timeless(a, "episodes")) > 1
     assert timeless(a, "episodes") == timeless(b, "episodes")
@@ -825,7 +825,7 @@ def test_two_newest_checkpoints_and_the_best_are_kept(here):
     assert best["iteration"] == max(scores, key=scores.get) and best["best"] == pytest.approx(max(scores.values()))
 
 
-CHECKPOINT = "agent optimizer player kl_beta iteration global_step last_returns best notes wall_time csv_bytes total"
+CHECKPOINT = "agent optimizer player kl_beta iteration global_step last_returns best notes wall_time csv total"
 CHECKPOINT += " gathered episodes conditions torch_rng cuda_rng numpy_rng python_rng"
 
 
@@ -835,7 +835,7 @@ def test_checkpoint_holds_all_that_a_run_is(here):
     assert set(state) == set(CHECKPOINT.split())
     assert (state["iteration"], state["global_step"], state["total"]) == (2, 2 * BATCH, 2 * BATCH)
     sizes = {name: (run / f"{name}.csv").stat().st_size for name in ("episodes", "progress")}
-    assert state["csv_bytes"] == sizes and set(state["player"]) == {"obs", "discounted", "episodes"}
+    assert state["csv"] == sizes and set(state["player"]) == {"obs", "discounted", "episodes"}
 
 
 @pytest.mark.parametrize("iterations", [7, 20, 50])
