@@ -1594,7 +1594,7 @@ class TensorBoard:
     """A file of TensorBoard, written without the thread of its own writer, which prints a traceback on a full disk."""
 
     def __init__(self, path: Path, goes_on_from: int | None = None):
-        name = f"events.out.tfevents.{time.time():010.0f}.{platform.node()}.{os.getpid()}.{os.urandom(4).hex()}"
+        name = f"events.out.tfevents.{int(time.time()):010}.{platform.node()}.{os.getpid()}.{os.urandom(4).hex()}"
         self.file = open(path / name, "xb")
         self.records = RecordWriter(self.file)
         self.add(0, file_version="brain.Event:2")
@@ -2121,7 +2121,8 @@ def load_checkpoint(path: Path, use: Callable[[dict[str, Any]], Any] = bool) -> 
         except (UsageError, Failed):
             raise
         except Exception as error:
-            problem = f"is not a checkpoint of this run ({one_line(error)[:200] or type(error).__name__})"
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            problem = f"is not a checkpoint of this run ({kind}{one_line(error)[:200]})"
         if path.is_file():
             raise UsageError(f"{shown(file)} {problem}.")
         warn(f"{shown(file)} {problem}, so it is left out.")
