@@ -51,6 +51,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -62,6 +63,7 @@ import platform
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -414,32 +416,6 @@ def update(
     return values
 
 
-def check_method(args: Args) -> None:
-    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
-    batch, used = args.generation_batch_size, args.rewards
-    unit = math.lcm(args.num_generations, args.steps_per_generation)
-    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
-    refuse(
-        batch % unit,
-        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
-        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
-    )
-    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
-    for name in used:
-        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
-        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
-    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
-    args.reward_weights = args.reward_weights or [1.0] * len(used)
-    count = len(args.reward_weights)
-    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
-    for easy, hard, _ in map(parse_condition, args.condition):
-        unused = [name for name in (easy, hard) if name not in used]
-        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
-        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
-    too_long = args.overlong_buffer > args.max_completion_length
-    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
-
-
 def train(args: RunArgs) -> Path:
     """Trains for max_steps iterations, or goes on with the run args.resume. Returns the run directory.
 
@@ -479,6 +455,33 @@ def train(args: RunArgs) -> Path:
 
 
 # ==== The machine room: "shared" sections are the same text in every script that has them ====
+# ==== checks ====
+def check_method(args: Args) -> None:
+    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
+    batch, used = args.generation_batch_size, args.rewards
+    unit = math.lcm(args.num_generations, args.steps_per_generation)
+    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
+    refuse(
+        batch % unit,
+        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
+        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
+    )
+    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
+    for name in used:
+        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
+        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
+    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
+    args.reward_weights = args.reward_weights or [1.0] * len(used)
+    count = len(args.reward_weights)
+    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
+    for easy, hard, _ in map(parse_condition, args.condition):
+        unused = [name for name in (easy, hard) if name not in used]
+        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
+        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
+    too_long = args.overlong_buffer > args.max_completion_length
+    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
+
+
 # ==== shared: language run flags ====
 SCRIPT = Path(os.path.abspath(globals().get("__file__", "notebook")))
 
@@ -520,6 +523,7 @@ def refuse(wrong: Any, message: str) -> None:
 def check_model(args: RunArgs) -> None:
     """Raises UsageError for a model or a name that cannot be."""
     shortest = args.num_digits + 3
+    refuse(args.num_digits > 1000, f"--num-digits is {args.num_digits}, but must be at most 1,000.")
     refuse(args.n_embd % args.n_head, f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}.")
     refuse(args.run_name in (".", "..", "warm_starts"), f"--run-name {args.run_name} is taken; choose another.")
     refuse(
@@ -527,6 +531,23 @@ def check_model(args: RunArgs) -> None:
         f"--max-completion-length {args.max_completion_length} is too short for {args.num_digits} digits, two brackets"
         f" and an end; ask for {shortest} or more.",
     )
+    check_sizes(args)
+
+
+def check_sizes(args: RunArgs) -> None:
+    """Raises UsageError for a model and batches that do not fit into the memory."""
+    sizes = {name: vars(args)[name] for name in (*SIZES, "generation_batch_size", "eval_prompts")}
+    largest = max(sizes, key=sizes.__getitem__)
+
+    def needed(size: int) -> float:
+        x = replace(args, **{largest: size})
+        context = 1 + x.num_digits + x.max_completion_length
+        weights = x.n_layer * 12 * x.n_embd**2 + context * x.n_embd
+        cached = x.n_layer * 2 * context * x.n_embd * max(x.generation_batch_size, 8 * x.eval_prompts)
+        trained = x.n_layer * 16 * context * x.n_embd * x.generation_batch_size // x.steps_per_generation
+        return 4 * (6 * weights + max(cached, trained))  # six, with the reference, the gradients and the optimizer
+
+    check_memory(needed, "this model with its batches", f"--{largest.replace('_', '-')}", sizes[largest])
 
 
 def settle(args: RunArgs) -> Rng:
@@ -538,10 +559,6 @@ def settle(args: RunArgs) -> Rng:
         args.device = "cpu"
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     refuse(no_cuda, "--device cuda: torch sees no CUDA device here; use --device cpu.")
-    refuse(
-        args.num_threads > cores(),
-        f"--num-threads is {args.num_threads}, but there are {cores()} cores; ask for fewer.",
-    )
     args.num_threads = args.num_threads or min(cores(), 4)
     torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
@@ -576,6 +593,7 @@ MAY_DIFFER = ("resume", "capture_video", "track", "wandb_project_name", "wandb_e
 
 def parse_args(argv: list[str] | None = None) -> RunArgs:
     """The command line, over the defaults of its preset. With --resume or --evaluate, over the arguments of the run."""
+    argv = own_arguments() if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     default = vars(RunArgs())[PRESET]
     peek.add_argument(f"--{PRESET.replace('_', '-')}", f"--{PRESET}", nargs="?", default=default, const=default)
@@ -586,9 +604,9 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
     if not run:
-        return tyro.cli(RunArgs, args=argv, default=RunArgs(**preset(asked[PRESET])))
+        return parse_flags(argv, RunArgs(**preset(asked[PRESET])))
     saved = read_config(run)[0]
-    args = tyro.cli(RunArgs, args=argv, default=saved)
+    args = parse_flags(argv, saved)
     changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]
     if asked["evaluate"]:
         changed = [name for name in changed if not name.startswith("eval")]
@@ -599,12 +617,51 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
     return args
 
 
+def own_arguments() -> list[str]:
+    """What this script was started with; nothing where it was imported, or pasted into a notebook with its own argv."""
+    started = Path(sys.argv[0])
+    return sys.argv[1:] if SCRIPT.is_file() and started.is_file() and started.samefile(SCRIPT) else []
+
+
+def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
+    """The flags over the defaults. Raises UsageError with one sentence, where tyro alone would draw a box."""
+    if {"-h", "--help"} & set(argv):
+        return tyro.cli(RunArgs, args=argv, default=default)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
+    except SystemExit:
+        lines = [line.strip() for line in box.getvalue().splitlines()]
+        rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
+        message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
+        flag, _, reason = message.removeprefix("Error parsing ").partition(": ")
+        takes = next((line for line in lines if line.startswith(f"{flag} ")), "")
+        if takes and "'" in reason:
+            for kind, words in (("{None}|", ""), ("FLOAT", "a number"), ("INT", "a whole number")):
+                takes = takes.replace(kind, words)
+            message = f"{takes.replace(' ', ' takes ', 1)}, not {reason.split(chr(39))[-2]!r}"
+        raise UsageError(f"{message.rstrip('.')}.") from None
+    if unknown:
+        known = [f"--{no}{field.name.replace('_', '-')}" for field in fields(RunArgs) for no in ("", "no-")]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, n=1)
+        would = f"did you mean {near[0]}?" if near else "--help lists the flags."
+        raise UsageError(f"{unknown[0]!r} is no flag and no value of one; {would}")
+    return args
+
+
 def check_args(args: RunArgs) -> None:
     """Raises UsageError for the first number that cannot work, and says what would; and where --track cannot log."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    if args.num_threads > cores():
+        if not args.resume and not args.evaluate:
+            raise UsageError(
+                f"--num-threads is {args.num_threads}, but this process may use {cores()} cores; ask for fewer."
+            )
+        args.num_threads = 0  # the run was made on a larger machine
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
@@ -620,6 +677,10 @@ def bound_broken(name: str, number: float) -> str:
     """What an argument must be and is not, or ""."""
     if not math.isfinite(number):
         return "a finite number"
+    if name == "num_envs" and number > 2**16:
+        return "at most 65,536"
+    if number > 2**53 and isinstance(number, int):
+        return "at most 2**53"
     if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
@@ -630,36 +691,67 @@ def bound_broken(name: str, number: float) -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use, by its affinity and by the quota of its cgroup."""
+    """Processor cores that this process may use, by its affinity and by the share that its cgroups grant."""
     if hasattr(os, "process_cpu_count"):  # since Python 3.13
         count = os.process_cpu_count() or 1
     else:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(count, cgroup_quota())))
+    for quota, period in cgroups("cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        if quota not in ("max", "-1"):
+            count = min(count, int(quota) // int(period))
+    return max(count, 1)
 
 
-def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), of_process: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores' worth of time that a container or a batch system grants this process; infinity where nothing limits it."""
-    quota = math.inf
-    for line in of_process.read_text().splitlines() if of_process.exists() else []:
+def memory() -> int:
+    """Bytes that this process may fill."""
+    limits = [int(limit) for (limit,) in cgroups("memory.max", "memory", "memory.limit_in_bytes") if limit != "max"]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
+
+
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
+    """The words of a file, in all control groups around this process. Version 1 has other folders and file names."""
+    root, mine = CGROUPS
+    found = []
+    for line in mine.read_text().splitlines() if mine.exists() else []:
         _, controllers, path = line.split(":", 2)
-        version1 = "cpu" in controllers.split(",")
-        if controllers and not version1:
+        if controllers and controller not in controllers.split(","):
             continue
-        folder = root / "cpu" / path.lstrip("/") if version1 else root / path.lstrip("/")
-        for level in (folder, *folder.parents):  # each level limits those below
-            with contextlib.suppress(OSError, ValueError):  # no such level, or "max"
-                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version1 else ("cpu.max",)
-                granted, period = map(float, " ".join((level / name).read_text() for name in names).split())
-                quota = min(quota, granted / period if granted > 0 else math.inf)
-    return quota
+        folder = root / controller if controllers else root
+        folder = folder / path.lstrip("/")
+        names = old_names if controllers else [name]
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError):
+                found.append(" ".join((level / name).read_text() for name in names).split())
+    return found
+
+
+def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int) -> None:
+    """Raises UsageError where size, the value of a flag, needs more bytes than there are."""
+    most = size
+    while most > 1 and needed(most) > memory():
+        most //= 2
+    if most < size:
+        sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
+        raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
 
 
 def say(line: str, end: str = "\n") -> None:
-    """Prints. A reader that has gone away must not end the run."""
+    """Prints. A reader that is gone, full or stalled must neither end the run nor hold it up."""
     try:
-        print(line, end=end, flush=True)
-    except OSError:
+        ready = select.select([], [sys.stdout], [], 0)[1]
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, as in a notebook
+        ready = True
+    try:
+        if ready:
+            print(line, end=end, flush=True)
+    except UnicodeEncodeError:
+        print(ascii(line)[1:-1], end=end, flush=True)
+    except BlockingIOError:
+        pass
+    except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")
 
 
@@ -1339,6 +1431,10 @@ class Rng:
         """0 to n - 1 in random order."""
         return torch.randperm(n, generator=self.torch, device=self.torch.device)
 
+    def integers(self, n: int, count: int) -> Tensor:
+        """count numbers from 0 to n - 1."""
+        return torch.randint(n, (count,), generator=self.torch, device=self.torch.device)
+
     def state_dict(self) -> dict[str, Any]:
         version, keys, gauss = self.python.getstate()
         return {"python": [version, list(keys), gauss], "torch": self.torch.get_state()}
@@ -1871,4 +1967,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if SCRIPT.is_file():  # a notebook would show the exit as an error
+        sys.exit(status)

@@ -54,6 +54,7 @@ import os
 import platform
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -491,6 +492,7 @@ MAY_DIFFER = ("resume", "capture_video", "track", "wandb_project_name", "wandb_e
 
 def parse_args(argv: list[str] | None = None) -> RunArgs:
     """The command line, over the defaults of its preset. With --resume or --evaluate, over the arguments of the run."""
+    argv = own_arguments() if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     default = vars(RunArgs())[PRESET]
     peek.add_argument(f"--{PRESET.replace('_', '-')}", f"--{PRESET}", nargs="?", default=default, const=default)
@@ -501,9 +503,9 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
     if not run:
-        return tyro.cli(RunArgs, args=argv, default=RunArgs(**preset(asked[PRESET])))
+        return parse_flags(argv, RunArgs(**preset(asked[PRESET])))
     saved = read_config(run)[0]
-    args = tyro.cli(RunArgs, args=argv, default=saved)
+    args = parse_flags(argv, saved)
     changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]
     if asked["evaluate"]:
         changed = [name for name in changed if not name.startswith("eval")]
@@ -514,12 +516,51 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
     return args
 
 
+def own_arguments() -> list[str]:
+    """What this script was started with; nothing where it was imported, or pasted into a notebook with its own argv."""
+    started = Path(sys.argv[0])
+    return sys.argv[1:] if SCRIPT.is_file() and started.is_file() and started.samefile(SCRIPT) else []
+
+
+def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
+    """The flags over the defaults. Raises UsageError with one sentence, where tyro alone would draw a box."""
+    if {"-h", "--help"} & set(argv):
+        return tyro.cli(RunArgs, args=argv, default=default)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
+    except SystemExit:
+        lines = [line.strip() for line in box.getvalue().splitlines()]
+        rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
+        message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
+        flag, _, reason = message.removeprefix("Error parsing ").partition(": ")
+        takes = next((line for line in lines if line.startswith(f"{flag} ")), "")
+        if takes and "'" in reason:
+            for kind, words in (("{None}|", ""), ("FLOAT", "a number"), ("INT", "a whole number")):
+                takes = takes.replace(kind, words)
+            message = f"{takes.replace(' ', ' takes ', 1)}, not {reason.split(chr(39))[-2]!r}"
+        raise UsageError(f"{message.rstrip('.')}.") from None
+    if unknown:
+        known = [f"--{no}{field.name.replace('_', '-')}" for field in fields(RunArgs) for no in ("", "no-")]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, n=1)
+        would = f"did you mean {near[0]}?" if near else "--help lists the flags."
+        raise UsageError(f"{unknown[0]!r} is no flag and no value of one; {would}")
+    return args
+
+
 def check_args(args: RunArgs) -> None:
     """Raises UsageError for the first number that cannot work, and says what would; and where --track cannot log."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    if args.num_threads > cores():
+        if not args.resume and not args.evaluate:
+            raise UsageError(
+                f"--num-threads is {args.num_threads}, but this process may use {cores()} cores; ask for fewer."
+            )
+        args.num_threads = 0  # the run was made on a larger machine
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
@@ -535,6 +576,10 @@ def bound_broken(name: str, number: float) -> str:
     """What an argument must be and is not, or ""."""
     if not math.isfinite(number):
         return "a finite number"
+    if name == "num_envs" and number > 2**16:
+        return "at most 65,536"
+    if number > 2**53 and isinstance(number, int):
+        return "at most 2**53"
     if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
@@ -545,36 +590,67 @@ def bound_broken(name: str, number: float) -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use, by its affinity and by the quota of its cgroup."""
+    """Processor cores that this process may use, by its affinity and by the share that its cgroups grant."""
     if hasattr(os, "process_cpu_count"):  # since Python 3.13
         count = os.process_cpu_count() or 1
     else:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(count, cgroup_quota())))
+    for quota, period in cgroups("cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        if quota not in ("max", "-1"):
+            count = min(count, int(quota) // int(period))
+    return max(count, 1)
 
 
-def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), of_process: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores' worth of time that a container or a batch system grants this process; infinity where nothing limits it."""
-    quota = math.inf
-    for line in of_process.read_text().splitlines() if of_process.exists() else []:
+def memory() -> int:
+    """Bytes that this process may fill."""
+    limits = [int(limit) for (limit,) in cgroups("memory.max", "memory", "memory.limit_in_bytes") if limit != "max"]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
+
+
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
+    """The words of a file, in all control groups around this process. Version 1 has other folders and file names."""
+    root, mine = CGROUPS
+    found = []
+    for line in mine.read_text().splitlines() if mine.exists() else []:
         _, controllers, path = line.split(":", 2)
-        version1 = "cpu" in controllers.split(",")
-        if controllers and not version1:
+        if controllers and controller not in controllers.split(","):
             continue
-        folder = root / "cpu" / path.lstrip("/") if version1 else root / path.lstrip("/")
-        for level in (folder, *folder.parents):  # each level limits those below
-            with contextlib.suppress(OSError, ValueError):  # no such level, or "max"
-                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version1 else ("cpu.max",)
-                granted, period = map(float, " ".join((level / name).read_text() for name in names).split())
-                quota = min(quota, granted / period if granted > 0 else math.inf)
-    return quota
+        folder = root / controller if controllers else root
+        folder = folder / path.lstrip("/")
+        names = old_names if controllers else [name]
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError):
+                found.append(" ".join((level / name).read_text() for name in names).split())
+    return found
+
+
+def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int) -> None:
+    """Raises UsageError where size, the value of a flag, needs more bytes than there are."""
+    most = size
+    while most > 1 and needed(most) > memory():
+        most //= 2
+    if most < size:
+        sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
+        raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
 
 
 def say(line: str, end: str = "\n") -> None:
-    """Prints. A reader that has gone away must not end the run."""
+    """Prints. A reader that is gone, full or stalled must neither end the run nor hold it up."""
     try:
-        print(line, end=end, flush=True)
-    except OSError:
+        ready = select.select([], [sys.stdout], [], 0)[1]
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, as in a notebook
+        ready = True
+    try:
+        if ready:
+            print(line, end=end, flush=True)
+    except UnicodeEncodeError:
+        print(ascii(line)[1:-1], end=end, flush=True)
+    except BlockingIOError:
+        pass
+    except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")
 
 
@@ -779,6 +855,10 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
         else:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = "on" if image and native else "off"
+    space = envs.single_observation_space
+    row = math.prod(space.shape) * space.dtype.itemsize + 2048 * image + 100  # an observation, its features, the rest
+    what = f"a rollout of {args.num_envs} x {args.num_steps} steps"
+    check_memory(lambda num_steps: row * args.num_envs * num_steps, what, "--num-steps", args.num_steps)
     if not args.num_threads:
         args.num_threads = cores() if image else 1
     torch.set_num_threads(args.num_threads)
@@ -1814,6 +1894,10 @@ class Rng:
         """0 to n - 1 in random order."""
         return torch.randperm(n, generator=self.torch, device=self.torch.device)
 
+    def integers(self, n: int, count: int) -> Tensor:
+        """count numbers from 0 to n - 1."""
+        return torch.randint(n, (count,), generator=self.torch, device=self.torch.device)
+
     def state_dict(self) -> dict[str, Any]:
         version, keys, gauss = self.python.getstate()
         return {"python": [version, list(keys), gauss], "torch": self.torch.get_state()}
@@ -2309,4 +2393,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if SCRIPT.is_file():  # a notebook would show the exit as an error
+        sys.exit(status)
