@@ -62,7 +62,6 @@ import os
 import platform
 import random
 import re
-import resource
 import select
 import shutil
 import signal
@@ -1691,6 +1690,8 @@ class Run:
 
     def finish(self, error: BaseException | None) -> None:
         """Writes summary.json. Raises Failed for an error, with when it happened and where the run can go on."""
+        import resource
+
         self.progress.end()
         status = error.status if isinstance(error, (Failed, Stopped)) else "failed" if error else "completed"
         unit = 2**20 if sys.platform == "darwin" else 2**10

@@ -56,7 +56,6 @@ import math
 import os
 import platform
 import random
-import resource
 import select
 import shutil
 import signal
@@ -2195,6 +2194,8 @@ class Run:
 
     def finish(self, error: BaseException | None) -> None:
         """Writes summary.json. Raises Failed for an error, with when it happened and where the run can go on."""
+        import resource
+
         self.progress.end()
         status = error.status if isinstance(error, (Failed, Stopped)) else "failed" if error else "completed"
         unit = 2**20 if sys.platform == "darwin" else 2**10
