@@ -1481,15 +1481,15 @@ def read_config(path: Path) -> tuple[RunArgs, dict[str, Any]]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         saved = dict(config["args"])
-        wrong = [f"it has the argument {name}" for name in saved if name not in kinds]
-        wrong += [f"it has no argument {name}" for name in kinds if name not in saved]
+        wrong = [f"its config.json has an argument {name}" for name in saved if name not in kinds]
+        wrong += [f"its config.json has no argument {name}" for name in kinds if name not in saved]
         for name, value in saved.items():
             if not wrong and not is_a(kinds[name], value):
                 kind = str(getattr(kinds[name], "__name__", kinds[name])).removeprefix("typing.")
                 raise UsageError(f"{shown(file)} is damaged: {name} is {json.dumps(value)}, but must be {kind}.")
         if not wrong:
             return RunArgs(**saved), config
-        problem = f"in its config.json {wrong[0]}".replace(" it ", " there ").replace("has", "is")
+        problem = wrong[0]
     except (FileNotFoundError, NotADirectoryError):
         problem = "it has no config.json"
     except OSError as error:
@@ -1568,7 +1568,10 @@ def git(*command: str) -> str | None:
     """What git says in the folder of this file; None where there is no git, no repository or no file."""
     if not shutil.which("git") or not SCRIPT.is_file():
         return None
-    done = subprocess.run(["git", *command], cwd=SCRIPT.resolve().parent, capture_output=True)
+    try:
+        done = subprocess.run(["git", *command], cwd=SCRIPT.resolve().parent, capture_output=True)
+    except OSError:
+        return None
     return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
 
 
@@ -1579,7 +1582,7 @@ def folder_of(args: RunArgs) -> Path:
     name = name.replace("/", "-").replace(":", "-")
     length = len(os.fsencode(name)) if name.isprintable() else 0
     if not length or name in (".", "..") or not name.strip():
-        raise UsageError(f"a run cannot have the name {ascii(name)}, which is taken or no text; choose a --run-name.")
+        raise UsageError(f"{ascii(name)} cannot be the name of a run; choose another --run-name.")
     if length > 255:
         raise UsageError(f"the name of the run has {length} bytes; choose a --run-name of at most 255.")
     if "\0" in args.runs_dir or args.runs_dir.encode(errors="ignore").decode() != args.runs_dir:
@@ -1618,16 +1621,17 @@ def create_run_dir(args: RunArgs, start: str = "") -> Path:
             "wandb_id": os.urandom(4).hex(),
         }
         write_json(path / "config.json", config)
-    except OSError as error:
+        return path
+    except BaseException as error:
         if mine:
             shutil.rmtree(mine, ignore_errors=True)
         for folder in above:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        raise UsageError(
-            f"{shown(path)} cannot be made ({error.strerror}); choose another --runs-dir or --run-name."
-        ) from None
-    return path
+        if isinstance(error, OSError):
+            way_out = "choose another --runs-dir or --run-name"
+            raise UsageError(f"{shown(path)} cannot be made ({error.strerror}); {way_out}.") from None
+        raise
 
 
 class Lock:
@@ -1661,9 +1665,7 @@ class Lock:
             self.release()
             return False
         except OSError:
-            warn(
-                f"The file system of {shown(self.path)} has no locks, so nothing keeps another process out of this run."
-            )
+            warn(f"The file system of {shown(self.path)} has no locks: nothing keeps another process out of this run.")
         return True
 
     def release(self) -> None:
@@ -1937,12 +1939,13 @@ class Run:
         self.leaving = self.complete = False
         self.conditions = conditions(args)
         self.progress = Progress()
+        self.how = ""  # it goes on
+        self.handlers: dict[int, Any] = {}
         self.lock = self.files = None
         self.tables: dict[str, bytes] = {}  # what the csv files hold
         self.start_clock()
 
     def __enter__(self) -> Run:
-        self.handlers = set_handlers(self.take_signal)
         try:
             self.begin()
         except BaseException as error:
@@ -1960,16 +1963,15 @@ class Run:
 
     def begin(self) -> None:
         """Makes the run directory, or goes on in it. Raises UsageError before anything is changed."""
-        state, how = None, ""
+        state = None
         if self.args.resume:
             self.path = Path(self.started.folder, self.args.resume)
             self.lock = Lock(self.path)
-            state = load_checkpoint(self.path, self.restore)
-            differs = [part.inexact for part in self.learner.values() if getattr(part, "inexact", "")]
-            differs += differences(state["conditions"], self.conditions)
-            differs += ["a GPU does not repeat itself bit for bit"] if self.args.device == "cuda" else []
-            how = f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
+            expected = self.state()
+            state = load_checkpoint(self.path, lambda state: self.restore(state, expected))
+            self.handlers = set_handlers(self.take_signal)
         else:
+            self.handlers = set_handlers(self.take_signal)
             self.path = create_run_dir(self.args, self.started.folder)
             self.lock = Lock(self.path)
         self.first_step = self.global_step
@@ -1982,8 +1984,8 @@ class Run:
             file.write(b" " * 16384)
         compiled = ", compiled" if vars(self.args).get("compile") == "on" else ""
         say(f"{shown(self.path)} ({self.args.device}, threads: {self.args.num_threads}{compiled})")
-        if how:
-            say(f"goes on from step {self.global_step:,}, {how}")
+        if state:
+            say(f"goes on from step {self.global_step:,}, {self.how}")
         self.start_clock()
         if not state:
             self.save()
@@ -2008,13 +2010,12 @@ class Run:
             "python_rng": random.getstate(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Puts back what save has written. Raises ValueError where that is not of this run.
+    def restore(self, state: dict[str, Any], expected: dict[str, Any]) -> None:
+        """Puts back what save has written. Raises ValueError where that has not the form expected.
 
-        Whatever is restored here is restored again by the next checkpoint that is tried.
+        Whatever is put back here is put back again by the next checkpoint that is tried.
         """
-        expected = self.state() | {"csv": dict.fromkeys(("episodes", "progress"), [])}
-        if problem := misfit(expected | {"conditions": {}}, state):
+        if problem := misfit(expected | {"conditions": {}, "csv": {"episodes": [], "progress": []}}, state):
             raise ValueError(problem)
         self.tables = {name: read_table(self.path / f"{name}.csv", *what) for name, what in state["csv"].items()}
         for name, part in self.learner.items():
@@ -2031,6 +2032,10 @@ class Run:
         np.random.set_state(tuple(state["numpy_rng"]))
         version, keys, gauss = state["python_rng"]
         random.setstate((version, tuple(keys), gauss))
+        differs = [part.inexact for part in self.learner.values() if getattr(part, "inexact", "")]
+        differs += differences(state["conditions"], self.conditions)
+        differs += ["a GPU does not repeat itself bit for bit"] if self.args.device == "cuda" else []
+        self.how = f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
 
     def iterations(self) -> Iterator[int]:
         """The numbers of the iterations that are left. After each comes what is due: a row, a checkpoint, the end."""
