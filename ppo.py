@@ -1475,7 +1475,7 @@ def is_a(kind: Any, value: Any) -> bool:
         return isinstance(value, list) and all(is_a(get_args(kind)[0], one) for one in value)
     if get_args(kind):  # float | None
         return any(is_a(one, value) for one in get_args(kind))
-    return type(value) in ((int, float) if kind is float else (kind,))
+    return type(value) in ((int, float) if kind is float else (kind,)) and value == value  # NaN is not
 
 
 def read_config(path: Path) -> tuple[RunArgs, dict[str, Any]]:
@@ -1489,8 +1489,9 @@ def read_config(path: Path) -> tuple[RunArgs, dict[str, Any]]:
         wrong += [f"its config.json has no argument {name}" for name in kinds if name not in saved]
         for name, value in saved.items():
             if not wrong and not is_a(kinds[name], value):
-                kind = str(getattr(kinds[name], "__name__", kinds[name])).removeprefix("typing.")
-                raise UsageError(f"{shown(file)} is damaged: {name} is {json.dumps(value)}, but must be {kind}.")
+                kind = kinds[name].__name__ if isinstance(kinds[name], type) else kinds[name]
+                must = f"be of the type {str(kind).removeprefix('typing.')}"
+                raise UsageError(f"{shown(file)} is damaged: {name} is {json.dumps(value)}, but must {must}.")
         if not wrong:
             return RunArgs(**saved), config
         problem = wrong[0]
@@ -1498,7 +1499,9 @@ def read_config(path: Path) -> tuple[RunArgs, dict[str, Any]]:
         problem = "it has no config.json"
     except OSError as error:
         problem = f"its config.json cannot be read ({error.strerror})"
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        problem = "its config.json is damaged"
+    except (ValueError, TypeError, KeyError):
         problem = "its config.json holds no arguments"
     raise UsageError(f"{path} is no run directory of this script: {problem}.")
 
@@ -2027,8 +2030,14 @@ class Run:
                 part.copy_(state[name])
             else:
                 part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):  # it takes in anything
+                for parameter, values in part.state.items():
+                    if any(x.shape not in ((), parameter.shape) for x in values.values()):
+                        raise ValueError(f"{name} has other shapes")
         for name in KEPT:
             setattr(self, name, state[name])
+        numbers = [self.last_returns, self.episodes, *(list(values.values()) for values in self.gathered)]
+        [np.array(some, dtype=float) for some in numbers]  # raises where they are none
         self.earlier_time = state["wall_time"]
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] and self.args.device == "cuda":
@@ -2224,7 +2233,9 @@ def misfit(mine: Any, theirs: Any, name: str = "it") -> str:
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in [*mine.keys() - theirs.keys(), *theirs.keys() - mine.keys()] if mine else []:
             return f"{name} {'lacks' if key in mine else 'has'} {key}"
-        return next(filter(None, (misfit(mine[key], theirs[key], str(key)) for key in mine)), "")
+        return next(
+            filter(None, (misfit(mine[key], theirs[key], f"{name}.{key}".removeprefix("it.")) for key in mine)), ""
+        )
     if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
         is_text = (
             mine.dtype == theirs.dtype == torch.uint8 and mine.dim() == theirs.dim() == 1
@@ -2255,16 +2266,20 @@ def load_checkpoint(path: Path, use: Callable[[dict[str, Any]], Any] = bool) -> 
     path = Path(here(), path)
     for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
         problem = damage_of(file)
-        try:
-            if not problem:
+        if not problem:
+            try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:
+                problem = f"is not a checkpoint ({type(error).__name__})"
+        if not problem:
+            try:
                 use(state)
                 return state
-        except (UsageError, Failed):
-            raise
-        except Exception as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            problem = f"is not a checkpoint of this run ({kind}{one_line(error)[:200]})"
+            except (UsageError, Failed):
+                raise
+            except Exception as error:
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                problem = f"is not a checkpoint of this run ({kind}{one_line(error)[:200]})"
         if path.is_file():
             raise UsageError(f"{shown(file)} {problem}.")
         warn(f"{shown(file)} {problem}, so it is left out.")
