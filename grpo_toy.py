@@ -737,21 +737,27 @@ def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int
         raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
 
 
-def say(line: str, end: str = "\n") -> None:
+def say(line: str, end: str = "\n", stream: str = "stdout") -> None:
     """Prints. A reader that is gone, full or stalled must neither end the run nor hold it up."""
+    file = getattr(sys, stream)  # None where it was closed
     try:
-        ready = select.select([], [sys.stdout], [], 0)[1]
+        ready = select.select([], [file], [], 0)[1]
     except (OSError, ValueError, TypeError, AttributeError):  # no file, as in a notebook
-        ready = True
+        ready = file is not None
     try:
         if ready:
-            print(line, end=end, flush=True)
+            print(line, end=end, file=file, flush=True)
     except UnicodeEncodeError:
-        print(ascii(line)[1:-1], end=end, flush=True)
+        print(ascii(line)[1:-1], end=end, file=file, flush=True)
     except BlockingIOError:
         pass
     except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")
+        setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+
+
+def warn(line: str) -> None:
+    """Prints on stderr."""
+    say(line, stream="stderr")
 
 
 def one_line(error: BaseException) -> str:
@@ -944,15 +950,6 @@ class Start:
     def __init__(self) -> None:
         self.clock = time.perf_counter()
         self.folder = here()
-
-
-def warn(line: str) -> None:
-    """Prints on stderr. That it is closed or full must not end the run."""
-    try:
-        if sys.stderr:
-            print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
 def set_handlers(handler: Callable[[int, Any], None]) -> dict[int, Any]:
