@@ -714,7 +714,7 @@ def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
     """The words of a file, in all control groups around this process. Version 1 has other folders and file names."""
     root, mine = CGROUPS
     found = []
-    for line in mine.read_text().splitlines() if mine.exists() else []:
+    for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -723,7 +723,7 @@ def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
         names = old_names if controllers else [name]
         for level in (folder, *folder.parents):
             with contextlib.suppress(OSError):
-                found.append(" ".join((level / name).read_text() for name in names).split())
+                found.append(" ".join((level / name).read_text(encoding="utf-8") for name in names).split())
     return found
 
 
@@ -1299,8 +1299,9 @@ class Log:
         if not state:
             self.tables["episodes"].rows([["global_step", "wall_time", "return", "length"]])
             self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
-            with self.view("tensorboard"):
-                self.hparams(swept)
+            if self.tensorboard:
+                with self.view("tensorboard"):
+                    self.hparams(swept)
         if args.track:
             with self.view("wandb"):
                 import wandb
