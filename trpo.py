@@ -906,7 +906,7 @@ def close_all(envs: list[gym.Env], env_id: str) -> None:
         for env in envs:
             exits.callback(close, env)
     if problems:
-        print(f"An environment of {env_id} could not be closed; it raised {problems[0]}.", file=sys.stderr)
+        warn(f"An environment of {env_id} could not be closed; it raised {problems[0]}.")
 
 
 RESEED = 10_000
@@ -1676,7 +1676,7 @@ def compile_for(example: Callable[[], tuple], function: Callable, args: RunArgs,
             if asked == "on":
                 reason = one_line(error)[:200]
                 raise UsageError(f"--compile on fails here ({reason}); use --compile off.") from None
-    print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
+    say("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
     args.compile = "off"
     return function
 
