@@ -22,7 +22,6 @@ import os
 import pickle
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +33,6 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 import ppo
 from benchmarks.jobs import PEERS, read_json
@@ -320,7 +318,9 @@ class Library:
             raise UsageError(f"{args.algo} refuses these arguments: {one_line(error)}") from None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The library's own file, and its normaliser."""
+        """The library's own file, and its normaliser; nothing while there is no model."""
+        if not self.model:
+            return {}
         buffer = io.BytesIO()
         self.model.save(buffer)
         state = {"model": buffer.getvalue()}
@@ -515,12 +515,8 @@ def evaluate(args: Args) -> list[float]:
     kind = "stochastic" if args.eval_stochastic else "deterministic"
     result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max")}
     print(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
-    if summary := ppo.read_summary(folder):
-        result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
-        summary["eval"] = summary.get("eval", {}) | {kind: result}
-        ppo.write_json(folder / "summary.json", summary)
-        with SummaryWriter(folder) as writer:
-            writer.add_scalar("eval/episodic_return", result["mean"], state["global_step"])
+    result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
+    ppo.record_evaluation(folder, {kind: result}, {"eval/episodic_return": result["mean"]}, state["global_step"])
     return scores
 
 
@@ -529,7 +525,7 @@ def train(args: Args) -> Path:
 
     Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
     """
-    started = time.perf_counter()
+    started = ppo.Start()
     check_args(args)
     player = make_player(args, args.n_envs)
     batch = args.n_envs * args.n_steps
