@@ -2571,6 +2571,9 @@ def play_episodes(agent: Agent, envs: Environments, shares: list[int], args: Run
     while not endless and any(len(played) < share for played, share in zip(returns, shares)):
         noise = action_noise(agent, rng, envs.num_envs) if args.eval_stochastic else still
         x = obs.astype(dtype)
+        if x.dtype.kind == "f" and not np.isfinite(x).all():
+            n = np.argwhere(~np.isfinite(x))[0, 0]
+            raise Failed(f"the observation of environment {n} of {args.env_id} is NaN or infinite")
         if actor:
             actions = actor(x, noise.numpy())
         else:

@@ -145,12 +145,11 @@ def test_environments_are_closed_after_a_signal(signum, odd, monkeypatch):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_environments_are_closed_after_a_signal_to_an_evaluation(signum, odd, monkeypatch):
-    if signum == signal.SIGTERM and not hasattr(ppo, "set_handlers"):
-        pytest.skip("nothing takes SIGTERM outside of a training")
     assert start(odd()) == 0
-    monkeypatch.setattr(ppo.Watched, "take", lambda *args: os.kill(os.getpid(), signum))
+    monkeypatch.setattr(Odd, "ends", lambda env: os.kill(os.getpid(), signum))
     assert ppo.main(["--evaluate", "runs/run"]) == 128 + signum
     all_closed(10)
+    assert sum(len(env.taken) for env in Odd.made[2:]) == 1
 
 
 def test_environments_are_closed_after_ctrl_c_in_a_constructor(odd):
@@ -563,6 +562,15 @@ def test_a_picture_that_is_none_is_named(frame, said, odd, monkeypatch, capsys):
     assert f"environment 0 of Strange0-v0 rendered {said}, not an array (height, width, 3)" in one_sentence(capsys)
     assert json.loads(Path("runs/run/summary.json").read_text())["status"] == "completed"
     assert [env.closed for env in Odd.made] == [1] * 10
+
+
+def test_an_observation_that_is_none_ends_an_evaluation(odd, monkeypatch, capsys):
+    assert start(odd()) == 0
+    observation = Odd.observation
+    monkeypatch.setattr(Odd, "observation", lambda env: observation(env) * (np.nan if env.number == 3 else 1))
+    assert ppo.main(["--evaluate", "runs/run", "--eval-episodes", "2"]) == 1
+    assert one_sentence(capsys) == "error: the observation of environment 1 of Strange0-v0 is NaN or infinite\n"
+    all_closed(4)
 
 
 class Silent(Exception):
