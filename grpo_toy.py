@@ -680,7 +680,7 @@ def bound_broken(name: str, number: float) -> str:
         return "at most 65,536"
     if number > 2**53 and isinstance(number, int):
         return "at most 2**53"
-    if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
+    if name in (*POSITIVE, "eval_episodes", "eval_max_steps", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
         return "at most 1"

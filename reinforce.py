@@ -56,7 +56,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -150,7 +149,7 @@ class Agent(nn.Module):
         self.continuous = isinstance(action_space, gym.spaces.Box)
         self.image = is_image(observation_space)
         self.one_hot = isinstance(observation_space, gym.spaces.Discrete)
-        self.obs_norm = RunningNorm(observation_space.shape) if args.norm_obs else None
+        self.obs_norm = RunningNorm(observation_space.shape, observation_space.dtype) if args.norm_obs else None
         self.return_norm = RunningNorm(())
         if self.continuous:
             outputs = math.prod(action_space.shape)
@@ -397,26 +396,25 @@ def train(args: RunArgs) -> Path:
     check_args(args)
     check_batch(args)
     check_num_envs(args)
-    envs = make_envs(args, args.num_envs, args.seed)
-    rng = settle(args, envs)
-    agent = make_agent(envs, args)
-    player = Player(envs, args, rng)
-    policy_optimizer = Adam(flatten_parameters(agent.policy_parameters()))
-    value_optimizer = Adam(flatten_parameters(agent.critic.parameters()))
-    gradient = make_gradient(agent, args)
-    optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
-    total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
-
-    with Run(args, total, started, agent=agent, player=player, rng=rng, **optimizers) as run:
-        for _ in run.iterations():
-            learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
-            batch = rollout(agent, player, args)
-            losses = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, rng, args)
-            if agent.obs_norm:
-                agent.obs_norm.update(batch.obs)
-            charts = {"learning_rate": learning_rate, "episodes": len(player.finished)}
-            run.log(player.steps, player.finished, losses=losses, charts=charts)
-    return run.path
+    with make_envs(args, args.num_envs, args.seed) as envs:
+        rng = settle(args, envs)
+        agent = make_agent(envs, args)
+        player = Player(envs, args, rng)
+        policy_optimizer = Adam(flatten_parameters(agent.policy_parameters()))
+        value_optimizer = Adam(flatten_parameters(agent.critic.parameters()))
+        gradient = make_gradient(agent, args)
+        optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+        total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
+        with Run(args, total, started, agent=agent, player=player, rng=rng, **optimizers) as run:
+            for _ in run.iterations():
+                learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
+                batch = rollout(agent, player, args)
+                losses = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, rng, args)
+                if agent.obs_norm:
+                    agent.obs_norm.update(batch.obs)
+                charts = {"learning_rate": learning_rate, "episodes": len(player.finished)}
+                run.log(player.steps, player.finished, losses=losses, charts=charts)
+        return run.path
 
 
 # ==== The machine room: "shared" sections are the same text in every script that has them ====
@@ -436,11 +434,13 @@ class RunArgs(Args):
     eval_episodes: int = 10  # episodes that --evaluate plays
     eval_seed: int = 1_000_000  # seed of environments and actions in --evaluate
     eval_stochastic: bool = False  # let --evaluate sample actions instead of taking the most likely ones
+    eval_max_steps: int = 100_000  # steps after which --evaluate takes an episode for one that never ends
     capture_video: bool = False  # film the first environment of --evaluate, or of an evaluation after the training
     checkpoint_interval: int = 0  # iterations from a checkpoint to the next (0: about a twentieth of the run)
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "lineage"  # project of --track
     wandb_entity: str | None = None  # team of --track
+    scale_actions: Literal["auto", "on", "off"] = "auto"  # from -1..1 to the box (auto: where it is far from -1..1)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu for the MLP; for the CNN cuda, where there is one
     num_threads: int = 0  # CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the gradient (auto: MLP, in runs long enough to win)
@@ -570,7 +570,7 @@ def bound_broken(name: str, number: float) -> str:
         return "at most 65,536"
     if number > 2**53 and isinstance(number, int):
         return "at most 2**53"
-    if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
+    if name in (*POSITIVE, "eval_episodes", "eval_max_steps", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
         return "at most 1"
@@ -659,15 +659,25 @@ def one_line(error: BaseException) -> str:
 def environment_family(env_id: str) -> str:
     """The row of FAMILIES for a registered id. Raises UsageError, with the near miss, for any other."""
     module, _, name = env_id.rpartition(":")
+    flag = f"--env-id {env_id if env_id and env_id.isprintable() else repr(env_id)}"
+    if module.startswith("."):
+        raise UsageError(f"{flag} begins with a relative name; name a module from the top, as in package:Env-v0.")
     try:
         if module:
             importlib.import_module(module)
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a module can raise anything, and exit
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            where = f"{sys.path[0] or 'the current folder'}, PYTHONPATH and what is installed"
+            how = f"Python looked in {where}; install it, or put its folder on PYTHONPATH."
+            raise UsageError(f"{flag}: {error}. {how}") from None
+        raise UsageError(f"{flag}: {module} cannot be imported, it raised {what_happened(error)}.") from None
+    try:
         entry_point = str(gym.spec(name).entry_point)
-    except ImportError as error:
-        raise UsageError(f"--env-id {env_id}: {error}; install it, or drop the prefix.") from None
     except gym.error.Error:
         near = (difflib.get_close_matches(name, gym.registry, n=1) or ["one of gymnasium.registry"])[0]
-        raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
+        raise UsageError(f"{flag} is not registered in gymnasium; did you mean {near}?") from None
     families = {
         "ale_py": "atari",
         "gymnasium.envs.box2d": "box2d",
@@ -678,26 +688,104 @@ def environment_family(env_id: str) -> str:
     return next((family for home, family in families.items() if entry_point.startswith(home)), "classic")
 
 
+def what_happened(error: BaseException) -> str:
+    """Type, text and place of an error that was raised."""
+    place = error.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    try:
+        text = f"{type(error).__name__}: {one_line(error)[:300]}".removesuffix(": ")
+    except Exception:  # of an error that has no text
+        text = type(error).__name__
+    return f"{text} ({place.tb_frame.f_code.co_filename}:{place.tb_lineno})"
+
+
+def brief(space: gym.Space) -> str:
+    """A space without its bounds."""
+    return f"Box{space.shape}" if isinstance(space, gym.spaces.Box) else " ".join(str(space).split())[:80]
+
+
+# What the functions of an environment return, and the moments at which that is looked at, for each environment once.
+STEP = ("observation", "reward", "terminated", "truncated", "info")
+RESET = ("observation", "info")
+NEXT = {"first reset": "first step", "first step": "first end of an episode", "first end of an episode": "second reset"}
+
+
+def broken_promise(space: gym.Space, result: Any, names: tuple[str, ...]) -> str:
+    """What an environment returned, and what its API or its observation space promises instead; "" if it kept that."""
+    if not isinstance(result, (tuple, list)) or len(result) != len(names):
+        return f"{described(result)}, not ({', '.join(names)})"
+    for name, x in zip(names, result):
+        if name == "observation":
+            kept, promise = fits(space, x), f"{brief(space)} of {space.dtype}"
+        elif name == "info":
+            kept, promise = isinstance(x, dict), "a dict"
+        else:
+            kept, promise = array_of(x).dtype.kind in "biuf" and not array_of(x).shape, "a number"
+            if name != "reward":
+                kept, promise = kept and x in (0, 1), "True or False"
+        if not kept:
+            return f"{described(x)} as {name}, not {promise}"
+    return ""
+
+
+def fits(space: gym.Space, obs: Any) -> bool:
+    """Whether an observation has the shape of its space, and values that its dtype can hold.
+
+    Bounds of a Box are not looked at. Environments break them, and nothing here depends on them.
+    """
+    x = array_of(obs)
+    if x.shape != space.shape or x.dtype.kind not in "biuf":
+        return False
+    if isinstance(space, gym.spaces.Discrete):
+        return x.dtype.kind in "iu" and bool(space.start <= x < space.start + space.n)
+    return space.dtype.kind == "f" or (x.dtype.kind != "f" and bool((x.astype(space.dtype) == x).all()))
+
+
+def array_of(x: Any) -> np.ndarray:
+    """x as an array; one of an object where it is none, such as lists of unequal lengths."""
+    try:
+        return np.asarray(x)
+    except Exception:
+        return np.array(None)
+
+
+def described(x: Any) -> str:
+    """What something is, in a few words."""
+    if isinstance(x, np.ndarray) and x.shape:
+        values = f" from {x.min()} to {x.max()}" if x.size and x.dtype.kind in "biuf" else ""
+        return f"an array {x.shape} of {x.dtype}{values}"
+    if isinstance(x, (tuple, list, dict)):
+        return f"a {type(x).__name__} of {len(x)}"
+    return " ".join(repr(x).split())[:80]
+
+
 class SyncEnvs:
     """Environments that step one after the other.
 
     Eight of CartPole take 110 us, with the seeded resets; in gymnasium's SyncVectorEnv they took 158 us.
     """
 
-    def __init__(self, envs: list[gym.Env]):
+    def __init__(self, envs: list[gym.Env], env_id: str):
         self.envs = envs
+        self.env_id = env_id
         self.num_envs = len(envs)
         self.single_observation_space = envs[0].observation_space
         self.single_action_space = envs[0].action_space
         self.obs = np.zeros((len(envs), *envs[0].observation_space.shape), dtype=envs[0].observation_space.dtype)
+        self.unchecked = dict.fromkeys(range(len(envs)), "first reset")  # the next moment to look at what is returned
+        self.closed = False
 
     def reset(self, seed: np.ndarray, options: dict[str, np.ndarray]) -> tuple[np.ndarray, dict]:
         """Resets, with a seed for each, the environments where options["reset_mask"] is true."""
-        for n, one in zip(np.flatnonzero(options["reset_mask"]), seed.tolist()):
+        for n, one in zip(np.flatnonzero(options["reset_mask"]).tolist(), seed.tolist()):
             try:
-                self.obs[n], _ = self.envs[n].reset(seed=one)
-            except Exception as error:
-                raise Failed(f"environment {n} raised {error!r}", "failed") from error
+                result = self.envs[n].reset(seed=one)
+                if n in self.unchecked:
+                    self.check(n, result, RESET)
+                self.obs[n], _ = result
+            except BaseException as error:
+                raise self.failure(n, error, RESET) from error
         return self.obs, {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -705,14 +793,70 @@ class SyncEnvs:
         terminations, truncations = np.zeros((2, self.num_envs), dtype=bool)
         for n, action in enumerate(actions):
             try:
-                self.obs[n], rewards[n], terminations[n], truncations[n], _ = self.envs[n].step(action)
-            except Exception as error:
-                raise Failed(f"environment {n} raised {error!r}", "failed") from error
+                result = self.envs[n].step(action)
+                if self.unchecked:
+                    self.check(n, result, STEP)
+                self.obs[n], rewards[n], terminations[n], truncations[n], _ = result
+            except BaseException as error:
+                raise self.failure(n, error, STEP) from error
         return self.obs, rewards, terminations, truncations, {}
 
+    def picture(self) -> np.ndarray:
+        """The first environment, (height, width, 3)."""
+        try:
+            frame = self.envs[0].render()
+        except BaseException as error:
+            raise self.failure(0, error, ()) from error
+        if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3:
+            return frame
+        promise = "an array (height, width, 3) of uint8"
+        raise Failed(f"environment 0 of {self.env_id} rendered {described(frame)}, not {promise}", "failed")
+
+    def check(self, n: int, result: Any, names: tuple[str, ...]) -> None:
+        """Raises Failed for a broken promise, if this is the next moment of environment n to look."""
+        moment = self.unchecked.get(n, "")
+        if moment.endswith("reset") != (names is RESET):
+            return
+        if moment in ("", "first end of an episode") and not (moment and (result[2] or result[3])):
+            return
+        if broken := broken_promise(self.single_observation_space, result, names):
+            raise Failed(f"environment {n} of {self.env_id} returned at its {moment} {broken}", "failed")
+        self.unchecked[n] = NEXT.get(moment)
+        if not self.unchecked[n]:
+            del self.unchecked[n]
+
+    def failure(self, n: int, error: BaseException, names: tuple[str, ...]) -> BaseException:
+        """What to raise where environment n raised an error: one sentence, but a signal as it is."""
+        if isinstance(error, (Failed, Stopped, KeyboardInterrupt)):
+            return error
+        what = what_happened(error)
+        if "unpack" in what:  # gymnasium's wrappers take apart what comes, and fail before it is looked at here
+            what += f"; what must be returned is ({', '.join(names)})"
+        return Failed(f"environment {n} of {self.env_id} raised {what}", "failed")
+
     def close(self) -> None:
-        for env in self.envs:
+        if not self.closed:
+            self.closed = True
+            close_all(self.envs, self.env_id)
+
+
+def close_all(envs: list[gym.Env], env_id: str) -> None:
+    """Closes environments. An error in one must neither keep the others open nor hide how the run ended."""
+    problems = []
+
+    def close(env: gym.Env) -> None:
+        try:
             env.close()
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            problems.append(what_happened(error))
+
+    with contextlib.ExitStack() as exits:  # it goes on after a signal, too
+        for env in envs:
+            exits.callback(close, env)
+    if problems:
+        print(f"An environment of {env_id} could not be closed; it raised {problems[0]}.", file=sys.stderr)
 
 
 RESEED = 10_000
@@ -736,6 +880,16 @@ class Environments:
         self.reseed_after = RESEED if self.atari else 0
         self.numbers = np.zeros(envs.num_envs, dtype=np.int64)  # of the seeds, from 1
         self.played = np.zeros(envs.num_envs, dtype=np.int64)  # steps since then
+        self.scale: tuple[np.ndarray, np.ndarray] | None = None  # of actions, for to_env
+
+    def __enter__(self) -> Environments:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.envs.close()
 
     def reset(self) -> np.ndarray:
         """Begins an episode in all environments. Returns the observations."""
@@ -776,18 +930,34 @@ def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Enviro
     """The environments of a run. Raises UsageError for a missing extra and for spaces that networks cannot take."""
     if environment_family(args.env_id) == "atari":
         return Environments(make_atari(args, num_envs, **options), seed)
+    envs: list[gym.Env] = []
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
             warnings.simplefilter("ignore")
-            envs = [gym.make(args.env_id, disable_env_checker=True, **options) for _ in range(num_envs)]
-    except Exception as error:  # an extra that is missing, or whatever a constructor raises
-        raise UsageError(f"--env-id {args.env_id} cannot be made: {one_line(error)}") from None
+            for _ in range(num_envs):
+                envs.append(gym.make(args.env_id, disable_env_checker=True, **options))
+        check_spaces(args.env_id, envs)
+        return Environments(SyncEnvs(envs, args.env_id), seed)
+    except BaseException as error:  # an extra that is missing, or whatever a constructor raises
+        close_all(envs, args.env_id)
+        if isinstance(error, (UsageError, Stopped, KeyboardInterrupt)):
+            raise
+        raise UsageError(f"--env-id {args.env_id} cannot be made, it raised {what_happened(error)}.") from None
+
+
+def check_spaces(env_id: str, envs: list[gym.Env]) -> None:
+    """Raises UsageError for spaces that networks cannot take."""
     observations, actions = envs[0].observation_space, envs[0].action_space
     if not isinstance(observations, (gym.spaces.Box, gym.spaces.Discrete)):
-        raise UsageError(f"--env-id {args.env_id} observes {observations}; Box and Discrete are supported.")
+        raise UsageError(f"--env-id {env_id} observes {observations}; Box and Discrete are supported.")
     if not isinstance(actions, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
-        raise UsageError(f"--env-id {args.env_id} acts in {actions}; Box, Discrete and MultiDiscrete are supported.")
-    return Environments(SyncEnvs(envs), seed)
+        raise UsageError(f"--env-id {env_id} acts in {actions}; Box, Discrete and MultiDiscrete are supported.")
+    for name, space in (("observes", observations), ("acts in", actions)):
+        if not math.prod(space.shape):
+            raise UsageError(f"--env-id {env_id} {name} {space}, which is empty; one number at least is needed.")
+    for n, env in enumerate(envs):
+        if (env.observation_space, env.action_space) != (observations, actions):
+            raise UsageError(f"environment {n} of --env-id {env_id} has other spaces than environment 0.")
 
 
 def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
@@ -851,6 +1021,12 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
         else:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = "on" if image and native else "off"
+    if args.scale_actions == "auto":
+        args.scale_actions = "on" if is_far(envs.single_action_space) else "off"
+    if args.scale_actions == "on":
+        if not bounded(envs.single_action_space).any():
+            raise UsageError(f"--scale-actions on: the actions of {args.env_id} have no bounds to scale to; use off.")
+        envs.scale = middle_and_half(envs.single_action_space)
     space = envs.single_observation_space
     row = math.prod(space.shape) * space.dtype.itemsize + 2048 * image + 100  # an observation, its features, the rest
     what = f"a rollout of {args.num_envs} x {args.num_steps} steps"
@@ -866,15 +1042,19 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
 
 # ==== shared: networks and policies ====
 class RunningNorm(nn.Module):
-    """Mean and variance of all that was seen, merged batch by batch (Chan et al. 1979), as buffers."""
+    """Mean and variance of all that was seen, merged batch by batch (Chan et al. 1979), as buffers.
 
-    def __init__(self, shape: tuple[int, ...]):
+    It normalises in double precision what has a dtype that float32 cannot hold: large numbers that differ little.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype = np.float32):
         super().__init__()
+        exact = torch.float32 if np.can_cast(dtype, np.float32) else torch.float64
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / deviation in float32, for the forward pass
-        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("shift", torch.zeros(shape, dtype=exact))  # mean and 1 / deviation, for the forward pass
+        self.register_buffer("scale", torch.ones(shape, dtype=exact))
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -890,7 +1070,7 @@ class RunningNorm(nn.Module):
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0)
+        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0).float()
 
 
 class Categorical:
@@ -987,7 +1167,8 @@ def is_image(space: gym.Space) -> bool:
 
 def choices_of(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[tuple[int, int], Tensor | None]:
     """(components, most choices of a component), and which of these choices a component lacks, if any."""
-    nvec = torch.tensor(space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else space.n).flatten()
+    nvec = space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else space.n
+    nvec = torch.from_numpy(np.array(nvec, dtype=np.int64).flatten())
     most = int(nvec.max())
     lacking = torch.arange(most) >= nvec.unsqueeze(-1)
     return (len(nvec), most), lacking if lacking.any() else None
@@ -995,6 +1176,7 @@ def choices_of(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[t
 
 # ==== shared: acting ====
 LONGEST = 1_000_000  # steps of an episode whose actions a checkpoint still holds
+UNBOUNDED = 1e9  # a bound beyond this is none: it is the largest number of a dtype
 
 
 class Episode(NamedTuple):
@@ -1091,24 +1273,26 @@ class Episodes:
             if t == steps:
                 return obs
             now = [one[t - wait] if t >= wait else idle for one, wait in zip(actions, waiting)]
-            obs, paid, *_ = self.envs.step(to_env(self.envs.single_action_space, np.stack(now)))
+            obs, paid, *_ = self.envs.step(to_env(self.envs.single_action_space, np.stack(now), self.envs.scale))
             for n in np.flatnonzero(waiting <= t):
                 if paid[n] != rewards[n][t - waiting[n]]:
                     raise Failed(f"environment {n} does not repeat its rewards")
 
 
-def obs_dtype(space: gym.Space) -> torch.dtype:
+def obs_dtype(agent: Agent) -> torch.dtype:
     """What raw observations are stored as."""
-    if is_image(space):
+    if agent.image:
         return torch.uint8
-    return torch.int64 if isinstance(space, gym.spaces.Discrete) else torch.float32
+    if agent.one_hot:
+        return torch.int64
+    return agent.obs_norm.shift.dtype if agent.obs_norm else torch.float32
 
 
 def example_obs(agent: Agent, *batch: int) -> Tensor:
     """Valid observations (*batch, *space.shape), to try or compile something on."""
     space = agent.observation_space
     start = agent.start if agent.one_hot else 0
-    return torch.full((*batch, *space.shape), start, dtype=obs_dtype(space), device=agent.device)
+    return torch.full((*batch, *space.shape), start, dtype=obs_dtype(agent), device=agent.device)
 
 
 def action_noise(agent: Agent, rng: Rng, *batch: int) -> Tensor:
@@ -1139,7 +1323,7 @@ def numpy_actor(agent: Agent) -> Callable[[np.ndarray, np.ndarray], np.ndarray] 
 
     def actor(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
         if norm:
-            x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0)
+            x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0).astype(np.float32, copy=False)
         x = np.tanh(x.reshape(len(x), -1) @ w1 + b1)
         x = np.tanh(x @ w2 + b2)
         noisy = (x @ w3 + b3).reshape(noise.shape) + noise
@@ -1148,12 +1332,78 @@ def numpy_actor(agent: Agent) -> Callable[[np.ndarray, np.ndarray], np.ndarray] 
     return actor
 
 
-def to_env(space: gym.Space, actions: np.ndarray) -> np.ndarray:
-    """Actions (batch, ...) as environments take them. What lies outside of the box is clipped only here."""
+def to_env(space: gym.Space, actions: np.ndarray, scale: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Actions (batch, ...) as environments take them, in the space and of its dtype.
+
+    Only here are they scaled by middle and half of the box, clipped to it, and rounded where it is one of integers.
+    """
     actions = actions.reshape(-1, *space.shape)
-    if isinstance(space, gym.spaces.Box):
-        return np.minimum(np.maximum(actions, space.low), space.high)
-    return actions + space.start
+    if not isinstance(space, gym.spaces.Box):
+        return (actions + space.start).astype(space.dtype, copy=False)
+    if scale:
+        actions = scale[0] + actions * scale[1]
+    actions = np.minimum(np.maximum(actions, space.low), space.high)
+    if space.dtype.kind in "iu":
+        with np.errstate(invalid="ignore"):  # the largest integer is a larger float, which would become the smallest
+            return np.where(actions < space.high, np.rint(actions).astype(space.dtype), space.high)
+    return actions.astype(space.dtype, copy=False)
+
+
+def bounded(space: gym.Space) -> np.ndarray:
+    """Where a box has a lower and an upper bound; False for other spaces."""
+    if not isinstance(space, gym.spaces.Box):
+        return np.zeros(1, dtype=bool)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return np.maximum(-low, high) < UNBOUNDED
+
+
+def middle_and_half(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Middle and half width of a box where it has both bounds, 0 and 1 where it has not."""
+    low, high = (np.where(bounded(space), x.astype(np.float64), y) for x, y in ((space.low, -1), (space.high, 1)))
+    return (low + high) / 2, (high - low) / 2
+
+
+def is_far(space: gym.Space) -> bool:
+    """Whether a policy that begins with a mean near 0 and a deviation near 1 has too little to learn from.
+
+    That is so where it seldom comes near a bound, where it is always clipped to both, and where it does not meet the
+    box at all. Classic control, MuJoCo and Box2D are not far.
+    """
+    if not bounded(space).any():
+        return False
+    middle, half = middle_and_half(space)
+    wide, narrow, elsewhere = abs(middle) + half > 5, (half > 0) & (half < 0.1), abs(middle) > half + 1
+    return bool((wide | narrow | elsewhere).any())
+
+
+def understood(agent: Agent, envs: Environments) -> list[str]:
+    """How observations are read and actions are made, and warnings of what is known not to learn."""
+    space, actions = agent.observation_space, agent.action_space
+    reads = "an image through a CNN"
+    if not agent.image:
+        numbers = f"{agent.actor.first.in_features:,} {'normalised ' if agent.obs_norm else ''}numbers"
+        reads = f"{numbers} through an MLP"
+    scaled = ", scaled to it" if envs.scale else ""
+    lines = [f"observes {brief(space)} as {reads}, acts in {brief(actions)}{scaled}"]
+    if not agent.image and sum(size >= 16 for size in space.shape) >= 2:
+        takes = "the CNN takes uint8 in three dimensions, two of them 36 or more"
+        lines.append(f"warning: an MLP is not known to learn from pixels; {takes}.")
+    if is_far(actions) and not envs.scale:
+        bounds = f"{actions.low.min():g} to {actions.high.max():g}"
+        lines.append(f"warning: actions from {bounds} are not known to learn unscaled; use --scale-actions on.")
+    return lines
+
+
+def lost_in_float32(observations: np.ndarray) -> list[str]:
+    """A warning if float32 makes most values equal that differ in some component of (rows, *shape)."""
+    ordered = np.sort(observations.reshape(len(observations), -1), axis=0)
+    differ = np.diff(ordered, axis=0) != 0
+    lost = differ & (np.diff(ordered.astype(np.float32), axis=0) == 0)
+    count = int((2 * lost.sum(0) > differ.sum(0)).sum())
+    line = (
+        f"warning: the network sees float32, which makes equal most values of {count} of {ordered.shape[1]} components"
+    )
+    return [f"{line} of the observations; use --norm-obs, which normalises in double precision."] if count else []
 
 
 def check_finite(observations: Tensor, rewards: np.ndarray, final_obs: dict[tuple[int, int], np.ndarray]) -> None:
@@ -1184,7 +1434,7 @@ def values_at(agent: Agent, final_obs: dict[tuple[int, int], np.ndarray], shape:
     """V of the last observation where an episode was truncated, and zero elsewhere, (num_steps, num_envs)."""
     values = torch.zeros(shape, device=agent.device)
     if final_obs:
-        obs = torch.from_numpy(np.stack(list(final_obs.values()))).to(agent.device, obs_dtype(agent.observation_space))
+        obs = torch.from_numpy(np.stack(list(final_obs.values()))).to(agent.device, obs_dtype(agent))
         values[tuple(zip(*final_obs))] = agent.value(agent.features(obs))
     return values
 
@@ -1208,14 +1458,14 @@ class Steps(NamedTuple):
 class Player:
     """Plays whole episodes in the environments of a run."""
 
-    def __init__(self, envs: Environments, args: RunArgs, rng: Rng, explore: bool = True):
+    def __init__(self, envs: Environments, args: RunArgs, rng: Rng):
         self.envs = envs
         self.args = args
         self.rng = rng
-        self.explore = explore
         self.obs = envs.reset()
         self.episodes = Episodes(envs)
         self.finished: list[Episode] = []  # in the last rollout
+        self.first = not args.evaluate  # the next rollout is the first one of a training
         self.steps = 0  # of the last rollout, with waiting
         self.inexact = ""  # why a resumed run is not the one that stopped
 
@@ -1228,7 +1478,13 @@ class Player:
         but it was played, so it counts in global_step.
         """
         num_steps, num_envs = self.args.num_steps, self.envs.num_envs
-        dtype = obs_dtype(agent.observation_space)
+        dtype = obs_dtype(agent)
+        raw: list[np.ndarray] | None = None  # observations of the first rollout, where float32 may lose something
+        if self.first:
+            for line in understood(agent, self.envs):
+                say(line)
+            raw = [] if dtype == torch.float32 and not np.can_cast(self.obs.dtype, np.float32) else None
+            self.first = False
         observations, actions, outcomes = [], [], []
         final_obs: dict[tuple[int, int], np.ndarray] = {}  # where an episode was truncated, by step and environment
         actor = numpy_actor(agent)
@@ -1238,12 +1494,14 @@ class Player:
         self.episodes.begun = [0] * num_envs
         while playing.any():
             t = len(observations)
-            if t == num_steps + ENDLESS:
-                where = f"an episode of environment {playing.argmax()}"
+            if t == num_steps + ENDLESS and not self.args.evaluate:  # an evaluation has a bound of its own
+                where = f"an episode of environment {playing.argmax()} of {self.args.env_id}"
                 raise Failed(f"{where} lasts for more than {ENDLESS:,} steps", "failed")
             if t % num_steps == 0:
-                noise = action_noise(agent, self.rng, num_steps, num_envs) * float(self.explore)
+                noise = action_noise(agent, self.rng, num_steps, num_envs)
                 noise = iter(noise.numpy() if actor else noise)
+            if raw is not None:
+                raw.append(self.obs.copy())
             observations.append(self.obs.astype(str(dtype).removeprefix("torch.")))
             if actor:
                 actions.append(actor(observations[t], next(noise)))
@@ -1251,17 +1509,19 @@ class Player:
                 features = agent.features(torch.from_numpy(observations[t]).to(agent.device))
                 actions.append(act(agent, features, next(noise)).cpu().numpy())
             try:
-                step = self.envs.step(to_env(agent.action_space, actions[t]))
+                step = self.envs.step(to_env(agent.action_space, actions[t], self.envs.scale))
             except Failed as error:
                 seen = torch.from_numpy(np.stack(observations))
                 check_finite(seen, np.array([outcome[0] for outcome in outcomes]), final_obs)
-                raise Failed(f"{error} in step {t} of the rollout", error.status) from error
+                raise Failed(f"in step {t} of the rollout {error}", error.status) from error
             self.obs, *outcome, over, last = step
             for n in np.flatnonzero(outcome[2] & ~outcome[1] & playing):
                 final_obs[t, n] = last[n]
             outcomes.append([*outcome, over, playing.copy()])
             if t + 1 >= num_steps:
                 playing &= ~over
+        for line in lost_in_float32(np.concatenate(raw)) if raw else []:
+            say(line)
         return self.arrange(agent, observations, np.stack(actions), outcomes, final_obs)
 
     def arrange(self, agent: Agent, observations: list, actions: np.ndarray, outcomes: list, final_obs: dict) -> Steps:
@@ -2310,6 +2570,7 @@ class Camera(Environments):
 
     def __init__(self, envs: Environments, args: RunArgs, name: str, episodes: int):
         super().__init__(envs.envs, envs.seed)
+        self.scale = envs.scale
         self.path = run_dir_of(Path(args.evaluate)) / "videos"
         self.name = name
         self.left = self.episodes = episodes  # to film
@@ -2317,19 +2578,23 @@ class Camera(Environments):
         colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
         self.twins = make_envs(args, self.num_envs, self.seed, **colour) if self.atari else None
 
+    def close(self) -> None:
+        super().close()
+        if self.twins:
+            self.twins.close()
+
     def reset(self) -> np.ndarray:
-        self.frames = []
         if self.twins:
             self.twin_obs = self.twins.reset()
         return super().reset()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         if self.left:
-            self.frames.append(self.twin_obs[0, -1].copy() if self.twins else self.envs.envs[0].render())
+            self.frames.append(self.twin_obs[0, -1].copy() if self.twins else self.envs.picture())
         if self.twins:
             self.twin_obs = self.twins.step(actions)[0]
-        obs, rewards, terminations, truncations, over, final_obs = super().step(actions)
-        if over[0] and self.frames:
+        outcome = super().step(actions)
+        if outcome[4][0] and self.frames:
             from moviepy import ImageSequenceClip
 
             self.left -= 1
@@ -2337,41 +2602,72 @@ class Camera(Environments):
             path = self.path / f"{self.name}_episode_{self.episodes - self.left}.mp4"
             ImageSequenceClip(self.frames, fps=30).write_videofile(str(path), logger=None)
             self.frames = []
-        return obs, rewards, terminations, truncations, over, final_obs
+        return outcome
+
+
+@torch.no_grad()
+def play_episodes(agent: Agent, envs: Environments, shares: list[int], args: RunArgs) -> tuple[list[float], str]:
+    """Plays shares[n] episodes in environment n. Returns their raw returns, and which episode did not end, or ""."""
+    rng, progress = Rng(args.eval_seed, args.device), Progress()
+    actor, dtype = numpy_actor(agent), str(obs_dtype(agent)).removeprefix("torch.")
+    returns: list[list[float]] = [[] for _ in shares]
+    paid, lasted = np.zeros((2, envs.num_envs))  # of the episodes in play
+    still = torch.zeros_like(action_noise(agent, rng, envs.num_envs))
+    endless = ""
+    begun = time.perf_counter()
+    obs = envs.reset()
+    while not endless and any(len(played) < share for played, share in zip(returns, shares)):
+        noise = action_noise(agent, rng, envs.num_envs) if args.eval_stochastic else still
+        x = obs.astype(dtype)
+        if actor:
+            actions = actor(x, noise.numpy())
+        else:
+            actions = act(agent, agent.features(torch.from_numpy(x).to(agent.device)), noise).cpu().numpy()
+        obs, rewards, _, _, over, _ = envs.step(to_env(agent.action_space, actions, envs.scale))
+        paid += rewards
+        lasted += 1
+        for n in np.flatnonzero(over):
+            returns[n].append(float(paid[n]))
+            paid[n] = lasted[n] = 0
+        for n in np.flatnonzero(lasted >= args.eval_max_steps):
+            if len(returns[n]) < shares[n]:
+                endless = f"an episode of environment {n} did not end within {args.eval_max_steps:,} steps"
+        if time.perf_counter() - begun > 5:  # a short evaluation shows nothing
+            done = sum(min(len(played), share) for played, share in zip(returns, shares))
+            progress.show(f"of {args.eval_episodes:,} episodes", done, args.eval_episodes)
+    progress.end()
+    return [score for played, share in zip(returns, shares) for score in played[:share]], endless
 
 
 def evaluate(args: RunArgs) -> list[float]:
     """Plays eval_episodes with the run args.evaluate, its normalisers frozen. Returns the raw returns.
 
-    Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard.
+    Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard. Raises
+    Failed where an episode does not end. Those that did are told, but not recorded, because they are the short ones.
     """
     check_args(args)
     args = replace(args, evaluate=str(Path(here(), args.evaluate)))  # before an environment goes to another folder
     path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
-    rendered = args.capture_video and environment_family(args.env_id) != "atari"
-    envs = make_envs(args, num_envs, args.eval_seed, **{"render_mode": "rgb_array"} if rendered else {})
-    settle(args, envs)
-    agent = make_agent(envs, args)
-    state = load_checkpoint(path, lambda state: agent.load_state_dict(state["agent"]))
     # Each environment plays its share of the episodes, because the first ones to end are the shortest.
     shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
-    returns: list[list[float]] = [[] for _ in range(num_envs)]
-    if args.capture_video:
-        envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
-    frozen = replace(args, num_steps=min(args.num_steps, 128), norm_reward=False)
-    player = Player(envs, frozen, Rng(args.eval_seed, args.device), explore=args.eval_stochastic)
-    for rollouts in itertools.count(1):
-        player.play(agent)
-        for episode in player.finished:
-            returns[episode.env].append(episode.episodic_return)
-        if all(len(played) >= share for played, share in zip(returns, shares)):
-            break
-        if rollouts * frozen.num_steps > LONGEST * max(shares):
-            raise Failed(f"an episode of {args.env_id} does not end within {LONGEST:,} steps", "failed")
-    scores = [score for played, share in zip(returns, shares) for score in played[:share]]
+    rendered = args.capture_video and environment_family(args.env_id) != "atari"
+    with make_envs(args, num_envs, args.eval_seed, **{"render_mode": "rgb_array"} if rendered else {}) as envs:
+        settle(args, envs)
+        agent = make_agent(envs, args)
+        state = load_checkpoint(path, lambda state: agent.load_state_dict(state["agent"]))
+        if args.capture_video:
+            envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
+        with envs:  # the camera has environments of its own to close
+            scores, endless = play_episodes(agent, envs, shares, args)
     kind = "stochastic" if args.eval_stochastic else "deterministic"
-    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max")}
-    say(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max") if scores}
+    if scores:
+        say(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    if endless:
+        ended = f"{len(scores)} of {args.eval_episodes} episodes ended, and nothing is recorded"
+        raise Failed(f"{args.env_id}: {endless} (--eval-max-steps); {ended}.", "failed")
+    if not np.isfinite(scores).all():
+        raise Failed(f"{args.env_id}: a return is NaN or infinite", "failed")
     result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
     record_evaluation(path, {kind: result}, {"eval/episodic_return": result["mean"]}, state["global_step"])
     return scores
