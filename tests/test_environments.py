@@ -170,7 +170,7 @@ def test_closing_twice_is_closing_once(odd):
 
 def test_twins_of_a_film_are_closed(odd):
     args = ppo.parse_args(["--env-id", "ALE/Pong-v5", "--eval-episodes", "1", "--num-threads", "1"])
-    with ppo.make_envs(args, 1, 1) as envs, ppo.Camera(envs, args, "film") as camera:
+    with ppo.make_envs(args, 1, 1) as envs, ppo.Camera(envs, args, "film", 1) as camera:
         assert not camera.twins.envs.closed and not envs.envs.closed
     assert camera.twins.envs.closed and envs.envs.closed
 
