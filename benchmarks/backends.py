@@ -75,7 +75,7 @@ def check(options: Any) -> dict[str, Any]:
 def failed(job: Job, runs_dir: Path, why: str) -> str:
     """ "failed", with the reason at the end of the job's log, where `run` shows it."""
     log_of(job, runs_dir).parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(job, runs_dir), "a") as log:
+    with open(log_of(job, runs_dir), "a", encoding="utf-8") as log:
         log.write(why.rstrip() + "\n")
     return "failed"
 
@@ -140,7 +140,7 @@ class Task:
 def queue(*which: str) -> dict[str, str]:
     """The states of this user's Slurm jobs, {"12_3": "RUNNING"}, with those that ended some minutes ago."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T", *which]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if process.returncode:
         raise UsageError(f"squeue fails: {' '.join(process.stderr.split())}")
     return dict(line.split(maxsplit=1) for line in process.stdout.splitlines())

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import run, stats
 from benchmarks.check import interval
-from benchmarks.jobs import OWNER, as_flags, read_json, status_of
+from benchmarks.jobs import OWNER, as_flags, make_folder, read_value, status_of
 from benchmarks.plan import FAILURE, FLOOR, TUNING, Plan
 from benchmarks.space import values_of
 from benchmarks.study import best_of, by_environment, finished, is_alive, locked, number_of, show
@@ -63,14 +63,14 @@ def write_suite(plan: Plan, winner: Any, path: Path) -> None:
     for name, flags in (("default", {}), ("winner", values_of(plan.space, winner.params))):
         lines += ["", f"[variants.{name}]", f"algo = {json.dumps(plan.algo)}", "", f"[variants.{name}.flags]"]
         lines += [f"{flag} = {json.dumps(value)}" for flag, value in (plan.space.fixed | flags).items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    make_folder(path.parent)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def final_check(plan: Plan, winner: Any) -> tuple[int, list[str]]:
     """Runs the default and the winner on seeds that no trial has seen; the exit status, and a table in Markdown."""
     folder, suite = plan.runs_dir / f"final-{number_of(winner):04}", plan.out / "winner.toml"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shutil.copy(suite, folder / suite.name)
     jobs, workers = jobs_of(read_suite(str(suite)), plan.threads), plan.options.workers
     print(f"final check: the default and trial {number_of(winner)}, fresh seeds 1 to {plan.options.final_seeds}")
@@ -80,7 +80,7 @@ def final_check(plan: Plan, winner: Any) -> tuple[int, list[str]]:
     values: dict[str, dict[str, list[float | None]]] = {"default": {}, "winner": {}}
     for job in jobs:
         done = status_of(job, folder) == "done"
-        value = read_json(folder / job.name / "summary.json")["train_last100"] if done else None
+        value = read_value(folder / job.name / "summary.json", "train_last100") if done else None
         values[job.algo].setdefault(job.env_id, []).append(value)
     return status, compare(plan, values["default"], values["winner"])
 
@@ -145,7 +145,7 @@ def write_report(plan: Plan, study: Any, check: list[str]) -> None:
     trials = finished(study)
     trials.sort(key=lambda trial: (trial.state != TrialState.COMPLETE, -trial.value))
     rows = [row_of(plan, trial) for trial in trials]
-    with open(plan.out / "trials.csv", "w", newline="") as file:
+    with open(plan.out / "trials.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -159,7 +159,7 @@ def write_report(plan: Plan, study: Any, check: list[str]) -> None:
     lines += [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
     numbers = ("score", *plan.options.env_ids)
     lines += [f"| {' | '.join(show(v) if k in numbers else str(v) for k, v in row.items())} |" for row in rows]
-    (plan.out / "report.md").write_text("\n".join(lines) + "\n")
+    (plan.out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def row_of(plan: Plan, trial: Any) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def stored_note(path: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- references
 @cache
 def read_reference(name: str) -> list[dict[str, str]]:
-    with open(REFERENCES / f"{name}.csv", newline="") as file:
+    with open(REFERENCES / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -402,7 +402,7 @@ def first_of(texts: dict[str, int]) -> str:
 def write_scores(runs: list[Run], path: Path) -> None:
     """One row per run, for `check`, for later reports and for readers who want the numbers."""
     header = ("env_id", "algo", "seed", "status", "total_timesteps", "global_step", *MEASURES, "key", *ORIGIN)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for run in runs:
@@ -416,7 +416,7 @@ def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
 
     The last point is at the end of the run. Runs consist of whole batches, so that may be before or behind the budget.
     """
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["env_id", "algo", "seed", "step", "wall_time", "return_last100"])
         for run in runs:
@@ -464,8 +464,10 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         text = write_report(runs, problems, missing, matrix, options, out, rng)
-        (out / "report.md").write_text(text)
-        (out / "report.html").write_text(to_html(text, out, options.title or matrix.name or "Learning curves"))
+        (out / "report.md").write_text(text, encoding="utf-8")
+        (out / "report.html").write_text(
+            to_html(text, out, options.title or matrix.name or "Learning curves"), encoding="utf-8"
+        )
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
     for problem in problems:
@@ -493,7 +495,7 @@ def write_report(
     cells, facts = cells_of(runs), provenance(runs, matrix)
     write_scores(runs, out / "scores.csv")
     write_curves(runs, out / "curves.csv")
-    (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     below = f"\n\n{caption(facts)}\n"
     text = opening(runs, cells, missing, matrix, options.title)
     text += "\n\n## Learning curves\n\n"

@@ -62,6 +62,19 @@ def shuffle(file):
     file.write_text("\n".join([header, second, first, *rest]) + "\n")
 
 
+def double(run, num_envs):
+    """Each row twice, as two processes that do the same write it, or two environments in step."""
+    set_argument(run, num_envs=num_envs)
+    header, *rows = (run / "episodes.csv").read_text().splitlines()
+    (run / "episodes.csv").write_text("\n".join([header, *(row for row in rows for _ in range(2))]) + "\n")
+    set_summary(run, train_last100=float(np.mean([float(row.split(",")[2]) for row in rows[-50:]])))
+
+
+def progress(run, *steps):
+    set_argument(run, num_envs=1)
+    (run / "progress.csv").write_text("global_step,wall_time,sps\n" + "".join(f"{step},1,1\n" for step in steps))
+
+
 def report_of(runs, *flags):
     assert main(["report", str(runs), *map(str, flags)]) == 0
     return (Path(runs) / "report" / "report.md").read_text()
@@ -145,19 +158,28 @@ def test_what_is_missing_or_failed_is_shown_and_counted(tmp_path, capsys):
         (lambda run: (run / "config.json").write_text('{"args": {"seed": 1}}'), "is no run in an environment", 1),
         (lambda run: (run / "episodes.csv").unlink(), "has no episodes.csv", 1),
         (lambda run: (run / "summary.json").write_text("nonsense"), "damaged summary.json", 1),
-        (lambda run: (run / "episodes.csv").open("a").write("1,2,\0"), "1 rows of episodes.csv cannot be read", 2),
-        (lambda run: shuffle(run / "episodes.csv"), "out of order", 2),
+        (lambda run: (run / "episodes.csv").open("a").write("1,2,"), "1 rows of episodes.csv cannot be read", 2),
+        (lambda run: (run / "episodes.csv").open("a").write("1,2,\0"), "episodes.csv has NUL bytes", 1),
+        (lambda run: shuffle(run / "episodes.csv"), "global_step goes back in episodes.csv", 1),
         (lambda run: (run / "episodes.csv").write_text(""), "episodes.csv has no episode", 1),
         (lambda run: os.truncate(run / "episodes.csv", 400), "summary.json says train_last100", 1),
         (lambda run: (run / "episodes.csv").open("a").write("nan,1,2,3\n"), "1 rows of episodes.csv cannot be read", 2),
-        (
-            lambda run: (run / "episodes.csv").open("a").write("\0" * 200_000),
-            "1 rows of episodes.csv cannot be read",
-            2,
-        ),
+        (lambda run: (run / "episodes.csv").open("a").write("\0" * 200_000), "episodes.csv has NUL bytes", 1),
+        (lambda run: (run / "progress.csv").write_text("global_step,sps\n100,1\n\0\0\n"), "progress.csv has NUL", 1),
+        (lambda run: progress(run, 100, 200, 150, 300), "global_step goes back or repeats in progress.csv", 1),
+        (lambda run: progress(run, 100, 200, 200, 300), "global_step goes back or repeats in progress.csv", 1),
+        (lambda run: progress(run, 100, 200, 300), "", 2),
+        (lambda run: (run / "progress.csv").write_text("global_step,sps\n100,1\n200,1\n3"), "", 2),  # cut off
+        (lambda run: double(run, num_envs=1), "more episodes end in one step of episodes.csv than there are", 1),
+        (lambda run: double(run, num_envs=2), "", 2),
+        (lambda run: set_summary(run, global_step=1990), "summary.json ends at step 1,990, episodes.csv at 2,000", 1),
+        (lambda run: set_summary(run, train_last100=None), "summary.json says train_last100 None", 1),
+        (lambda run: set_argument(run, total_timesteps=10**30), "config.json: args.total_timesteps is 1000000", 1),
+        (lambda run: set_argument(run, seed=-1), "config.json: args.seed is -1", 1),
+        (lambda run: set_argument(run, seed=2**40), "config.json: args.seed is 1099511627776", 1),
         (lambda run: set_argument(run, seed=math.inf), "has a value that makes no sense", 1),
         (lambda run: set_summary(run, eval=[1]), "has a value that makes no sense", 1),
-        (lambda run: set_summary(run, eval={"stochastic": {"mean": None}}), "has a value that makes no sense", 1),
+        (lambda run: set_summary(run, eval={"stochastic": {"mean": "x"}}), "eval.stochastic.mean is 'x'", 1),
         (lambda run: set_summary(run, sps="fast"), "has a value that makes no sense", 1),
         (lambda run: set_summary(run, global_step="many"), "has a value that makes no sense", 1),
         (lambda run: set_config(run, versions=[1]), "has a value that makes no sense", 1),
