@@ -16,6 +16,7 @@ from benchmarks import run, stats
 from benchmarks.check import interval
 from benchmarks.jobs import OWNER, as_flags, make_folder, read_value, status_of
 from benchmarks.plan import FAILURE, FLOOR, TUNING, Plan
+from benchmarks.report import literal
 from benchmarks.space import values_of
 from benchmarks.study import best_of, by_environment, finished, is_alive, locked, number_of, show
 from benchmarks.suite import jobs_of, read_suite
@@ -124,8 +125,8 @@ def comparison(name: str, old: list[np.ndarray], new: list[np.ndarray], rng: np.
     """
     cells = []
     for scores in (old, new):
-        low, high = stats.bootstrap(scores, stats.aggregate_mean, rng)
-        cells.append(f"{show(stats.aggregate_mean(scores))} [{show(low)}, {show(high)}]")
+        ends = stats.bootstrap(scores, stats.aggregate_mean, rng)
+        cells.append(show(stats.aggregate_mean(scores)) + brackets(ends))
     low, high = interval(np.mean(old, axis=0), np.mean(new, axis=0), 0.95, 0)
     if math.isnan(low):
         verdict = "unknown"
@@ -135,8 +136,13 @@ def comparison(name: str, old: list[np.ndarray], new: list[np.ndarray], rng: np.
         verdict = "worse"
     else:
         verdict = "not shown to differ"
-    difference = show(stats.aggregate_mean(new) - stats.aggregate_mean(old))
-    return f"| {name} | {' | '.join(cells)} | {difference} [{show(low)}, {show(high)}] | {verdict} |"
+    difference = show(stats.aggregate_mean(new) - stats.aggregate_mean(old)) + brackets((low, high))
+    return f"| {name} | {' | '.join(cells)} | {difference} | {verdict} |"
+
+
+def brackets(ends: tuple[float, float]) -> str:
+    """An interval behind its number; "" where there is none."""
+    return f" [{show(ends[0])}, {show(ends[1])}]" if np.isfinite(ends).all() else ""
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -158,7 +164,8 @@ def write_report(plan: Plan, study: Any, check: list[str]) -> None:
         lines += ["![importance](importance.png)", ""]
     lines += [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
     numbers = ("score", *plan.options.env_ids)
-    lines += [f"| {' | '.join(show(v) if k in numbers else str(v) for k, v in row.items())} |" for row in rows]
+    cells = [[show(v) if k in numbers else literal(str(v)).replace("|", "\\|") for k, v in row.items()] for row in rows]
+    lines += [f"| {' | '.join(row)} |" for row in cells]
     (plan.out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -102,7 +102,7 @@ def default_is(words: str) -> Any:
 
 
 def cores() -> int:
-    """Processor cores that this process may use, as the scripts count them. It loads torch, so ask only where it matters."""
+    """Processor cores that this process may use, as the scripts count them. This loads torch: ask where it matters."""
     import ppo
 
     return ppo.cores()

@@ -105,7 +105,7 @@ def test_scores_are_those_of_the_last_100_episodes(tmp_path, capsys):
     mean, low, high = (float(part) for part in re.findall(r"[-\d.]+", row[4]))
     assert mean == pytest.approx(np.mean(means), abs=0.06)
     assert min(means) - 0.06 <= low < mean < high <= max(means) + 0.06
-    assert row[6].startswith("102.0 [") and row[7] == "-" and row[8] == "20 (20 to 20)"
+    assert row[6].startswith("102.0 [") and row[7] == "not evaluated" and row[8] == "20 (20 to 20)"
     with open(tmp_path / "report" / "scores.csv", newline="") as file:
         stored = list(csv.DictReader(file))
     assert [float(run["train_last100"]) for run in stored] == pytest.approx(means, rel=1e-6)
