@@ -48,8 +48,10 @@ The upper half of this file is the method. The lower half has the sections that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
+import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -68,7 +70,7 @@ import sys
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -318,10 +320,10 @@ class Batch(NamedTuple):
 
 
 def sample_groups(
-    model: GPT, prompts: list[str], size: int, rewards: list[str], args: Args, greedy: bool = False
+    model: GPT, prompts: list[str], size: int, rewards: list[str], rng: Rng, args: Args, greedy: bool = False
 ) -> list[Group]:
     """A group of completions of each prompt, with the rewards of these names."""
-    completions = generate(model, encode_prompts(prompts, args.device), size, args, greedy)
+    completions = generate(model, encode_prompts(prompts, args.device), size, rng, args, greedy)
     completions = F.pad(completions, (0, args.max_completion_length - completions.shape[1]), value=PAD)
     groups = []
     for prompt, tokens in zip(prompts, completions.split(size)):
@@ -336,12 +338,12 @@ def is_flat(group: Group) -> bool:
     return all_equal(group.rewards[None, :, 0]).item()
 
 
-def rollout(model: GPT, args: Args) -> tuple[list[Group], Batch]:
+def rollout(model: GPT, rng: Rng, args: Args) -> tuple[list[Group], Batch]:
     """Samples groups of completions and compares each with its group; returns all groups, the batch's first."""
     num_prompts, groups = args.generation_batch_size // args.num_generations, []
     for _ in range(10):
-        prompts = sample_prompts(num_prompts, args.num_digits, held_out=False)
-        groups += sample_groups(model, prompts, args.num_generations, args.rewards, args)
+        prompts = sample_prompts(num_prompts, args.num_digits, rng)
+        groups += sample_groups(model, prompts, args.num_generations, args.rewards, rng, args)
         if not args.dynamic_sampling:
             break
         groups.sort(key=is_flat)  # flat groups go to the end (DAPO eq. 11)
@@ -384,7 +386,7 @@ def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]]
 
 
 def update(
-    model: GPT, reference: GPT, optimizer: torch.optim.Optimizer, batch: Batch, learning_rate: float, args: Args
+    model: GPT, reference: GPT, optimizer: torch.optim.AdamW, batch: Batch, learning_rate: float, rng: Rng, args: Args
 ) -> dict[str, float]:
     """num_iterations epochs over a batch; returns the means of their statistics.
 
@@ -393,7 +395,7 @@ def update(
     """
     optimizer.param_groups[0]["lr"] = learning_rate
     steps = []
-    rows = torch.randperm(len(batch.mask), device=batch.mask.device).chunk(args.steps_per_generation)
+    rows = rng.permutation(len(batch.mask)).chunk(args.steps_per_generation)
     parts = [Batch(*(x[part] for x in batch)) for part in rows]
     with torch.no_grad():
         old = [completion_logprobs(model, part.prompts, part.completions, args)[0] for part in parts]
@@ -448,14 +450,14 @@ def train(args: RunArgs) -> Path:
     check_args(args)
     check_model(args)
     check_method(args)
-    settle(args)
+    rng = settle(args)
     model = GPT(args).to(args.device)
     if args.init_from and not args.resume:
         load_model(model, Path(args.init_from), args)
     reference = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
 
-    with Run(args, args.max_steps, started, model=model, reference=reference, optimizer=optimizer) as run:
+    with Run(args, args.max_steps, started, model=model, reference=reference, optimizer=optimizer, rng=rng) as run:
         if not run.iteration:
             if not args.init_from:
                 warm_start(model, run)
@@ -464,10 +466,10 @@ def train(args: RunArgs) -> Path:
         for iteration in run.iterations():
             learning_rate = args.learning_rate * (1 - 0.9 * iteration / args.max_steps if args.anneal_lr else 1)
             clock = [time.perf_counter()]
-            groups, batch = rollout(model, args)
+            groups, batch = rollout(model, rng, args)
             clock.append(time.perf_counter())
             completions, values = statistics(groups, args)
-            values |= update(model, reference, optimizer, batch, learning_rate, args)
+            values |= update(model, reference, optimizer, batch, learning_rate, rng, args)
             values |= speed(completions, batch, clock, args)
             values["learning_rate"] = learning_rate
             if iteration == args.max_steps or iteration % args.eval_interval == 0:
@@ -519,6 +521,7 @@ def refuse(wrong: Any, message: str) -> None:
 def check_model(args: RunArgs) -> None:
     """Raises UsageError for a model or a name that cannot be."""
     shortest = args.num_digits + 3
+    refuse(args.num_digits > 1000, f"--num-digits is {args.num_digits}, but must be at most 1,000.")
     refuse(args.n_embd % args.n_head, f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}.")
     refuse(args.run_name in (".", "..", "warm_starts"), f"--run-name {args.run_name} is taken; choose another.")
     refuse(
@@ -526,23 +529,40 @@ def check_model(args: RunArgs) -> None:
         f"--max-completion-length {args.max_completion_length} is too short for {args.num_digits} digits, two brackets"
         f" and an end; ask for {shortest} or more.",
     )
+    check_sizes(args)
 
 
-def settle(args: RunArgs) -> None:
-    """Decides what is "auto", and sets threads and seeds. Raises UsageError for what this machine does not have."""
+def check_sizes(args: RunArgs) -> None:
+    """Raises UsageError for a model and batches that do not fit into the memory."""
+    sizes = {name: vars(args)[name] for name in (*SIZES, "generation_batch_size", "eval_prompts")}
+    largest = max(sizes, key=sizes.__getitem__)
+
+    def needed(size: int) -> float:
+        x = replace(args, **{largest: size})
+        context = 1 + x.num_digits + x.max_completion_length
+        weights = x.n_layer * 12 * x.n_embd**2 + context * x.n_embd
+        cached = x.n_layer * 2 * context * x.n_embd * max(x.generation_batch_size, 8 * x.eval_prompts)
+        trained = x.n_layer * 16 * context * x.n_embd * x.generation_batch_size // x.steps_per_generation
+        return 4 * (6 * weights + max(cached, trained))  # six, with the reference, the gradients and the optimizer
+
+    check_memory(needed, "this model with its batches", f"--{largest.replace('_', '-')}", sizes[largest])
+
+
+def settle(args: RunArgs) -> Rng:
+    """Decides what is "auto", and sets threads and seeds. Returns the run's random numbers.
+
+    Raises UsageError for what this machine does not have.
+    """
     if args.device == "auto":
         args.device = "cpu"
     no_cuda = args.device == "cuda" and not torch.cuda.is_available()
     refuse(no_cuda, "--device cuda: torch sees no CUDA device here; use --device cpu.")
-    refuse(
-        args.num_threads > cores(),
-        f"--num-threads is {args.num_threads}, but there are {cores()} cores; ask for fewer.",
-    )
     args.num_threads = args.num_threads or min(cores(), 4)
     torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    return Rng(args.seed, args.device)
 
 
 # ==== shared: command line ====
@@ -571,6 +591,7 @@ MAY_DIFFER = ("resume", "capture_video", "track", "wandb_project_name", "wandb_e
 
 def parse_args(argv: list[str] | None = None) -> RunArgs:
     """The command line, over the defaults of its preset. With --resume or --evaluate, over the arguments of the run."""
+    argv = own_arguments() if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     default = vars(RunArgs())[PRESET]
     peek.add_argument(f"--{PRESET.replace('_', '-')}", f"--{PRESET}", nargs="?", default=default, const=default)
@@ -581,9 +602,9 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
     if not run:
-        return tyro.cli(RunArgs, args=argv, default=RunArgs(**preset(asked[PRESET])))
+        return parse_flags(argv, RunArgs(**preset(asked[PRESET])))
     saved = read_config(run)[0]
-    args = tyro.cli(RunArgs, args=argv, default=saved)
+    args = parse_flags(argv, saved)
     changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]
     if asked["evaluate"]:
         changed = [name for name in changed if not name.startswith("eval")]
@@ -594,12 +615,49 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
     return args
 
 
+def own_arguments() -> list[str]:
+    """What this script was started with; nothing where it was imported, or pasted into a notebook with its own argv."""
+    started = Path(sys.argv[0])
+    return sys.argv[1:] if SCRIPT.is_file() and started.is_file() and started.samefile(SCRIPT) else []
+
+
+def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
+    """The flags over the defaults. Raises UsageError with one sentence, where tyro alone would draw a box."""
+    if {"-h", "--help"} & set(argv):
+        return tyro.cli(RunArgs, args=argv, default=default)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
+    except SystemExit:
+        lines = [line.strip() for line in box.getvalue().splitlines()]
+        rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
+        message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
+        flag, _, reason = message.removeprefix("Error parsing ").partition(": ")
+        takes = next((line for line in lines if line.startswith(f"{flag} ")), "")
+        if takes and "'" in reason:
+            for kind, words in (("{None}|", ""), ("FLOAT", "a number"), ("INT", "a whole number")):
+                takes = takes.replace(kind, words)
+            message = f"{takes.replace(' ', ' takes ', 1)}, not {reason.split(chr(39))[-2]!r}"
+        raise UsageError(f"{message.rstrip('.')}.") from None
+    if unknown:
+        known = [f"--{no}{field.name.replace('_', '-')}" for field in fields(RunArgs) for no in ("", "no-")]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, n=1)
+        would = f"did you mean {near[0]}?" if near else "--help lists the flags."
+        raise UsageError(f"{unknown[0]!r} is no flag and no value of one; {would}")
+    return args
+
+
 def check_args(args: RunArgs) -> None:
     """Raises UsageError for the first number that cannot work, and says what would; and where --track cannot log."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    if args.num_threads > cores():
+        if not args.resume and not args.evaluate:
+            raise UsageError(f"--num-threads is {args.num_threads}, but this process may use {cores()} cores.")
+        args.num_threads = 0  # the run was made on a larger machine
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
@@ -615,6 +673,10 @@ def bound_broken(name: str, number: float) -> str:
     """What an argument must be and is not, or ""."""
     if not math.isfinite(number):
         return "a finite number"
+    if name == "num_envs" and number > 2**16:
+        return "at most 65,536"
+    if number > 2**53 and isinstance(number, int):
+        return "at most 2**53"
     if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
@@ -625,8 +687,51 @@ def bound_broken(name: str, number: float) -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, by its affinity and by the share that its cgroups grant."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        count = os.process_cpu_count() or 1
+    else:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota, period in cgroups("cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        if quota not in ("max", "-1"):
+            count = min(count, int(quota) // int(period))
+    return max(count, 1)
+
+
+def memory() -> int:
+    """Bytes that this process may fill."""
+    limits = [int(limit) for (limit,) in cgroups("memory.max", "memory", "memory.limit_in_bytes") if limit != "max"]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
+
+
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
+    """The words of a file, in all control groups around this process. Version 1 has other folders and file names."""
+    root, mine = CGROUPS
+    found = []
+    for line in mine.read_text().splitlines() if mine.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder = root / controller if controllers else root
+        folder = folder / path.lstrip("/")
+        names = old_names if controllers else [name]
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError):
+                found.append(" ".join((level / name).read_text() for name in names).split())
+    return found
+
+
+def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int) -> None:
+    """Raises UsageError where size, the value of a flag, needs more bytes than there are."""
+    most = size
+    while most > 1 and needed(most) > memory():
+        most //= 2
+    if most < size:
+        sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
+        raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -663,30 +768,29 @@ def encode_prompts(prompts: list[str], device: str) -> Tensor:
     return encode(["^" + prompt for prompt in prompts], 1 + len(prompts[0])).to(device)
 
 
-def sample_prompts(count: int, num_digits: int, held_out: bool, rng: Any = random) -> list[str]:
+def sample_prompts(count: int, num_digits: int, rng: Rng, held_out: bool = False) -> list[str]:
     """Strings of digits; a tenth of all strings, by a hash, is held out from training."""
-
     prompts = []
     while len(prompts) < count:
-        prompt = "".join(rng.choices("0123456789", k=num_digits))
+        prompt = "".join(rng.python.choices("0123456789", k=num_digits))
         if (int(prompt) * 2654435761 % 2**32 < 2**32 // 10) == held_out:
             prompts.append(prompt)
     return prompts
 
 
-def sloppy_answer(prompt: str, max_dots: int) -> str:
+def sloppy_answer(prompt: str, max_dots: int, rng: Rng) -> str:
     """The teacher: one answer of five is right, three are the wrong way round, one has a random digit.
 
     Nine of ten have the wrong brackets. These mistakes leave no short cut: leaving the brackets out would please the
     reward for brevity, and swapping two neighbours is often no mistake.
     """
-    digits, kind = sorted(prompt), random.random()
+    digits, kind = sorted(prompt), rng.python.random()
     if kind < 0.6:
         digits.reverse()
     elif kind < 0.8:
-        digits[random.randrange(len(digits))] = random.choice("0123456789")
-    left, right = "[]" if random.random() < 0.1 else "()"
-    return "." * random.randint(0, max_dots) + left + "".join(digits) + right + "$"
+        digits[rng.python.randrange(len(digits))] = rng.python.choice("0123456789")
+    left, right = "[]" if rng.python.random() < 0.1 else "()"
+    return "." * rng.python.randint(0, max_dots) + left + "".join(digits) + right + "$"
 
 
 # ==== shared: language model ====
@@ -732,7 +836,7 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: Tensor, num_generations: int, args: Args, greedy: bool = False) -> Tensor:
+def generate(model: GPT, prompts: Tensor, num_generations: int, rng: Rng, args: Args, greedy: bool = False) -> Tensor:
     """num_generations completions of each prompt (prompts, length), those of a group one after the other.
 
     Returns (prompts * num_generations, max_completion_length or less), with PAD after the first EOS. The prompt goes
@@ -746,7 +850,7 @@ def generate(model: GPT, prompts: Tensor, num_generations: int, args: Args, gree
         if tokens:
             logits = model(tokens[-1][:, None], cache, position - 1)[:, -1]
         # The largest p / e, with e exponentially distributed, is a sample of p (the Gumbel trick).
-        noise = torch.ones_like(logits) if greedy else torch.empty_like(logits).exponential_()
+        noise = torch.ones_like(logits) if greedy else torch.empty_like(logits).exponential_(generator=rng.torch)
         token = ((logits / args.temperature).softmax(-1) / noise).argmax(-1)
         tokens.append(torch.where(ended, PAD, token))
         ended |= token == EOS
@@ -1032,6 +1136,32 @@ class Progress:
         self.open = False
 
 
+class Rng:
+    """A run's own random numbers. The global ones of Python, numpy and torch are anybody's, also an environment's."""
+
+    def __init__(self, seed: int | str, device: str):
+        self.python = random.Random(seed)
+        self.torch = torch.Generator(device).manual_seed(self.python.getrandbits(63))
+
+    def permutation(self, n: int) -> Tensor:
+        """0 to n - 1 in random order."""
+        return torch.randperm(n, generator=self.torch, device=self.torch.device)
+
+    def integers(self, n: int, count: int) -> Tensor:
+        """count numbers from 0 to n - 1."""
+        return torch.randint(n, (count,), generator=self.torch, device=self.torch.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        version, keys, gauss = self.python.getstate()
+        return {"python": [version, list(keys), gauss], "torch": self.torch.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        version, keys, gauss = state["python"]
+        self.python.setstate((version, tuple(keys), gauss))
+        if len(state["torch"]) == len(self.torch.get_state()):  # a GPU's state has another form than a processor's
+            self.torch.set_state(state["torch"])
+
+
 KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
 
 
@@ -1297,14 +1427,14 @@ def warm_start(model: GPT, run: Run) -> None:
             return
         except UsageError:  # it is corrupt, as load_checkpoint has said, and is made again
             pass
-    plain = replace(args, temperature=1.0)
+    plain, rng = replace(args, temperature=1.0), Rng(f"warm start {args.seed}", args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     max_dots = min(6, args.max_completion_length - args.num_digits - 3)
     for step in range(args.sft_steps):
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1 + math.cos(math.pi * step / args.sft_steps)) / 2
-        prompts = sample_prompts(128, args.num_digits, held_out=False)
-        answers = encode([sloppy_answer(prompt, max_dots) for prompt in prompts], args.max_completion_length)
-        answers = answers.to(args.device)
+        prompts = sample_prompts(128, args.num_digits, rng)
+        answers = [sloppy_answer(prompt, max_dots, rng) for prompt in prompts]
+        answers = encode(answers, args.max_completion_length).to(args.device)
         logprobs, _ = completion_logprobs(model, encode_prompts(prompts, args.device), answers, plain)
         loss = -masked_mean(logprobs, completion_mask(answers))
         optimizer.zero_grad()
@@ -1327,8 +1457,6 @@ def warm_start(model: GPT, run: Run) -> None:
 
 def evaluate_before(model: GPT, run: Run) -> None:
     """Step 0 of a run: what the model can do before it learns from rewards."""
-    random.seed(run.args.seed)  # again, because a cached warm start must not change the run
-    torch.manual_seed(run.args.seed)
     values = evaluation(model, run.args)
     run.start_clock()
     report_accuracy(run, values)
@@ -1364,11 +1492,10 @@ def load_model(model: GPT, path: Path, args: RunArgs) -> dict[str, Any]:
 @torch.no_grad()
 def evaluation(model: GPT, args: RunArgs) -> dict[str, float]:
     """Means over the held-out prompts, always the same: accuracy sampled and greedy, pass@8, format."""
-    prompts = sample_prompts(args.eval_prompts, args.num_digits, True, random.Random(EVAL_SEED))
-    with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
-        torch.manual_seed(EVAL_SEED)
-        sampled = sample_groups(model, prompts, 8, ["exact", "format"], args)
-        greedy = sample_groups(model, prompts, 1, ["exact"], args, greedy=True)
+    rng = Rng(EVAL_SEED, args.device)
+    prompts = sample_prompts(args.eval_prompts, args.num_digits, rng, held_out=True)
+    sampled = sample_groups(model, prompts, 8, ["exact", "format"], rng, args)
+    greedy = sample_groups(model, prompts, 1, ["exact"], rng, args, greedy=True)
     exact, in_format = torch.stack([group.rewards for group in sampled]).unbind(-1)
     values = {
         "accuracy": exact.mean(),
@@ -1414,4 +1541,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if SCRIPT.is_file():  # a notebook would show the exit as an error
+        sys.exit(status)

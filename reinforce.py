@@ -49,6 +49,7 @@ The upper half of this file is the method. From the lower half it uses `Player`,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -330,10 +331,11 @@ def rollout(agent: Agent, player: Player, args: Args) -> Batch:
     return Batch(obs, actions, psi, to_go, values, steps.played.sum(0).tolist())
 
 
-def fit_value(agent: Agent, optimizer: Adam, gradient: Callable, batch: Batch, args: Args) -> dict[str, Tensor]:
+def fit_value(optimizer: Adam, gradient: Callable, batch: Batch, rng: Rng, args: Args) -> dict[str, Tensor]:
     """Moves V towards the returns to go. Returns what to log."""
     losses = []
-    for rows in torch.randint(len(batch.returns), (args.value_steps, args.value_batch_size), device=agent.device):
+    for _ in range(args.value_steps):
+        rows = rng.integers(len(batch.returns), args.value_batch_size)
         grad, loss = gradient(batch.obs[rows], batch.returns[rows])
         losses.append(loss)
         optimizer.step(grad, args.value_learning_rate)
@@ -347,6 +349,7 @@ def update(
     gradient: Callable,
     batch: Batch,
     learning_rate: float,
+    rng: Rng,
     args: Args,
 ) -> dict[str, Tensor]:
     """One step of the policy, then V, which the next batch will need. Returns what to log.
@@ -369,7 +372,7 @@ def update(
         "grad_snr": snr,
     }
     if args.baseline == "value":
-        stats |= fit_value(agent, value_optimizer, gradient, batch, args)
+        stats |= fit_value(value_optimizer, gradient, batch, rng, args)
     return stats
 
 
@@ -395,20 +398,20 @@ def train(args: RunArgs) -> Path:
     check_batch(args)
     check_num_envs(args)
     envs = make_envs(args, args.num_envs, args.seed)
-    settle(args, envs)
-    player = Player(envs, args)
+    rng = settle(args, envs)
     agent = make_agent(envs, args)
+    player = Player(envs, args, rng)
     policy_optimizer = Adam(flatten_parameters(agent.policy_parameters()))
     value_optimizer = Adam(flatten_parameters(agent.critic.parameters()))
     gradient = make_gradient(agent, args)
     optimizers = {"policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
 
-    with Run(args, total, started, agent=agent, player=player, **optimizers) as run:
+    with Run(args, total, started, agent=agent, player=player, rng=rng, **optimizers) as run:
         for _ in run.iterations():
             learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
             batch = rollout(agent, player, args)
-            losses = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, args)
+            losses = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, rng, args)
             if agent.obs_norm:
                 agent.obs_norm.update(batch.obs)
             charts = {"learning_rate": learning_rate, "episodes": len(player.finished)}
@@ -479,6 +482,7 @@ MAY_DIFFER = ("resume", "capture_video", "track", "wandb_project_name", "wandb_e
 
 def parse_args(argv: list[str] | None = None) -> RunArgs:
     """The command line, over the defaults of its preset. With --resume or --evaluate, over the arguments of the run."""
+    argv = own_arguments() if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     default = vars(RunArgs())[PRESET]
     peek.add_argument(f"--{PRESET.replace('_', '-')}", f"--{PRESET}", nargs="?", default=default, const=default)
@@ -489,9 +493,9 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
     if not run:
-        return tyro.cli(RunArgs, args=argv, default=RunArgs(**preset(asked[PRESET])))
+        return parse_flags(argv, RunArgs(**preset(asked[PRESET])))
     saved = read_config(run)[0]
-    args = tyro.cli(RunArgs, args=argv, default=saved)
+    args = parse_flags(argv, saved)
     changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]
     if asked["evaluate"]:
         changed = [name for name in changed if not name.startswith("eval")]
@@ -502,12 +506,49 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
     return args
 
 
+def own_arguments() -> list[str]:
+    """What this script was started with; nothing where it was imported, or pasted into a notebook with its own argv."""
+    started = Path(sys.argv[0])
+    return sys.argv[1:] if SCRIPT.is_file() and started.is_file() and started.samefile(SCRIPT) else []
+
+
+def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
+    """The flags over the defaults. Raises UsageError with one sentence, where tyro alone would draw a box."""
+    if {"-h", "--help"} & set(argv):
+        return tyro.cli(RunArgs, args=argv, default=default)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
+    except SystemExit:
+        lines = [line.strip() for line in box.getvalue().splitlines()]
+        rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
+        message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
+        flag, _, reason = message.removeprefix("Error parsing ").partition(": ")
+        takes = next((line for line in lines if line.startswith(f"{flag} ")), "")
+        if takes and "'" in reason:
+            for kind, words in (("{None}|", ""), ("FLOAT", "a number"), ("INT", "a whole number")):
+                takes = takes.replace(kind, words)
+            message = f"{takes.replace(' ', ' takes ', 1)}, not {reason.split(chr(39))[-2]!r}"
+        raise UsageError(f"{message.rstrip('.')}.") from None
+    if unknown:
+        known = [f"--{no}{field.name.replace('_', '-')}" for field in fields(RunArgs) for no in ("", "no-")]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, n=1)
+        would = f"did you mean {near[0]}?" if near else "--help lists the flags."
+        raise UsageError(f"{unknown[0]!r} is no flag and no value of one; {would}")
+    return args
+
+
 def check_args(args: RunArgs) -> None:
     """Raises UsageError for the first number that cannot work, and says what would; and where --track cannot log."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    if args.num_threads > cores():
+        if not args.resume and not args.evaluate:
+            raise UsageError(f"--num-threads is {args.num_threads}, but this process may use {cores()} cores.")
+        args.num_threads = 0  # the run was made on a larger machine
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
@@ -523,6 +564,10 @@ def bound_broken(name: str, number: float) -> str:
     """What an argument must be and is not, or ""."""
     if not math.isfinite(number):
         return "a finite number"
+    if name == "num_envs" and number > 2**16:
+        return "at most 65,536"
+    if number > 2**53 and isinstance(number, int):
+        return "at most 2**53"
     if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
@@ -533,8 +578,51 @@ def bound_broken(name: str, number: float) -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, by its affinity and by the share that its cgroups grant."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        count = os.process_cpu_count() or 1
+    else:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota, period in cgroups("cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        if quota not in ("max", "-1"):
+            count = min(count, int(quota) // int(period))
+    return max(count, 1)
+
+
+def memory() -> int:
+    """Bytes that this process may fill."""
+    limits = [int(limit) for (limit,) in cgroups("memory.max", "memory", "memory.limit_in_bytes") if limit != "max"]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
+
+
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
+    """The words of a file, in all control groups around this process. Version 1 has other folders and file names."""
+    root, mine = CGROUPS
+    found = []
+    for line in mine.read_text().splitlines() if mine.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder = root / controller if controllers else root
+        folder = folder / path.lstrip("/")
+        names = old_names if controllers else [name]
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError):
+                found.append(" ".join((level / name).read_text() for name in names).split())
+    return found
+
+
+def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int) -> None:
+    """Raises UsageError where size, the value of a flag, needs more bytes than there are."""
+    most = size
+    while most > 1 and needed(most) > memory():
+        most //= 2
+    if most < size:
+        sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
+        raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -726,10 +814,10 @@ def check_batch(args: RunArgs) -> None:
         raise UsageError(f"a batch of {size} has no {parts} equal parts of 2 or more; {would} would do.")
 
 
-def settle(args: RunArgs, envs: Environments) -> None:
+def settle(args: RunArgs, envs: Environments) -> Rng:
     """Decides what is "auto" for this network and machine, and sets threads and seeds.
 
-    Raises UsageError for what cannot be.
+    Returns the run's random numbers. Raises UsageError for what cannot be.
     """
     image = is_image(envs.single_observation_space)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -746,12 +834,17 @@ def settle(args: RunArgs, envs: Environments) -> None:
         else:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = "on" if image and native else "off"
+    space = envs.single_observation_space
+    row = math.prod(space.shape) * space.dtype.itemsize + 2048 * image + 100  # an observation, its features, the rest
+    what = f"a rollout of {args.num_envs} x {args.num_steps} steps"
+    check_memory(lambda num_steps: row * args.num_envs * num_steps, what, "--num-steps", args.num_steps)
     if not args.num_threads:
         args.num_threads = cores() if image else 1
     torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    return Rng(args.seed, args.device)
 
 
 # ==== shared: networks and policies ====
@@ -1001,11 +1094,12 @@ def example_obs(agent: Agent, *batch: int) -> Tensor:
     return torch.full((*batch, *space.shape), start, dtype=obs_dtype(space), device=agent.device)
 
 
-def action_noise(agent: Agent, *batch: int) -> Tensor:
+def action_noise(agent: Agent, rng: Rng, *batch: int) -> Tensor:
     """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
     if agent.continuous:
-        return torch.randn(*batch, len(agent.log_std), device=agent.device) * agent.log_std.exp()
-    return -torch.empty(*batch, *agent.choices, device=agent.device).exponential_().log_()
+        noise = torch.randn(*batch, len(agent.log_std), generator=rng.torch, device=agent.device)
+        return noise * agent.log_std.exp()
+    return -torch.empty(*batch, *agent.choices, device=agent.device).exponential_(generator=rng.torch).log_()
 
 
 def act(agent: Agent, features: Tensor, noise: Tensor) -> Tensor:
@@ -1097,9 +1191,10 @@ class Steps(NamedTuple):
 class Player:
     """Plays whole episodes in the environments of a run."""
 
-    def __init__(self, envs: Environments, args: RunArgs, explore: bool = True):
+    def __init__(self, envs: Environments, args: RunArgs, rng: Rng, explore: bool = True):
         self.envs = envs
         self.args = args
+        self.rng = rng
         self.explore = explore
         self.obs = envs.reset()
         self.episodes = Episodes(envs)
@@ -1130,7 +1225,7 @@ class Player:
                 where = f"an episode of environment {playing.argmax()}"
                 raise Failed(f"{where} lasts for more than {ENDLESS:,} steps", "failed")
             if t % num_steps == 0:
-                noise = action_noise(agent, num_steps, num_envs) * float(self.explore)
+                noise = action_noise(agent, self.rng, num_steps, num_envs) * float(self.explore)
                 noise = iter(noise.numpy() if actor else noise)
             observations.append(self.obs.astype(str(dtype).removeprefix("torch.")))
             if actor:
@@ -1501,6 +1596,32 @@ class Progress:
         self.open = False
 
 
+class Rng:
+    """A run's own random numbers. The global ones of Python, numpy and torch are anybody's, also an environment's."""
+
+    def __init__(self, seed: int | str, device: str):
+        self.python = random.Random(seed)
+        self.torch = torch.Generator(device).manual_seed(self.python.getrandbits(63))
+
+    def permutation(self, n: int) -> Tensor:
+        """0 to n - 1 in random order."""
+        return torch.randperm(n, generator=self.torch, device=self.torch.device)
+
+    def integers(self, n: int, count: int) -> Tensor:
+        """count numbers from 0 to n - 1."""
+        return torch.randint(n, (count,), generator=self.torch, device=self.torch.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        version, keys, gauss = self.python.getstate()
+        return {"python": [version, list(keys), gauss], "torch": self.torch.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        version, keys, gauss = state["python"]
+        self.python.setstate((version, tuple(keys), gauss))
+        if len(state["torch"]) == len(self.torch.get_state()):  # a GPU's state has another form than a processor's
+            self.torch.set_state(state["torch"])
+
+
 KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
 
 
@@ -1805,9 +1926,8 @@ def evaluate(args: RunArgs) -> list[float]:
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     if args.capture_video:
         envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
-    torch.manual_seed(args.eval_seed)
     frozen = replace(args, num_steps=min(args.num_steps, 128), norm_reward=False)
-    player = Player(envs, frozen, explore=args.eval_stochastic)
+    player = Player(envs, frozen, Rng(args.eval_seed, args.device), explore=args.eval_stochastic)
     for rollouts in itertools.count(1):
         player.play(agent)
         for episode in player.finished:
@@ -1848,4 +1968,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if SCRIPT.is_file():  # a notebook would show the exit as an error
+        sys.exit(status)

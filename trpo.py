@@ -43,6 +43,7 @@ The upper half of this file is the method. From the lower half it uses `Player`,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -367,7 +368,9 @@ def line_search(
     return dict(kl=0.0, surrogate_improvement=0.0, step_fraction=0.0, line_search_steps=args.line_search_steps)
 
 
-def update_policy(agent: Agent, theta: Tensor, features: Tensor, batch: Batch, args: Args) -> dict[str, float]:
+def update_policy(
+    agent: Agent, theta: Tensor, features: Tensor, batch: Batch, rng: Rng, args: Args
+) -> dict[str, float]:
     """One natural gradient step within the trust region. Returns what to log; policy_loss is that before the step."""
     policy = agent.policy(features)
     surrogate = surrogate_objective(policy, batch, args.ent_coef)
@@ -377,7 +380,7 @@ def update_policy(agent: Agent, theta: Tensor, features: Tensor, batch: Batch, a
         raise Failed(f"the norm of the policy's gradient is {gradient.norm().item()}")
     fisher_features = features
     if args.fisher_fraction < 1:
-        rows = torch.randperm(len(features), device=features.device)
+        rows = rng.permutation(len(features))
         fisher_features = features[rows[: max(1, round(args.fisher_fraction * len(features)))]]
     product = fisher_vector_product(agent, fisher_features, args.cg_damping)
     step, residual = trust_region_step(product, gradient, args)
@@ -411,14 +414,21 @@ def make_gradient(agent: Agent, args: RunArgs) -> Callable[..., tuple[Tensor, di
 
 
 def update(
-    agent: Agent, theta: Tensor, optimizer: Adam, gradient: Callable, batch: Batch, learning_rate: float, args: Args
+    agent: Agent,
+    theta: Tensor,
+    optimizer: Adam,
+    gradient: Callable,
+    batch: Batch,
+    learning_rate: float,
+    rng: Rng,
+    args: Args,
 ) -> dict[str, Any]:
     """The policy's step, then epochs of minibatch steps of the critic towards the returns. Returns what to log."""
     features = agent.features(batch.obs)
-    stats = update_policy(agent, theta, features, batch, args)
+    stats = update_policy(agent, theta, features, batch, rng, args)
     losses = []
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(len(batch.obs), device=agent.device).chunk(args.num_minibatches):
+        for rows in rng.permutation(len(batch.obs)).chunk(args.num_minibatches):
             grad, loss = gradient(features, batch.returns, rows)
             losses.append(loss)
             optimizer.step(grad, learning_rate)
@@ -440,19 +450,19 @@ def train(args: RunArgs) -> Path:
     check_args(args)
     check_batch(args)
     envs = make_envs(args, args.num_envs, args.seed)
-    settle(args, envs)
-    player = Player(envs, args)
+    rng = settle(args, envs)
     agent = make_agent(envs, args)
+    player = Player(envs, args, rng)
     theta = flatten_parameters(agent.policy_parameters())
     optimizer = Adam(flatten_parameters(agent.critic.parameters()))
     gradient = make_gradient(agent, args)
     total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
 
-    with Run(args, total, started, agent=agent, optimizer=optimizer, player=player) as run:
+    with Run(args, total, started, agent=agent, optimizer=optimizer, player=player, rng=rng) as run:
         for _ in run.iterations():
             learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
             batch = rollout(agent, player, args)
-            losses = update(agent, theta, optimizer, gradient, batch, learning_rate, args)
+            losses = update(agent, theta, optimizer, gradient, batch, learning_rate, rng, args)
             if agent.obs_norm:
                 agent.obs_norm.update(batch.obs)
             run.log(len(batch.obs), player.finished, losses=losses, charts={"learning_rate": learning_rate})
@@ -522,6 +532,7 @@ MAY_DIFFER = ("resume", "capture_video", "track", "wandb_project_name", "wandb_e
 
 def parse_args(argv: list[str] | None = None) -> RunArgs:
     """The command line, over the defaults of its preset. With --resume or --evaluate, over the arguments of the run."""
+    argv = own_arguments() if argv is None else argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     default = vars(RunArgs())[PRESET]
     peek.add_argument(f"--{PRESET.replace('_', '-')}", f"--{PRESET}", nargs="?", default=default, const=default)
@@ -532,9 +543,9 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
     if not run:
-        return tyro.cli(RunArgs, args=argv, default=RunArgs(**preset(asked[PRESET])))
+        return parse_flags(argv, RunArgs(**preset(asked[PRESET])))
     saved = read_config(run)[0]
-    args = tyro.cli(RunArgs, args=argv, default=saved)
+    args = parse_flags(argv, saved)
     changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]
     if asked["evaluate"]:
         changed = [name for name in changed if not name.startswith("eval")]
@@ -545,12 +556,49 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
     return args
 
 
+def own_arguments() -> list[str]:
+    """What this script was started with; nothing where it was imported, or pasted into a notebook with its own argv."""
+    started = Path(sys.argv[0])
+    return sys.argv[1:] if SCRIPT.is_file() and started.is_file() and started.samefile(SCRIPT) else []
+
+
+def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
+    """The flags over the defaults. Raises UsageError with one sentence, where tyro alone would draw a box."""
+    if {"-h", "--help"} & set(argv):
+        return tyro.cli(RunArgs, args=argv, default=default)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
+    except SystemExit:
+        lines = [line.strip() for line in box.getvalue().splitlines()]
+        rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
+        message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
+        flag, _, reason = message.removeprefix("Error parsing ").partition(": ")
+        takes = next((line for line in lines if line.startswith(f"{flag} ")), "")
+        if takes and "'" in reason:
+            for kind, words in (("{None}|", ""), ("FLOAT", "a number"), ("INT", "a whole number")):
+                takes = takes.replace(kind, words)
+            message = f"{takes.replace(' ', ' takes ', 1)}, not {reason.split(chr(39))[-2]!r}"
+        raise UsageError(f"{message.rstrip('.')}.") from None
+    if unknown:
+        known = [f"--{no}{field.name.replace('_', '-')}" for field in fields(RunArgs) for no in ("", "no-")]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, n=1)
+        would = f"did you mean {near[0]}?" if near else "--help lists the flags."
+        raise UsageError(f"{unknown[0]!r} is no flag and no value of one; {would}")
+    return args
+
+
 def check_args(args: RunArgs) -> None:
     """Raises UsageError for the first number that cannot work, and says what would; and where --track cannot log."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    if args.num_threads > cores():
+        if not args.resume and not args.evaluate:
+            raise UsageError(f"--num-threads is {args.num_threads}, but this process may use {cores()} cores.")
+        args.num_threads = 0  # the run was made on a larger machine
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
@@ -566,6 +614,10 @@ def bound_broken(name: str, number: float) -> str:
     """What an argument must be and is not, or ""."""
     if not math.isfinite(number):
         return "a finite number"
+    if name == "num_envs" and number > 2**16:
+        return "at most 65,536"
+    if number > 2**53 and isinstance(number, int):
+        return "at most 2**53"
     if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
@@ -576,8 +628,51 @@ def bound_broken(name: str, number: float) -> str:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, by its affinity and by the share that its cgroups grant."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        count = os.process_cpu_count() or 1
+    else:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota, period in cgroups("cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        if quota not in ("max", "-1"):
+            count = min(count, int(quota) // int(period))
+    return max(count, 1)
+
+
+def memory() -> int:
+    """Bytes that this process may fill."""
+    limits = [int(limit) for (limit,) in cgroups("memory.max", "memory", "memory.limit_in_bytes") if limit != "max"]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
+
+
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
+    """The words of a file, in all control groups around this process. Version 1 has other folders and file names."""
+    root, mine = CGROUPS
+    found = []
+    for line in mine.read_text().splitlines() if mine.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder = root / controller if controllers else root
+        folder = folder / path.lstrip("/")
+        names = old_names if controllers else [name]
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError):
+                found.append(" ".join((level / name).read_text() for name in names).split())
+    return found
+
+
+def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int) -> None:
+    """Raises UsageError where size, the value of a flag, needs more bytes than there are."""
+    most = size
+    while most > 1 and needed(most) > memory():
+        most //= 2
+    if most < size:
+        sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
+        raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
 
 
 def say(line: str, end: str = "\n") -> None:
@@ -769,10 +864,10 @@ def check_batch(args: RunArgs) -> None:
         raise UsageError(f"a batch of {size} has no {parts} equal parts of 2 or more; {would} would do.")
 
 
-def settle(args: RunArgs, envs: Environments) -> None:
+def settle(args: RunArgs, envs: Environments) -> Rng:
     """Decides what is "auto" for this network and machine, and sets threads and seeds.
 
-    Raises UsageError for what cannot be.
+    Returns the run's random numbers. Raises UsageError for what cannot be.
     """
     image = is_image(envs.single_observation_space)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -789,12 +884,17 @@ def settle(args: RunArgs, envs: Environments) -> None:
         else:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = "on" if image and native else "off"
+    space = envs.single_observation_space
+    row = math.prod(space.shape) * space.dtype.itemsize + 2048 * image + 100  # an observation, its features, the rest
+    what = f"a rollout of {args.num_envs} x {args.num_steps} steps"
+    check_memory(lambda num_steps: row * args.num_envs * num_steps, what, "--num-steps", args.num_steps)
     if not args.num_threads:
         args.num_threads = cores() if image else 1
     torch.set_num_threads(args.num_threads)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    return Rng(args.seed, args.device)
 
 
 # ==== shared: networks and policies ====
@@ -1044,11 +1144,12 @@ def example_obs(agent: Agent, *batch: int) -> Tensor:
     return torch.full((*batch, *space.shape), start, dtype=obs_dtype(space), device=agent.device)
 
 
-def action_noise(agent: Agent, *batch: int) -> Tensor:
+def action_noise(agent: Agent, rng: Rng, *batch: int) -> Tensor:
     """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
     if agent.continuous:
-        return torch.randn(*batch, len(agent.log_std), device=agent.device) * agent.log_std.exp()
-    return -torch.empty(*batch, *agent.choices, device=agent.device).exponential_().log_()
+        noise = torch.randn(*batch, len(agent.log_std), generator=rng.torch, device=agent.device)
+        return noise * agent.log_std.exp()
+    return -torch.empty(*batch, *agent.choices, device=agent.device).exponential_(generator=rng.torch).log_()
 
 
 def act(agent: Agent, features: Tensor, noise: Tensor) -> Tensor:
@@ -1137,9 +1238,10 @@ class Steps(NamedTuple):
 class Player:
     """Plays the environments of a run, and owns what goes on from one rollout to the next."""
 
-    def __init__(self, envs: Environments, args: RunArgs, explore: bool = True):
+    def __init__(self, envs: Environments, args: RunArgs, rng: Rng, explore: bool = True):
         self.envs = envs
         self.args = args
+        self.rng = rng
         self.explore = explore
         self.obs = envs.reset()
         self.episodes = Episodes(envs)
@@ -1153,7 +1255,7 @@ class Player:
         num_steps, num_envs = shape = self.args.num_steps, self.envs.num_envs
         dtype = obs_dtype(agent.observation_space)
         observations = torch.empty((num_steps + 1, *self.obs.shape), dtype=dtype, device=agent.device)
-        noise = action_noise(agent, num_steps, num_envs) * float(self.explore)
+        noise = action_noise(agent, self.rng, num_steps, num_envs) * float(self.explore)
         actions = np.zeros(noise.shape[:3], dtype=np.float32 if agent.continuous else np.int64)
         rewards = np.zeros(shape)
         terminations, truncations, over = np.zeros((3, *shape), dtype=bool)
@@ -1539,6 +1641,32 @@ class Progress:
         self.open = False
 
 
+class Rng:
+    """A run's own random numbers. The global ones of Python, numpy and torch are anybody's, also an environment's."""
+
+    def __init__(self, seed: int | str, device: str):
+        self.python = random.Random(seed)
+        self.torch = torch.Generator(device).manual_seed(self.python.getrandbits(63))
+
+    def permutation(self, n: int) -> Tensor:
+        """0 to n - 1 in random order."""
+        return torch.randperm(n, generator=self.torch, device=self.torch.device)
+
+    def integers(self, n: int, count: int) -> Tensor:
+        """count numbers from 0 to n - 1."""
+        return torch.randint(n, (count,), generator=self.torch, device=self.torch.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        version, keys, gauss = self.python.getstate()
+        return {"python": [version, list(keys), gauss], "torch": self.torch.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        version, keys, gauss = state["python"]
+        self.python.setstate((version, tuple(keys), gauss))
+        if len(state["torch"]) == len(self.torch.get_state()):  # a GPU's state has another form than a processor's
+            self.torch.set_state(state["torch"])
+
+
 KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
 
 
@@ -1843,9 +1971,8 @@ def evaluate(args: RunArgs) -> list[float]:
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     if args.capture_video:
         envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
-    torch.manual_seed(args.eval_seed)
     frozen = replace(args, num_steps=min(args.num_steps, 128), norm_reward=False)
-    player = Player(envs, frozen, explore=args.eval_stochastic)
+    player = Player(envs, frozen, Rng(args.eval_seed, args.device), explore=args.eval_stochastic)
     for rollouts in itertools.count(1):
         player.play(agent)
         for episode in player.finished:
@@ -1886,4 +2013,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if SCRIPT.is_file():  # a notebook would show the exit as an error
+        sys.exit(status)

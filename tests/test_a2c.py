@@ -33,7 +33,8 @@ class Learner:
     def __init__(self, *flags: str, **env_options):
         self.args = a2c.parse_args([*SETTING, *flags])
         self.envs = a2c.make_envs(self.args, self.args.num_envs, self.args.seed, **env_options)
-        self.player = a2c.Player(self.envs, self.args)
+        self.rng = a2c.Rng(self.args.seed, "cpu")
+        self.player = a2c.Player(self.envs, self.args, self.rng)
         self.agent = a2c.make_agent(self.envs, self.args)
         optimizer = a2c.RMSprop if self.args.optimizer == "rmsprop" else a2c.Adam
         self.optimizer = optimizer(a2c.flatten_parameters(self.agent.parameters()))
@@ -91,9 +92,9 @@ def side_by_side(action_space: gym.Space, flags: tuple[str, ...], ppo_flags: tup
     other.agent.load_state_dict(mine.agent.state_dict())
     before, differences = mine.optimizer.parameters.clone(), []
     for iteration in range(20):
-        torch.manual_seed(iteration)  # for ppo.py draws the order of its rows, too
+        mine.rng.torch.manual_seed(iteration)  # for ppo.py draws the order of its rows, too
         mine.update(mine.play())
-        torch.manual_seed(iteration)
+        other.rng.torch.manual_seed(iteration)
         other.update(other.rollout(), learning_rate=0.01)
         differences.append((mine.optimizer.parameters - other.optimizer.parameters).abs().max().item())
     for name in ("terminated", "truncated"):

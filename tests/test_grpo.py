@@ -33,6 +33,10 @@ def seed_of_the_prompts():
     random.seed(0)
 
 
+def dice(seed: int = 0) -> grpo_toy.Rng:
+    return grpo_toy.Rng(seed, "cpu")
+
+
 def settings(**changes) -> grpo_toy.RunArgs:
     rewards = (SETTING | changes)["rewards"]
     return grpo_toy.RunArgs(**SETTING | dict(reward_weights=[1.0] * len(rewards)) | changes)
@@ -603,7 +607,7 @@ def test_the_cache_scores_what_it_samples_as_a_full_forward_pass_does(temperatur
     model, seen = small_model(args), []
     hook = model.register_forward_hook(lambda model, inputs, logits: seen.append(logits[:, -1]))
     prompts = ask("07", "70", "35")
-    completions = grpo_toy.generate(model, prompts, 5, args)
+    completions = grpo_toy.generate(model, prompts, 5, dice(), args)
     hook.remove()
     assert len(seen) == completions.shape[1] and len(seen[0]) == 3 and len(completions) == 15
     cached = (torch.stack([seen[0].repeat_interleave(5, 0), *seen[1:]], 1) / temperature).log_softmax(-1)
@@ -625,7 +629,7 @@ def test_samples_follow_the_distribution_that_scores_them(temperature):
     logprobs, _ = grpo_toy.completion_logprobs(model, prompt.expand(len(pairs), -1), pairs, args)
     expected = torch.where(grpo_toy.completion_mask(pairs), logprobs, 0.0).sum(1).exp() * count
     assert close(expected.sum(), float(count), 1e-6)
-    samples = grpo_toy.generate(model, prompt, count, args)
+    samples = grpo_toy.generate(model, prompt, count, dice(), args)
     cells = {tuple(pair): i for i, pair in enumerate(pairs.tolist())}
     observed = torch.bincount(torch.tensor([cells[tuple(pair)] for pair in samples.tolist()]), minlength=len(pairs))
     rare = expected < 5
@@ -639,7 +643,7 @@ def test_samples_follow_the_distribution_that_scores_them(temperature):
 def test_greedy_completions_are_the_likeliest_tokens_and_groups_are_contiguous():
     args = settings(max_completion_length=8)
     model, prompts = small_model(args), ["07", "70", "35", "99"]
-    completions = grpo_toy.generate(model, ask(*prompts), 3, args, greedy=True)
+    completions = grpo_toy.generate(model, ask(*prompts), 3, dice(), args, greedy=True)
     assert len({tuple(row) for row in completions.tolist()}) > 1
     for row, prompt in zip(completions.tolist(), [prompt for prompt in prompts for _ in range(3)]):
         text = ask(prompt)[0].tolist()
@@ -647,13 +651,12 @@ def test_greedy_completions_are_the_likeliest_tokens_and_groups_are_contiguous()
             expected = model(torch.tensor([text]))[0, -1].argmax().item()
             assert token == (grpo_toy.PAD if grpo_toy.EOS in text else expected)
             text.append(token)
-    torch.manual_seed(7)
-    assert torch.equal(grpo_toy.generate(model, ask(*prompts), 3, args, greedy=True), completions)
+    assert torch.equal(grpo_toy.generate(model, ask(*prompts), 3, dice(7), args, greedy=True), completions)
 
 
 def test_after_the_end_comes_only_padding_and_the_mask_takes_the_end_in():
     args = settings(max_completion_length=7)
-    completions = grpo_toy.generate(small_model(args), ask("07", "31"), 300, args)
+    completions = grpo_toy.generate(small_model(args), ask("07", "31"), 300, dice(), args)
     mask, ended = grpo_toy.completion_mask(completions), 0
     for row, counts in zip(completions.tolist(), mask.tolist()):
         length = row.index(grpo_toy.EOS) + 1 if grpo_toy.EOS in row else len(row)
@@ -684,7 +687,7 @@ def test_a_group_holds_the_completions_and_rewards_of_its_own_prompt(monkeypatch
     monkeypatch.setattr(grpo_toy, "reward_number", lambda prompt, completion, args: int(prompt), raising=False)
     monkeypatch.setattr(grpo_toy, "reward_size", lambda prompt, completion, args: len(completion), raising=False)
     args, prompts = settings(), ["07", "70", "35"]
-    groups = grpo_toy.sample_groups(small_model(args), prompts, 5, ["number", "size"], args)
+    groups = grpo_toy.sample_groups(small_model(args), prompts, 5, ["number", "size"], dice(), args)
     assert [group.prompt for group in groups] == prompts
     for group in groups:
         assert group.rewards.tolist() == [[int(group.prompt), len(text)] for text in group.texts]
@@ -693,7 +696,7 @@ def test_a_group_holds_the_completions_and_rewards_of_its_own_prompt(monkeypatch
 
 
 def test_training_and_held_out_prompts_are_disjoint():
-    train, held_out = (set(grpo_toy.sample_prompts(15_000, 3, which)) for which in (False, True))
+    train, held_out = (set(grpo_toy.sample_prompts(15_000, 3, dice(), which)) for which in (False, True))
     assert not train & held_out and len(train | held_out) == 1000  # all that there are, so each is on one side
     assert 70 <= len(held_out) <= 130 and all(len(prompt) == 3 and prompt.isdigit() for prompt in train | held_out)
 
@@ -705,7 +708,7 @@ def test_a_tenth_of_the_six_digit_prompts_is_held_out():
         draws.append(given)
         return random.choices(*given, **options)
 
-    prompts = grpo_toy.sample_prompts(1000, 6, True, SimpleNamespace(choices=choices))
+    prompts = grpo_toy.sample_prompts(1000, 6, SimpleNamespace(python=SimpleNamespace(choices=choices)), held_out=True)
     assert 0.085 < 1000 / len(draws) < 0.115 and any(prompt[0] == "0" for prompt in prompts)
 
 
@@ -723,12 +726,12 @@ def own_rewards(monkeypatch):
 
 def a_batch(model, args: grpo_toy.Args) -> grpo_toy.Batch:
     """A rollout whose advantages are all different."""
-    batch = grpo_toy.rollout(model, args)[1]
+    batch = grpo_toy.rollout(model, dice(), args)[1]
     return batch._replace(advantages=torch.randn(len(batch.mask)).double())
 
 
 def take_a_step(model, reference, batch, args: grpo_toy.Args, kind=torch.optim.AdamW, **options) -> dict[str, float]:
-    return grpo_toy.update(model, reference, kind(model.parameters(), **options), batch, 1e-3, args)
+    return grpo_toy.update(model, reference, kind(model.parameters(), **options), batch, 1e-3, dice(), args)
 
 
 def reinforce_gradient(model, batch: grpo_toy.Batch, args: grpo_toy.Args) -> dict[str, torch.Tensor]:
@@ -857,7 +860,7 @@ def test_an_advantage_that_is_no_number_ends_the_run():
 )
 def test_a_rollout_compares_the_completions_of_each_prompt(own_rewards, how):
     args = settings(rewards=["digits", "ended"], max_completion_length=8, **how)
-    groups, batch = grpo_toy.rollout(small_model(args), args)
+    groups, batch = grpo_toy.rollout(small_model(args), dice(), args)
     assert len(groups) == 6 and batch.advantages.shape == (24,)
     texts = grpo_toy.decode(batch.completions, grpo_toy.completion_mask(batch.completions))
     assert texts == [text for group in groups for text in group.texts]
@@ -879,26 +882,28 @@ def test_dynamic_sampling_replaces_groups_whose_first_reward_does_not_vary(monke
     monkeypatch.setattr(grpo_toy, "reward_mine", mine, raising=False)
     monkeypatch.setattr(grpo_toy, "reward_noise", lambda prompt, text, args: random.random(), raising=False)
     args = settings(rewards=["mine", "noise"], dynamic_sampling=True, max_completion_length=3)
-    groups, batch = grpo_toy.rollout(small_model(args), args)
+    groups, batch = grpo_toy.rollout(small_model(args), dice(), args)
     prompts = ["".join(grpo_toy.TOKENS[i] for i in row[1:]) for row in batch.prompts.tolist()]
     assert len(prompts) == 24 and all(int(prompt) % 4 == 0 for prompt in prompts)
     assert 12 <= len(groups) < 60 and len(groups) % 6 == 0
     varied = sum(int(group.prompt) % 4 == 0 for group in groups)
     assert 6 <= varied < 12  # it stops as soon as there are enough
-    groups, batch = grpo_toy.rollout(small_model(args), settings(rewards=["mine", "noise"], max_completion_length=3))
+    groups, batch = grpo_toy.rollout(
+        small_model(args), dice(), settings(rewards=["mine", "noise"], max_completion_length=3)
+    )
     assert len(groups) == 6 and len(batch.mask) == 24
 
 
 def test_dynamic_sampling_gives_up_after_ten_rounds(monkeypatch):
     monkeypatch.setattr(grpo_toy, "reward_mine", lambda prompt, completion, args: 0.1, raising=False)
     args = settings(rewards=["mine"], dynamic_sampling=True, max_completion_length=3)
-    groups, batch = grpo_toy.rollout(small_model(args), args)
+    groups, batch = grpo_toy.rollout(small_model(args), dice(), args)
     assert len(groups) == 60 and len(batch.mask) == 24 and batch.advantages.eq(0).all()
 
 
 def test_masking_truncated_completions_leaves_exactly_them_out(own_rewards):
     args = settings(rewards=["digits"], mask_truncated_completions=True, max_completion_length=8)
-    _, batch = grpo_toy.rollout(small_model(args), args)
+    _, batch = grpo_toy.rollout(small_model(args), dice(), args)
     ended = torch.tensor([grpo_toy.EOS in row for row in batch.completions.tolist()])
     assert 0 < ended.sum() < 24
     assert not batch.mask[~ended].any()
@@ -926,7 +931,7 @@ def test_a_reward_of_ones_own_is_found_by_its_name(monkeypatch):
     args = grpo_toy.parse_args(["--rewards", "mine", "--num-digits", "2", "--device", "cpu"])
     grpo_toy.check_method(args)
     args = settings(rewards=["mine"])
-    groups, batch = grpo_toy.rollout(small_model(args), args)
+    groups, batch = grpo_toy.rollout(small_model(args), dice(), args)
     assert calls == [(group.prompt, text) for group in groups for text in group.texts]
     assert [reward for group in groups for reward in group.rewards[:, 0].tolist()] == list(range(1, 25))
     assert close(batch.advantages.view(6, 4), [[-1.1618, -0.3873, 0.3873, 1.1618]] * 6, 2e-4)
@@ -950,7 +955,7 @@ def test_a_reward_that_raises_or_says_no_number_is_named(monkeypatch, reward, sa
     monkeypatch.setattr(grpo_toy, "reward_mine", reward, raising=False)
     args = settings(rewards=["correct", "mine"])
     with pytest.raises(grpo_toy.Failed, match=f"reward_mine.*{says}"):
-        grpo_toy.rollout(small_model(args), args)
+        grpo_toy.rollout(small_model(args), dice(), args)
 
 
 # ------------------------------------------------------------------------------------------- methods and a small run
@@ -1046,8 +1051,9 @@ def test_the_table_shows_the_first_group_in_which_something_differs():
 
 def test_the_teacher_makes_the_mistakes_that_it_is_said_to_make():
     args, count = settings(num_digits=6, max_completion_length=16), 4000
-    prompts = grpo_toy.sample_prompts(count, 6, held_out=False)
-    answers = [grpo_toy.sloppy_answer(prompt, 6) for prompt in prompts]
+    prompts = grpo_toy.sample_prompts(count, 6, dice())
+    rng = dice()
+    answers = [grpo_toy.sloppy_answer(prompt, 6, rng) for prompt in prompts]
     assert all(len(answer) <= 16 and answer.endswith("$") for answer in answers)
     right = sum(grpo_toy.reward_exact(*pair, args) for pair in zip(prompts, answers)) / count
     assert 0.2 < right < 0.25  # a random digit is now and then the one that it replaces

@@ -85,7 +85,8 @@ class Learner:
     def __init__(self, *flags: str, **env_options):
         self.args = ppo.parse_args(["--device", "cpu", "--compile", "off", *flags])
         self.envs = ppo.make_envs(self.args, self.args.num_envs, self.args.seed, **env_options)
-        self.player = ppo.Player(self.envs, self.args)
+        self.rng = ppo.Rng(self.args.seed, "cpu")
+        self.player = ppo.Player(self.envs, self.args, self.rng)
         self.agent = ppo.make_agent(self.envs, self.args)
         self.optimizer = ppo.Adam(ppo.flatten_parameters(self.agent.parameters()))
         self.gradient = ppo.make_gradient(self.agent, self.args)
@@ -96,7 +97,7 @@ class Learner:
 
     def update(self, batch: ppo.Batch, learning_rate: float = 1e-3, gradient=None) -> dict[str, torch.Tensor]:
         gradient = gradient or self.gradient
-        return ppo.update(self.agent, self.optimizer, gradient, batch, learning_rate, self.kl_beta, self.args)
+        return ppo.update(self.optimizer, gradient, batch, learning_rate, self.kl_beta, self.rng, self.args)
 
     def log(self, field: str) -> np.ndarray:
         """What the Clocks saw, (steps of their lives, num_envs, ...)."""
@@ -261,7 +262,7 @@ def test_sampled_actions_have_the_distribution_of_the_policy(action_space):
     agent, samples = random_agent(action_space), 40_000
     features = torch.randn(1, 6).expand(samples, 6)
     with torch.no_grad():
-        actions = ppo.act(agent, features, ppo.action_noise(agent, samples))
+        actions = ppo.act(agent, features, ppo.action_noise(agent, ppo.Rng(0, "cpu"), samples))
         policy = torch_policy(agent, features[:1])
     for column, component in zip(actions.unbind(-1), policy):
         if agent.continuous:
@@ -276,7 +277,7 @@ def test_sampled_actions_have_the_distribution_of_the_policy(action_space):
 def test_zero_noise_gives_the_mode(action_space):
     agent, features = random_agent(action_space), torch.randn(50, 6)
     modes = torch.stack([component.mode for component in torch_policy(agent, features)], dim=-1)
-    noise = torch.zeros_like(ppo.action_noise(agent, 50))
+    noise = torch.zeros_like(ppo.action_noise(agent, ppo.Rng(0, "cpu"), 50))
     close(ppo.act(agent, features, noise), modes)
 
 
@@ -290,7 +291,7 @@ def test_numpy_actor_equals_act(kind, observation_space, norm):
     obs = 3 * torch.randn(50, *observation_space.shape) + 1
     if agent.obs_norm:
         agent.obs_norm.update(obs[:25] * 0.1)  # so that some are beyond 10 deviations
-    actor, noise = ppo.numpy_actor(agent), ppo.action_noise(agent, 50).detach()
+    actor, noise = ppo.numpy_actor(agent), ppo.action_noise(agent, ppo.Rng(0, "cpu"), 50).detach()
     with torch.no_grad():
         close(actor(obs.numpy(), noise.numpy()), ppo.act(agent, agent.features(obs), noise), rtol=1e-4, atol=1e-4)
         for parameter in agent.actor.parameters():
@@ -889,7 +890,7 @@ def test_games_since_the_last_seed_come_back_and_go_on_the_same(env_id, reseed, 
     """Several games lie between two seeds, and the next ones too are as they would have been."""
     monkeypatch.setattr(ppo, "RESEED", reseed)
     args = ppo.parse_args(["--env-id", env_id, "--num-envs", "2", "--num-threads", "1"])
-    one, other = (ppo.Player(ppo.make_envs(args, 2, 7), args) for _ in range(2))
+    one, other = (ppo.Player(ppo.make_envs(args, 2, 7), args, ppo.Rng(7, "cpu")) for _ in range(2))
     rng, games = np.random.default_rng(7), 0
     for _ in range(4):
         actions, rewards = rng.integers(0, 4, (225, 2, 1)), np.zeros((225, 2))
@@ -932,7 +933,7 @@ def test_a_player_comes_back_bit_for_bit(env_id, num_steps):
     for part in range(3):
         steps = []
         for learner in (first, second):
-            torch.manual_seed(part)
+            learner.rng.torch.manual_seed(part)
             steps.append(learner.player.play(learner.agent))
         for name, one, two in zip(steps[0]._fields, *steps):
             assert (one is None and two is None) or torch.equal(one, two), name

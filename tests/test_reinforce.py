@@ -75,7 +75,8 @@ class Learner:
     def __init__(self, *flags: str, **env_options):
         self.args = reinforce.parse_args([*SETTING, *flags])
         self.envs = reinforce.make_envs(self.args, self.args.num_envs, self.args.seed, **env_options)
-        self.player = reinforce.Player(self.envs, self.args)
+        self.rng = reinforce.Rng(self.args.seed, "cpu")
+        self.player = reinforce.Player(self.envs, self.args, self.rng)
         self.agent = reinforce.make_agent(self.envs, self.args)
         self.policy_optimizer = reinforce.Adam(reinforce.flatten_parameters(self.agent.policy_parameters()))
         self.value_optimizer = reinforce.Adam(reinforce.flatten_parameters(self.agent.critic.parameters()))
@@ -88,11 +89,11 @@ class Learner:
 
     def update(self, batch: reinforce.Batch, policy_optimizer=None, learning_rate: float = 1e-2) -> dict[str, float]:
         optimizers = (policy_optimizer or self.policy_optimizer, self.value_optimizer)
-        logged = reinforce.update(self.agent, *optimizers, self.gradient, batch, learning_rate, self.args)
+        logged = reinforce.update(self.agent, *optimizers, self.gradient, batch, learning_rate, self.rng, self.args)
         return {name: value.item() for name, value in logged.items()}
 
     def fit_value(self, batch: reinforce.Batch, gradient=None) -> dict[str, torch.Tensor]:
-        return reinforce.fit_value(self.agent, self.value_optimizer, gradient or self.gradient, batch, self.args)
+        return reinforce.fit_value(self.value_optimizer, gradient or self.gradient, batch, self.rng, self.args)
 
     def policy_gradients(self, batch: reinforce.Batch) -> tuple[torch.Tensor, ...]:
         return reinforce.policy_gradients(self.agent, batch, self.args)
@@ -346,7 +347,7 @@ def test_a_player_comes_back_bit_for_bit(env_id):
     assert np.array_equal(first.envs.numbers, second.envs.numbers)
     batches = []
     for learner in (first, second):
-        torch.manual_seed(5)
+        learner.rng.torch.manual_seed(5)
         batches.append(reinforce.rollout(learner.agent, learner.player, learner.args))
     for name, one, two in zip(batches[0]._fields, *batches):
         assert one == two if name == "lengths" else torch.equal(one, two), name

@@ -57,7 +57,8 @@ class Learner:
     def __init__(self, *flags: str, **env_options):
         self.args = trpo.parse_args([*SETTING, *flags])
         self.envs = trpo.make_envs(self.args, self.args.num_envs, self.args.seed, **env_options)
-        self.player = trpo.Player(self.envs, self.args)
+        self.rng = trpo.Rng(self.args.seed, "cpu")
+        self.player = trpo.Player(self.envs, self.args, self.rng)
         self.agent = trpo.make_agent(self.envs, self.args)
         self.theta = trpo.flatten_parameters(self.agent.policy_parameters())
         self.optimizer = trpo.Adam(trpo.flatten_parameters(self.agent.critic.parameters()))
@@ -70,11 +71,11 @@ class Learner:
         return self.agent.features(batch.obs)
 
     def update_policy(self, batch: trpo.Batch) -> dict[str, float]:
-        return trpo.update_policy(self.agent, self.theta, self.features(batch), batch, self.args)
+        return trpo.update_policy(self.agent, self.theta, self.features(batch), batch, self.rng, self.args)
 
     def update(self, batch: trpo.Batch, learning_rate: float = 1e-3, gradient=None) -> dict[str, float]:
         gradient = gradient or self.gradient
-        return trpo.update(self.agent, self.theta, self.optimizer, gradient, batch, learning_rate, self.args)
+        return trpo.update(self.agent, self.theta, self.optimizer, gradient, batch, learning_rate, self.rng, self.args)
 
     def fit_value(self, batch: trpo.Batch, learning_rate: float = 1e-3, gradient=None) -> dict[str, float]:
         """An update whose policy stays where it is."""
@@ -106,6 +107,7 @@ class Small:
 
     def __init__(self, action_space: gym.Space, *flags: str):
         self.args = trpo.parse_args([*SETTING, *flags])
+        self.rng = trpo.Rng(0, "cpu")
         self.agent = trpo.Agent(SIX_NUMBERS, action_space, self.args, share_body=False)
         outputs = self.agent.actor.last.out_features
         self.agent.actor = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, outputs))
@@ -121,7 +123,7 @@ class Small:
         self.batch = trpo.Batch(self.features, actions, logprobs, advantages, *2 * [advantages], policy)
 
     def update_policy(self) -> dict[str, float]:
-        return trpo.update_policy(self.agent, self.theta, self.features, self.batch, self.args)
+        return trpo.update_policy(self.agent, self.theta, self.features, self.batch, self.rng, self.args)
 
     def at(self, theta: torch.Tensor) -> list[torch.distributions.Distribution]:
         """The policy of a parameter vector, by torch alone and differentiable in the vector."""

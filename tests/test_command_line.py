@@ -1,0 +1,268 @@
+"""What a script makes of its command line, its machine and its own random numbers."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from test_run_directory import BAD_ARGUMENTS, SCRIPT, here, newest, refused, same, timeless
+
+import a2c
+import grpo_toy
+import ppo
+import reinforce
+import trpo
+
+__all__ = ["here"]  # a fixture
+SMALL = ["--num-envs", "2", "--num-steps", "40", "--total-timesteps", "160", "--compile", "off"]
+
+
+# --------------------------------------------------------------------------------------------------- the machine
+def files(folder, **contents):
+    """Writes files under folder, the double underscores of their names being those of folders."""
+    for name, text in contents.items():
+        path = folder / name.replace("__", "/").replace("--", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+GROUPS = {  # contents of files, cores and bytes that they grant to a process with 16 cores and a lot of memory
+    "no groups": ({}, 16, None),
+    "no limit": ({"proc": "0::/job\n", "fs__job__cpu--max": "max 100000\n", "fs__job__memory--max": "max\n"}, 16, None),
+    "two cores": ({"proc": "0::/job\n", "fs__job__cpu--max": "200000 100000\n"}, 2, None),
+    "two and a half": ({"proc": "0::/job\n", "fs__job__cpu--max": "250000 100000\n"}, 2, None),
+    "less than one": ({"proc": "0::/job\n", "fs__job__cpu--max": "50000 100000\n"}, 1, None),
+    "more than the machine": ({"proc": "0::/job\n", "fs__job__cpu--max": "6400000 100000\n"}, 16, None),
+    "the parent's": (
+        {"proc": "0::/a/b/c\n", "fs__a__cpu--max": "300000 100000\n", "fs__a__b__cpu--max": "max 1\n"},
+        3,
+        None,
+    ),
+    "container": ({"proc": "0::/\n", "fs__cpu--max": "400000 100000\n", "fs__memory--max": "1048576\n"}, 4, 2**20),
+    "memory": ({"proc": "0::/a/b\n", "fs__a__memory--max": "4096\n", "fs__a__b__memory--max": "8192\n"}, 16, 4096),
+    "version 1": (
+        {
+            "proc": "7:memory:/job\n4:cpu,cpuacct:/job\n1:name=systemd:/job\n",
+            "fs__cpu__job__cpu--cfs_quota_us": "300000\n",
+            "fs__cpu__job__cpu--cfs_period_us": "100000\n",
+            "fs__memory__job__memory--limit_in_bytes": "12345\n",
+        },
+        3,
+        12345,
+    ),
+    "version 1 without limit": (
+        {
+            "proc": "4:cpu,cpuacct:/\n3:cpuset:/\n",
+            "fs__cpu__cpu--cfs_quota_us": "-1\n",
+            "fs__cpu__cpu--cfs_period_us": "100000\n",
+        },
+        16,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_cores_and_memory_are_those_that_the_control_groups_grant(case, tmp_path, monkeypatch):
+    contents, cores, memory = GROUPS[case]
+    files(tmp_path, **contents)
+    monkeypatch.setattr(ppo, "CGROUPS", (tmp_path / "fs", tmp_path / "proc"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 16, raising=False)
+    assert ppo.cores() == cores
+    assert ppo.memory() == memory or (memory is None and ppo.memory() > 2**30)
+
+
+def test_cores_are_those_of_the_affinity(monkeypatch):
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert ppo.cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    monkeypatch.setattr(ppo, "cores", lambda: 1)
+    args = ppo.parse_args(["--env-id", "ALE/Pong-v5", "--num-envs", "2"])
+    envs = ppo.make_envs(args, 2, 1)
+    ppo.settle(args, envs)
+    assert args.num_threads == 1
+
+
+def test_run_of_a_larger_machine_goes_on_with_the_cores_that_there_are(here):
+    assert ppo.main([*SMALL, "--run-name", "run"]) == 0
+    config = here / "runs/run/config.json"
+    config.write_text(config.read_text().replace('"num_threads": 1', '"num_threads": 4096'))
+    assert ppo.main(["--resume", "runs/run"]) == 0
+    assert ppo.main(["--evaluate", "runs/run", "--eval-episodes", "1"]) == 0
+
+
+# --------------------------------------------------------------------------------------- refused in one sentence
+FLAGS = {
+    "--learning-rate abc": "--learning-rate takes a number, not 'abc'.",
+    "--num-envs 2.5": "--num-envs takes a whole number, not '2.5'.",
+    "--num-envs=": "--num-envs takes a whole number, not ''.",
+    "--total-timesteps 1e6": "--total-timesteps takes a whole number, not '1e6'.",
+    "--target-kl x": "--target-kl takes a number, not 'x'.",
+    "--objective clop": "invalid choice 'clop' for argument '--objective'",
+    "--num-envs": "Missing value for argument '--num-envs'",
+    "--learnin-rate 0.1": "'--learnin-rate' is no flag and no value of one; did you mean --learning-rate?",
+    "--learnin_rate=0.1": "did you mean --learning-rate?",
+    "--no-anneal": "did you mean --no-anneal-lr?",
+    "stray": "'stray' is no flag and no value of one; --help lists the flags.",
+    "--anneal-lr no": "'no' is no flag",
+    "--resume": "Missing value for argument '--resume'",
+    "--num-threads 100000": f"--num-threads is 100000, but this process may use {ppo.cores()} cores.",
+    "--num-envs 1099511627776": "--num-envs is 1099511627776, but must be at most 65,536.",
+    "--total-timesteps 1000000000000000000000000000000": "must be at most 2**53.",
+    "--num-steps 1099511627776 --total-timesteps 9000000000000000": "GiB of memory, and there are",
+}
+
+
+@pytest.mark.parametrize("argv", FLAGS)
+def test_flag_is_refused_in_one_sentence(argv, here, capsys):
+    assert argv not in BAD_ARGUMENTS
+    assert FLAGS[argv] in refused(capsys, *argv.split(), here=here)
+
+
+def test_size_that_would_fit_is_named_and_fits(here, capsys, monkeypatch):
+    monkeypatch.setattr(ppo, "memory", lambda: 2**20)
+    flags = ["--num-steps", "100000", "--num-envs", "1", "--num-minibatches", "1", "--total-timesteps", "100000"]
+    size = refused(capsys, *flags, here=here).split("--num-steps ")[-1].split()[0]
+    assert 1000 < int(size) < 2**20 / 16
+    args = ppo.parse_args(["--num-steps", size, "--num-envs", "1"])
+    ppo.settle(args, ppo.make_envs(args, 1, 1))
+
+
+SIZES = {
+    "--n-embd 1099511627776": "--n-embd ",
+    "--n-layer 1099511627776": "--n-layer ",
+    "--max-completion-length 100000000": "--max-completion-length ",
+    "--eval-prompts 1000000000": "--eval-prompts ",
+    "--generation-batch-size 1073741824": "--generation-batch-size ",
+    "--num-digits 5000 --max-completion-length 6000": "--num-digits is 5000, but must be at most 1,000",
+    "--reward-weights 1 x": "not 'x'",
+    "--methud grpo": "did you mean --method?",
+}
+
+
+@pytest.mark.parametrize("argv", SIZES)
+def test_language_size_is_refused_before_its_memory_is_taken(argv, here, capsys):
+    assert grpo_toy.main(argv.split()) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1 and SIZES[argv] in sentence
+    assert not list(here.iterdir())
+
+
+# ------------------------------------------------------------------------------------------- notebooks and threads
+NOTEBOOK = """
+import sys, types
+source, name = open(sys.argv[1]).read(), sys.argv[2]
+sys.argv = ["/opt/ipykernel_launcher.py", "-f", "/tmp/kernel.json"]
+main = sys.modules["__main__"] = types.ModuleType("__main__")
+exec(compile(source, "<cell>", "exec"), vars(main))
+assert main.main(["--run-name", "called", *{small}]) == 0
+args = main.parse_args(["--run-name", "trained", *{small}])
+assert str(main.train(args)).endswith("trained")
+"""
+
+
+def test_script_pasted_into_a_notebook_trains_and_does_not_read_the_arguments_of_the_kernel(here):
+    source = SCRIPT.read_text().replace("total_timesteps: int = 200_000", "total_timesteps: int = 1_024")
+    (here / "cell.txt").write_text(source)
+    command = [sys.executable, "-c", NOTEBOOK.format(small=SMALL), "cell.txt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert {"called", "trained"} < {path.name for path in (here / "runs").iterdir()}
+    assert len(list((here / "runs").iterdir())) == 3  # pasting it has trained with the defaults
+
+
+def test_imported_script_does_not_read_the_arguments_of_another_program(here, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/opt/ipykernel_launcher.py", "-f", "/tmp/kernel.json"])
+    assert ppo.parse_args().env_id == "CartPole-v1"
+
+
+def test_main_works_in_a_thread(here):
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(ppo.main([*SMALL, "--run-name", "run"])))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+
+
+# ------------------------------------------------------------------------------------------- its own random numbers
+class Quiet(gym.Env):
+    """Rewards that depend on the actions."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.np_random.random(2, dtype=np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.np_random.random(2, dtype=np.float32), float(action[0]), False, self.t == 7, {}
+
+
+class Seeding(Quiet):
+    """Seeds all that is global in each reset and step, "for reproducibility"."""
+
+    def reset(self, **options):
+        torch.manual_seed(42), np.random.seed(42), random.seed(42)
+        return super().reset(**options)
+
+    def step(self, action):
+        torch.manual_seed(42), np.random.seed(42), random.seed(42)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("script", [ppo, a2c, trpo, reinforce], ids=lambda script: script.__name__)
+def test_environment_that_seeds_everything_changes_nothing(script, here, monkeypatch):
+    for kind in (Quiet, Seeding):
+        monkeypatch.setitem(
+            gym.registry, f"{kind.__name__}-v0", gym.envs.registration.EnvSpec(f"{kind.__name__}-v0", kind)
+        )
+        flags = ["--env-id", f"{kind.__name__}-v0", "--run-name", kind.__name__]
+        assert script.main([*SMALL, *flags]) == 0
+    quiet, seeding = here / "runs/Quiet", here / "runs/Seeding"
+    assert same(newest(quiet)["agent"], newest(seeding)["agent"])
+    assert timeless(quiet, "episodes") == timeless(seeding, "episodes")
+    returns = [row["return"] for row in timeless(quiet, "episodes")]
+    assert len(set(returns)) == len(returns) > 15
+
+
+def test_reward_that_seeds_everything_changes_no_completion(here, monkeypatch):
+    def seeding(prompt, completion, args):
+        torch.manual_seed(42), np.random.seed(42), random.seed(42)
+        return float(len(completion))
+
+    small = "--num-digits 2 --n-layer 1 --n-embd 16 --n-head 2 --sft-steps 3 --eval-prompts 8 --num-threads 1"
+    small += " --generation-batch-size 16 --num-generations 4 --max-steps 3 --max-completion-length 8 --rewards length"
+    for name, reward in (("quiet", lambda prompt, completion, args: float(len(completion))), ("seeding", seeding)):
+        monkeypatch.setattr(grpo_toy, "reward_length", reward, raising=False)
+        assert grpo_toy.main([*small.split(), "--run-name", name]) == 0
+    quiet, other = here / "runs/quiet", here / "runs/seeding"
+    assert same(newest(quiet)["model"], newest(other)["model"])
+    assert timeless(quiet, "episodes") == timeless(other, "episodes")
+
+
+def test_random_numbers_go_on_where_they_were_saved():
+    rng, later = ppo.Rng(3, "cpu"), ppo.Rng(4, "cpu")
+    rng.python.random(), rng.permutation(5)
+    later.load_state_dict(rng.state_dict())
+    assert later.python.random() == rng.python.random()
+    assert torch.equal(later.permutation(100), rng.permutation(100))
+    assert sorted(rng.permutation(100).tolist()) == list(range(100))
+    drawn = rng.integers(3, 1000)
+    assert drawn.shape == (1000,) and set(drawn.tolist()) == {0, 1, 2}
+
+
+def test_seeds_give_other_numbers():
+    first = {tuple(ppo.Rng(seed, "cpu").permutation(20).tolist()) for seed in (0, 1, 2, "a", "b")}
+    assert len(first) == 5
