@@ -153,7 +153,11 @@ def threads_of(options: Options, suite: Suite) -> int:
         from benchmarks import backends
 
         backends.check(options)
-    if options.threads or not any(map(is_atari, suite.envs)):
+    if not any(map(is_atari, suite.envs)):
+        return options.threads
+    if local and options.threads > cores():
+        raise UsageError(f"--threads is {options.threads}, but this process may use {cores()} cores.")
+    if options.threads:
         return options.threads
     return max(1, cores() // options.workers) if local else 1
 

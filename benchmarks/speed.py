@@ -151,6 +151,7 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
         tempfile.TemporaryDirectory() as folder,
         patch.object(module.Player, "play", autospec=True, side_effect=play) as played,
         patch.object(module, "update", wraps=module.update) as updated,
+        patch.object(module.Environments, "close", lambda envs: None, create=True),  # they are timed below
     ):
         run = module.train(replace(args, total_timesteps=args.num_envs * args.num_steps, runs_dir=folder))
         steps = json.loads((run / "summary.json").read_text(encoding="utf-8"))["global_step"]
@@ -184,6 +185,7 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
     rates["inference"] = args.num_envs * args.num_steps * per_second(act)
     weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
     rates["update"] = steps * per_second(update, before=lambda: agent.load_state_dict(weights))
+    envs.envs.close()
     return rates | {"serial": 1 / sum(1 / rate for rate in rates.values())}
 
 

@@ -587,7 +587,7 @@ def test_ours_runs():
         ("sb3:ppo --env-id Blackjack-v1", "Box and Discrete"),
         ("sb3:ppo --env-id Breakout-v4", "Breakout-v4"),
         ("sb3:ppo --num-envs 4", "does not take --num-envs 4"),
-        ("sb3:ppo --n-steps many", "--n-steps is many"),
+        ("sb3:ppo --n-steps many", "--n-steps is 'many'"),
         ("sb3:ppo --n-steps", "--n-steps: expected one argument"),
         ("sb3:ppo --gamma high", "gamma is high"),
         ("sb3:ppo --learning-rate lin_fast", "'fast'"),
