@@ -35,6 +35,7 @@ STORED = ", stored"  # ends the name of an algorithm of which there are newer ru
 ORIGIN = ("commit", "versions", "hardware", "threads")
 LOCK = "lock"  # in a run directory; who trains the run holds a lock on it
 NUMBER = (int, float)
+LARGEST = 1e150  # a score beyond it is none: its square is infinite
 FIELDS = {  # what the JSON files of a run hold, where they hold it
     "config.json": {
         **{"args.seed": NUMBER, "args.total_timesteps": NUMBER, "args.exp_name": (str, *NUMBER)},
@@ -128,7 +129,7 @@ def read_run(path: Path) -> tuple[Run | None, str]:
     arguments = config.get("args")
     if not isinstance(arguments, dict):
         return None, f"{path} has no readable config.json; left out."
-    if not isinstance(arguments.get("env_id"), str) or "seed" not in arguments:
+    if not isinstance(arguments.get("env_id"), str) or arguments.get("seed") is None:
         return None, f"{path} is no run in an environment; left out."
     for name, content in (("config.json", config), ("summary.json", summary)):
         if misfit := misfit_of(content, FIELDS[name]):
@@ -253,8 +254,8 @@ def scores_of(rows: np.ndarray, summary: dict[str, Any], budget: int) -> dict[st
 
 
 def finite(value: float | None) -> float:
-    """The number, nan where there is none."""
-    return np.nan if value is None or not math.isfinite(value) else float(value)
+    """The number, nan where there is none, or none that could be averaged."""
+    return float(value) if value is not None and abs(value) < LARGEST else np.nan
 
 
 def origin_of(config: dict[str, Any]) -> dict[str, str]:
@@ -303,15 +304,16 @@ def read_scores(path: Path) -> list[Run]:
     columns = dict(env_id=printable, algo=printable, seed=seed, status=printable)
     columns |= dict(total_timesteps=whole, global_step=steps, key=printable)
     runs, known = [], set()
-    for line, row in read_rows(path):
-        name = ""
+    (_, header), *lines = read_rows(path)
+    for line, cells in lines:
+        row, name = dict(itertools.zip_longest(header, cells[: len(header)])), ""
         try:
             values, scores = {}, {}
             for name, kind in columns.items():
                 values[name] = kind(row[name] if row[name] is not None else "")
             for name in MEASURES:
                 scores[name] = float(row[name] or "nan")
-                if math.isinf(scores[name]):
+                if abs(scores[name]) >= LARGEST:
                     raise ValueError
         except (KeyError, ValueError):
             raise UsageError(f"{path}, line {line}: {name} is {shortened(row.get(name))}.") from None
@@ -327,15 +329,13 @@ def read_scores(path: Path) -> list[Run]:
     return runs
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a CSV file with a header, and their numbers; raises UsageError where it cannot be read."""
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a CSV file with their numbers, the header first; raises UsageError where it cannot be read."""
     try:
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
             lines = csv.reader(file)
-            header = next(lines, [])
-            for line in lines:
-                if line:
-                    yield lines.line_num, dict(itertools.zip_longest(header, line[: len(header)]))
+            yield 1, next(lines, [])
+            yield from ((lines.line_num, line) for line in lines if line)
     except (OSError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
 
@@ -345,13 +345,17 @@ def read_stored(folder: Path) -> list[Run]:
     runs, path, points = read_scores(folder), folder / "curves.csv", defaultdict(list)
     if not os.path.isfile(path):
         raise UsageError(f"there is no {path}, which belongs to {folder / 'scores.csv'}.")
-    for line, row in read_rows(path):
+    rows, names = read_rows(path), ("env_id", "algo", "seed", "step", "wall_time", "return_last100")
+    _, header = next(rows)
+    places = [header.index(name) if name in header else len(header) for name in names]  # beyond every line
+    for line, cells in rows:
         try:
-            point = float(row["step"]), float(row["wall_time"]), float(row["return_last100"])
+            env_id, algo, seed, step, seconds, value = [cells[place] for place in places]
+            point = float(step), float(seconds), float(value)
             if not math.isfinite(sum(point)):
                 raise ValueError
-            points[row["env_id"], row["algo"], row["seed"]].append(point)
-        except (KeyError, ValueError, TypeError):
+            points[env_id, algo, seed].extend(point)
+        except (IndexError, ValueError):
             raise UsageError(f"{path}, line {line} is no point of a curve.") from None
     points = {(printable(env_id), printable(algo), seed): curve for (env_id, algo, seed), curve in points.items()}
     for run in runs:
@@ -364,7 +368,7 @@ def read_stored(folder: Path) -> list[Run]:
 
 def is_stored(path: Path) -> bool:
     """Whether a folder is what a report has written, and no run directory."""
-    return (path / "scores.csv").is_file() and not (path / "config.json").exists()
+    return os.path.isfile(path / "scores.csv") and not os.path.exists(path / "config.json")
 
 
 def find_runs(paths: list[Path]) -> list[Path]:

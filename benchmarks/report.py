@@ -9,6 +9,7 @@ import base64
 import csv
 import html
 import json
+import os
 import re
 import shlex
 import sys
@@ -489,10 +490,10 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     if not paths:
         raise UsageError("give run directories, or folders of them: python -m benchmarks report runs/smoke")
     out = Path(options.out) if options.out else (paths[0] if len(paths) == 1 else Path()) / "report"
-    if (out / "trials.csv").exists():
+    if os.path.exists(out / "trials.csv"):
         raise UsageError(f"{out} is the report of a sweep; choose another --out.")
-    matrix = read_matrix(paths)
     runs, problems, missing = read_runs(paths)
+    matrix = read_matrix(paths)
     if not runs:
         print("\n".join(problems), file=sys.stderr)
         print("error: none of these run directories can be read.", file=sys.stderr)
