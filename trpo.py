@@ -50,25 +50,23 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
 import platform
 import random
-import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import ale_py
 import gymnasium as gym
@@ -77,10 +75,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import hparams, scalar, text
 
 gym.register_envs(ale_py)
 
@@ -147,7 +146,7 @@ class Agent(nn.Module):
         self.continuous = isinstance(action_space, gym.spaces.Box)
         self.image = is_image(observation_space)
         self.one_hot = isinstance(observation_space, gym.spaces.Discrete)
-        self.obs_norm = RunningNorm(observation_space.shape) if args.norm_obs else None
+        self.obs_norm = RunningNorm(observation_space.shape, observation_space.dtype) if args.norm_obs else None
         self.return_norm = RunningNorm(())
         if self.continuous:
             outputs = math.prod(action_space.shape)
@@ -446,32 +445,31 @@ def train(args: RunArgs) -> Path:
 
     Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
     """
-    started = time.perf_counter()
+    started = Start()
     check_args(args)
     check_batch(args)
-    envs = make_envs(args, args.num_envs, args.seed)
-    rng = settle(args, envs)
-    agent = make_agent(envs, args)
-    player = Player(envs, args, rng)
-    theta = flatten_parameters(agent.policy_parameters())
-    optimizer = Adam(flatten_parameters(agent.critic.parameters()))
-    gradient = make_gradient(agent, args)
-    total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
-
-    with Run(args, total, started, agent=agent, optimizer=optimizer, player=player, rng=rng) as run:
-        for _ in run.iterations():
-            learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
-            batch = rollout(agent, player, args)
-            losses = update(agent, theta, optimizer, gradient, batch, learning_rate, rng, args)
-            if agent.obs_norm:
-                agent.obs_norm.update(batch.obs)
-            run.log(len(batch.obs), player.finished, losses=losses, charts={"learning_rate": learning_rate})
-    return run.path
+    with make_envs(args, args.num_envs, args.seed) as envs:
+        rng = settle(args, envs)
+        agent = make_agent(envs, args)
+        player = Player(envs, args, rng)
+        theta = flatten_parameters(agent.policy_parameters())
+        optimizer = Adam(flatten_parameters(agent.critic.parameters()))
+        gradient = make_gradient(agent, args)
+        total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
+        with Run(args, total, started, agent=agent, optimizer=optimizer, player=player, rng=rng) as run:
+            for _ in run.iterations():
+                learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
+                batch = rollout(agent, player, args)
+                losses = update(agent, theta, optimizer, gradient, batch, learning_rate, rng, args)
+                if agent.obs_norm:
+                    agent.obs_norm.update(batch.obs)
+                run.log(len(batch.obs), player.finished, losses=losses, charts={"learning_rate": learning_rate})
+        return run.path
 
 
 # ==== The machine room: "shared" sections are the same text in every script that has them ====
 # ==== shared: run flags ====
-SCRIPT = Path(globals().get("__file__", "notebook"))
+SCRIPT = Path(os.path.abspath(globals().get("__file__", "notebook")))
 
 
 @dataclass
@@ -486,11 +484,13 @@ class RunArgs(Args):
     eval_episodes: int = 10  # episodes that --evaluate plays
     eval_seed: int = 1_000_000  # seed of environments and actions in --evaluate
     eval_stochastic: bool = False  # let --evaluate sample actions instead of taking the most likely ones
+    eval_max_steps: int = 100_000  # steps after which --evaluate takes an episode for one that never ends
     capture_video: bool = False  # film the first environment of --evaluate, or of an evaluation after the training
     checkpoint_interval: int = 0  # iterations from a checkpoint to the next (0: about a twentieth of the run)
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "lineage"  # project of --track
     wandb_entity: str | None = None  # team of --track
+    scale_actions: Literal["auto", "on", "off"] = "auto"  # from -1..1 to the box (auto: where it is far from -1..1)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu for the MLP; for the CNN cuda, where there is one
     num_threads: int = 0  # CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the gradient (auto: MLP, in runs long enough to win)
@@ -519,8 +519,8 @@ class Failed(Exception):
         self.status = status
 
 
-class Stopped(Exception):
-    """A signal ended the run after its iteration was saved: exit status 128 + signal."""
+class Stopped(BaseException):
+    """A signal ends the run: exit status 128 + signal. No environment may take it for an error of its own."""
 
     status = "interrupted"
 
@@ -597,7 +597,9 @@ def check_args(args: RunArgs) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
     if args.num_threads > cores():
         if not args.resume and not args.evaluate:
-            raise UsageError(f"--num-threads is {args.num_threads}, but this process may use {cores()} cores.")
+            raise UsageError(
+                f"--num-threads is {args.num_threads}, but this process may use {cores()} cores; ask for fewer."
+            )
         args.num_threads = 0  # the run was made on a larger machine
     if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
@@ -618,7 +620,7 @@ def bound_broken(name: str, number: float) -> str:
         return "at most 65,536"
     if number > 2**53 and isinstance(number, int):
         return "at most 2**53"
-    if name in (*POSITIVE, "eval_episodes", "eval_prompts", "eval_interval") and number <= 0:
+    if name in (*POSITIVE, "eval_episodes", "eval_max_steps", "eval_prompts", "eval_interval") and number <= 0:
         return "greater than 0"
     if name in AT_MOST_ONE and number > 1:
         return "at most 1"
@@ -652,7 +654,7 @@ def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
     """The words of a file, in all control groups around this process. Version 1 has other folders and file names."""
     root, mine = CGROUPS
     found = []
-    for line in mine.read_text().splitlines() if mine.exists() else []:
+    for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -661,7 +663,7 @@ def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
         names = old_names if controllers else [name]
         for level in (folder, *folder.parents):
             with contextlib.suppress(OSError):
-                found.append(" ".join((level / name).read_text() for name in names).split())
+                found.append(" ".join((level / name).read_text(encoding="utf-8") for name in names).split())
     return found
 
 
@@ -675,12 +677,27 @@ def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int
         raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
 
 
-def say(line: str, end: str = "\n") -> None:
-    """Prints. A reader that has gone away must not end the run."""
+def say(line: str, end: str = "\n", stream: str = "stdout") -> None:
+    """Prints. A reader that is gone, full or stalled must neither end the run nor hold it up."""
+    file = getattr(sys, stream)  # None where it was closed
     try:
-        print(line, end=end, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
+        ready = select.select([], [file], [], 0)[1]
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, as in a notebook
+        ready = file is not None
+    try:
+        if ready:
+            print(line, end=end, file=file, flush=True)
+    except UnicodeEncodeError:
+        print(ascii(line)[1:-1], end=end, file=file, flush=True)
+    except BlockingIOError:
+        pass
+    except (OSError, ValueError):
+        setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+
+
+def warn(line: str) -> None:
+    """Prints on stderr."""
+    say(line, stream="stderr")
 
 
 def one_line(error: BaseException) -> str:
@@ -692,15 +709,25 @@ def one_line(error: BaseException) -> str:
 def environment_family(env_id: str) -> str:
     """The row of FAMILIES for a registered id. Raises UsageError, with the near miss, for any other."""
     module, _, name = env_id.rpartition(":")
+    flag = f"--env-id {env_id if env_id and env_id.isprintable() else repr(env_id)}"
+    if module.startswith("."):
+        raise UsageError(f"{flag} begins with a relative name; name a module from the top, as in package:Env-v0.")
     try:
         if module:
             importlib.import_module(module)
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a module can raise anything, and exit
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            where = f"{sys.path[0] or 'the current folder'}, PYTHONPATH and what is installed"
+            how = f"Python looked in {where}; install it, or put its folder on PYTHONPATH."
+            raise UsageError(f"{flag}: {error}. {how}") from None
+        raise UsageError(f"{flag}: {module} cannot be imported, it raised {what_happened(error)}.") from None
+    try:
         entry_point = str(gym.spec(name).entry_point)
-    except ImportError as error:
-        raise UsageError(f"--env-id {env_id}: {error}; install it, or drop the prefix.") from None
     except gym.error.Error:
         near = (difflib.get_close_matches(name, gym.registry, n=1) or ["one of gymnasium.registry"])[0]
-        raise UsageError(f"--env-id {env_id} is not registered in gymnasium; did you mean {near}?") from None
+        raise UsageError(f"{flag} is not registered in gymnasium; did you mean {near}?") from None
     families = {
         "ale_py": "atari",
         "gymnasium.envs.box2d": "box2d",
@@ -711,26 +738,104 @@ def environment_family(env_id: str) -> str:
     return next((family for home, family in families.items() if entry_point.startswith(home)), "classic")
 
 
+def what_happened(error: BaseException) -> str:
+    """Type, text and place of an error that was raised."""
+    place = error.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    try:
+        text = f"{type(error).__name__}: {one_line(error)[:300]}".removesuffix(": ")
+    except Exception:  # of an error that has no text
+        text = type(error).__name__
+    return f"{text} ({place.tb_frame.f_code.co_filename}:{place.tb_lineno})"
+
+
+def brief(space: gym.Space) -> str:
+    """A space without its bounds."""
+    return f"Box{space.shape}" if isinstance(space, gym.spaces.Box) else " ".join(str(space).split())[:80]
+
+
+# What the functions of an environment return, and the moments at which that is looked at, for each environment once.
+STEP = ("observation", "reward", "terminated", "truncated", "info")
+RESET = ("observation", "info")
+NEXT = {"first reset": "first step", "first step": "first end of an episode", "first end of an episode": "second reset"}
+
+
+def broken_promise(space: gym.Space, result: Any, names: tuple[str, ...]) -> str:
+    """What an environment returned, and what its API or its observation space promises instead; "" if it kept that."""
+    if not isinstance(result, (tuple, list)) or len(result) != len(names):
+        return f"{described(result)}, not ({', '.join(names)})"
+    for name, x in zip(names, result):
+        if name == "observation":
+            kept, promise = fits(space, x), f"{brief(space)} of {space.dtype}"
+        elif name == "info":
+            kept, promise = isinstance(x, dict), "a dict"
+        else:
+            kept, promise = array_of(x).dtype.kind in "biuf" and not array_of(x).shape, "a number"
+            if name != "reward":
+                kept, promise = kept and x in (0, 1), "True or False"
+        if not kept:
+            return f"{described(x)} as {name}, not {promise}"
+    return ""
+
+
+def fits(space: gym.Space, obs: Any) -> bool:
+    """Whether an observation has the shape of its space, and values that its dtype can hold.
+
+    Bounds of a Box are not looked at. Environments break them, and nothing here depends on them.
+    """
+    x = array_of(obs)
+    if x.shape != space.shape or x.dtype.kind not in "biuf":
+        return False
+    if isinstance(space, gym.spaces.Discrete):
+        return x.dtype.kind in "iu" and bool(space.start <= x < space.start + space.n)
+    return space.dtype.kind == "f" or (x.dtype.kind != "f" and bool((x.astype(space.dtype) == x).all()))
+
+
+def array_of(x: Any) -> np.ndarray:
+    """x as an array; one of an object where it is none, such as lists of unequal lengths."""
+    try:
+        return np.asarray(x)
+    except Exception:
+        return np.array(None)
+
+
+def described(x: Any) -> str:
+    """What something is, in a few words."""
+    if isinstance(x, np.ndarray) and x.shape:
+        values = f" from {x.min()} to {x.max()}" if x.size and x.dtype.kind in "biuf" else ""
+        return f"an array {x.shape} of {x.dtype}{values}"
+    if isinstance(x, (tuple, list, dict)):
+        return f"a {type(x).__name__} of {len(x)}"
+    return " ".join(repr(x).split())[:80]
+
+
 class SyncEnvs:
     """Environments that step one after the other.
 
     Eight of CartPole take 110 us, with the seeded resets; in gymnasium's SyncVectorEnv they took 158 us.
     """
 
-    def __init__(self, envs: list[gym.Env]):
+    def __init__(self, envs: list[gym.Env], env_id: str):
         self.envs = envs
+        self.env_id = env_id
         self.num_envs = len(envs)
         self.single_observation_space = envs[0].observation_space
         self.single_action_space = envs[0].action_space
         self.obs = np.zeros((len(envs), *envs[0].observation_space.shape), dtype=envs[0].observation_space.dtype)
+        self.unchecked = dict.fromkeys(range(len(envs)), "first reset")  # the next moment to look at what is returned
+        self.closed = False
 
     def reset(self, seed: np.ndarray, options: dict[str, np.ndarray]) -> tuple[np.ndarray, dict]:
         """Resets, with a seed for each, the environments where options["reset_mask"] is true."""
-        for n, one in zip(np.flatnonzero(options["reset_mask"]), seed.tolist()):
+        for n, one in zip(np.flatnonzero(options["reset_mask"]).tolist(), seed.tolist()):
             try:
-                self.obs[n], _ = self.envs[n].reset(seed=one)
-            except Exception as error:
-                raise Failed(f"environment {n} raised {error!r}", "failed") from error
+                result = self.envs[n].reset(seed=one)
+                if n in self.unchecked:
+                    self.check(n, result, RESET)
+                self.obs[n], _ = result
+            except BaseException as error:
+                raise self.failure(n, error, RESET) from error
         return self.obs, {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -738,14 +843,70 @@ class SyncEnvs:
         terminations, truncations = np.zeros((2, self.num_envs), dtype=bool)
         for n, action in enumerate(actions):
             try:
-                self.obs[n], rewards[n], terminations[n], truncations[n], _ = self.envs[n].step(action)
-            except Exception as error:
-                raise Failed(f"environment {n} raised {error!r}", "failed") from error
+                result = self.envs[n].step(action)
+                if self.unchecked:
+                    self.check(n, result, STEP)
+                self.obs[n], rewards[n], terminations[n], truncations[n], _ = result
+            except BaseException as error:
+                raise self.failure(n, error, STEP) from error
         return self.obs, rewards, terminations, truncations, {}
 
+    def picture(self) -> np.ndarray:
+        """The first environment, (height, width, 3)."""
+        try:
+            frame = self.envs[0].render()
+        except BaseException as error:
+            raise self.failure(0, error, ()) from error
+        if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3:
+            return frame
+        promise = "an array (height, width, 3) of uint8"
+        raise Failed(f"environment 0 of {self.env_id} rendered {described(frame)}, not {promise}", "failed")
+
+    def check(self, n: int, result: Any, names: tuple[str, ...]) -> None:
+        """Raises Failed for a broken promise, if this is the next moment of environment n to look."""
+        moment = self.unchecked.get(n, "")
+        if moment.endswith("reset") != (names is RESET):
+            return
+        if moment in ("", "first end of an episode") and not (moment and (result[2] or result[3])):
+            return
+        if broken := broken_promise(self.single_observation_space, result, names):
+            raise Failed(f"environment {n} of {self.env_id} returned at its {moment} {broken}", "failed")
+        self.unchecked[n] = NEXT.get(moment)
+        if not self.unchecked[n]:
+            del self.unchecked[n]
+
+    def failure(self, n: int, error: BaseException, names: tuple[str, ...]) -> BaseException:
+        """What to raise where environment n raised an error: one sentence, but a signal as it is."""
+        if isinstance(error, (Failed, Stopped, KeyboardInterrupt)):
+            return error
+        what = what_happened(error)
+        if "unpack" in what:  # gymnasium's wrappers take apart what comes, and fail before it is looked at here
+            what += f"; what must be returned is ({', '.join(names)})"
+        return Failed(f"environment {n} of {self.env_id} raised {what}", "failed")
+
     def close(self) -> None:
-        for env in self.envs:
+        if not self.closed:
+            self.closed = True
+            close_all(self.envs, self.env_id)
+
+
+def close_all(envs: list[gym.Env], env_id: str) -> None:
+    """Closes environments. An error in one must neither keep the others open nor hide how the run ended."""
+    problems = []
+
+    def close(env: gym.Env) -> None:
+        try:
             env.close()
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            problems.append(what_happened(error))
+
+    with contextlib.ExitStack() as exits:  # it goes on after a signal, too
+        for env in envs:
+            exits.callback(close, env)
+    if problems:
+        print(f"An environment of {env_id} could not be closed; it raised {problems[0]}.", file=sys.stderr)
 
 
 RESEED = 10_000
@@ -769,6 +930,16 @@ class Environments:
         self.reseed_after = RESEED if self.atari else 0
         self.numbers = np.zeros(envs.num_envs, dtype=np.int64)  # of the seeds, from 1
         self.played = np.zeros(envs.num_envs, dtype=np.int64)  # steps since then
+        self.scale: tuple[np.ndarray, np.ndarray] | None = None  # of actions, for to_env
+
+    def __enter__(self) -> Environments:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.envs.close()
 
     def reset(self) -> np.ndarray:
         """Begins an episode in all environments. Returns the observations."""
@@ -809,18 +980,34 @@ def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Enviro
     """The environments of a run. Raises UsageError for a missing extra and for spaces that networks cannot take."""
     if environment_family(args.env_id) == "atari":
         return Environments(make_atari(args, num_envs, **options), seed)
+    envs: list[gym.Env] = []
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
             warnings.simplefilter("ignore")
-            envs = [gym.make(args.env_id, disable_env_checker=True, **options) for _ in range(num_envs)]
-    except Exception as error:  # an extra that is missing, or whatever a constructor raises
-        raise UsageError(f"--env-id {args.env_id} cannot be made: {one_line(error)}") from None
+            for _ in range(num_envs):
+                envs.append(gym.make(args.env_id, disable_env_checker=True, **options))
+        check_spaces(args.env_id, envs)
+        return Environments(SyncEnvs(envs, args.env_id), seed)
+    except BaseException as error:  # an extra that is missing, or whatever a constructor raises
+        close_all(envs, args.env_id)
+        if isinstance(error, (UsageError, Stopped, KeyboardInterrupt)):
+            raise
+        raise UsageError(f"--env-id {args.env_id} cannot be made, it raised {what_happened(error)}.") from None
+
+
+def check_spaces(env_id: str, envs: list[gym.Env]) -> None:
+    """Raises UsageError for spaces that networks cannot take."""
     observations, actions = envs[0].observation_space, envs[0].action_space
     if not isinstance(observations, (gym.spaces.Box, gym.spaces.Discrete)):
-        raise UsageError(f"--env-id {args.env_id} observes {observations}; Box and Discrete are supported.")
+        raise UsageError(f"--env-id {env_id} observes {observations}; Box and Discrete are supported.")
     if not isinstance(actions, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
-        raise UsageError(f"--env-id {args.env_id} acts in {actions}; Box, Discrete and MultiDiscrete are supported.")
-    return Environments(SyncEnvs(envs), seed)
+        raise UsageError(f"--env-id {env_id} acts in {actions}; Box, Discrete and MultiDiscrete are supported.")
+    for name, space in (("observes", observations), ("acts in", actions)):
+        if not math.prod(space.shape):
+            raise UsageError(f"--env-id {env_id} {name} {space}, which is empty; one number at least is needed.")
+    for n, env in enumerate(envs):
+        if (env.observation_space, env.action_space) != (observations, actions):
+            raise UsageError(f"environment {n} of --env-id {env_id} has other spaces than environment 0.")
 
 
 def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
@@ -884,6 +1071,12 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
         else:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = "on" if image and native else "off"
+    if args.scale_actions == "auto":
+        args.scale_actions = "on" if is_far(envs.single_action_space) else "off"
+    if args.scale_actions == "on":
+        if not bounded(envs.single_action_space).any():
+            raise UsageError(f"--scale-actions on: the actions of {args.env_id} have no bounds to scale to; use off.")
+        envs.scale = middle_and_half(envs.single_action_space)
     space = envs.single_observation_space
     row = math.prod(space.shape) * space.dtype.itemsize + 2048 * image + 100  # an observation, its features, the rest
     what = f"a rollout of {args.num_envs} x {args.num_steps} steps"
@@ -899,15 +1092,19 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
 
 # ==== shared: networks and policies ====
 class RunningNorm(nn.Module):
-    """Mean and variance of all that was seen, merged batch by batch (Chan et al. 1979), as buffers."""
+    """Mean and variance of all that was seen, merged batch by batch (Chan et al. 1979), as buffers.
 
-    def __init__(self, shape: tuple[int, ...]):
+    It normalises in double precision what has a dtype that float32 cannot hold: large numbers that differ little.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype = np.float32):
         super().__init__()
+        exact = torch.float32 if np.can_cast(dtype, np.float32) else torch.float64
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / deviation in float32, for the forward pass
-        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("shift", torch.zeros(shape, dtype=exact))  # mean and 1 / deviation, for the forward pass
+        self.register_buffer("scale", torch.ones(shape, dtype=exact))
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -923,7 +1120,7 @@ class RunningNorm(nn.Module):
         self.scale.copy_((self.var + 1e-8).rsqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0)
+        return ((x - self.shift) * self.scale).clamp(-10.0, 10.0).float()
 
 
 class Categorical:
@@ -1020,7 +1217,8 @@ def is_image(space: gym.Space) -> bool:
 
 def choices_of(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[tuple[int, int], Tensor | None]:
     """(components, most choices of a component), and which of these choices a component lacks, if any."""
-    nvec = torch.tensor(space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else space.n).flatten()
+    nvec = space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else space.n
+    nvec = torch.from_numpy(np.array(nvec, dtype=np.int64).flatten())
     most = int(nvec.max())
     lacking = torch.arange(most) >= nvec.unsqueeze(-1)
     return (len(nvec), most), lacking if lacking.any() else None
@@ -1028,6 +1226,7 @@ def choices_of(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[t
 
 # ==== shared: acting ====
 LONGEST = 1_000_000  # steps of an episode whose actions a checkpoint still holds
+UNBOUNDED = 1e9  # a bound beyond this is none: it is the largest number of a dtype
 
 
 class Episode(NamedTuple):
@@ -1124,24 +1323,26 @@ class Episodes:
             if t == steps:
                 return obs
             now = [one[t - wait] if t >= wait else idle for one, wait in zip(actions, waiting)]
-            obs, paid, *_ = self.envs.step(to_env(self.envs.single_action_space, np.stack(now)))
+            obs, paid, *_ = self.envs.step(to_env(self.envs.single_action_space, np.stack(now), self.envs.scale))
             for n in np.flatnonzero(waiting <= t):
                 if paid[n] != rewards[n][t - waiting[n]]:
                     raise Failed(f"environment {n} does not repeat its rewards")
 
 
-def obs_dtype(space: gym.Space) -> torch.dtype:
+def obs_dtype(agent: Agent) -> torch.dtype:
     """What raw observations are stored as."""
-    if is_image(space):
+    if agent.image:
         return torch.uint8
-    return torch.int64 if isinstance(space, gym.spaces.Discrete) else torch.float32
+    if agent.one_hot:
+        return torch.int64
+    return agent.obs_norm.shift.dtype if agent.obs_norm else torch.float32
 
 
 def example_obs(agent: Agent, *batch: int) -> Tensor:
     """Valid observations (*batch, *space.shape), to try or compile something on."""
     space = agent.observation_space
     start = agent.start if agent.one_hot else 0
-    return torch.full((*batch, *space.shape), start, dtype=obs_dtype(space), device=agent.device)
+    return torch.full((*batch, *space.shape), start, dtype=obs_dtype(agent), device=agent.device)
 
 
 def action_noise(agent: Agent, rng: Rng, *batch: int) -> Tensor:
@@ -1172,7 +1373,7 @@ def numpy_actor(agent: Agent) -> Callable[[np.ndarray, np.ndarray], np.ndarray] 
 
     def actor(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
         if norm:
-            x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0)
+            x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0).astype(np.float32, copy=False)
         x = np.tanh(x.reshape(len(x), -1) @ w1 + b1)
         x = np.tanh(x @ w2 + b2)
         noisy = (x @ w3 + b3).reshape(noise.shape) + noise
@@ -1181,12 +1382,78 @@ def numpy_actor(agent: Agent) -> Callable[[np.ndarray, np.ndarray], np.ndarray] 
     return actor
 
 
-def to_env(space: gym.Space, actions: np.ndarray) -> np.ndarray:
-    """Actions (batch, ...) as environments take them. What lies outside of the box is clipped only here."""
+def to_env(space: gym.Space, actions: np.ndarray, scale: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Actions (batch, ...) as environments take them, in the space and of its dtype.
+
+    Only here are they scaled by middle and half of the box, clipped to it, and rounded where it is one of integers.
+    """
     actions = actions.reshape(-1, *space.shape)
-    if isinstance(space, gym.spaces.Box):
-        return np.minimum(np.maximum(actions, space.low), space.high)
-    return actions + space.start
+    if not isinstance(space, gym.spaces.Box):
+        return (actions + space.start).astype(space.dtype, copy=False)
+    if scale:
+        actions = scale[0] + actions * scale[1]
+    actions = np.minimum(np.maximum(actions, space.low), space.high)
+    if space.dtype.kind in "iu":
+        with np.errstate(invalid="ignore"):  # the largest integer is a larger float, which would become the smallest
+            return np.where(actions < space.high, np.rint(actions).astype(space.dtype), space.high)
+    return actions.astype(space.dtype, copy=False)
+
+
+def bounded(space: gym.Space) -> np.ndarray:
+    """Where a box has a lower and an upper bound; False for other spaces."""
+    if not isinstance(space, gym.spaces.Box):
+        return np.zeros(1, dtype=bool)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return np.maximum(-low, high) < UNBOUNDED
+
+
+def middle_and_half(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Middle and half width of a box where it has both bounds, 0 and 1 where it has not."""
+    low, high = (np.where(bounded(space), x.astype(np.float64), y) for x, y in ((space.low, -1), (space.high, 1)))
+    return (low + high) / 2, (high - low) / 2
+
+
+def is_far(space: gym.Space) -> bool:
+    """Whether a policy that begins with a mean near 0 and a deviation near 1 has too little to learn from.
+
+    That is so where it seldom comes near a bound, where it is always clipped to both, and where it does not meet the
+    box at all. Classic control, MuJoCo and Box2D are not far.
+    """
+    if not bounded(space).any():
+        return False
+    middle, half = middle_and_half(space)
+    wide, narrow, elsewhere = abs(middle) + half > 5, (half > 0) & (half < 0.1), abs(middle) > half + 1
+    return bool((wide | narrow | elsewhere).any())
+
+
+def understood(agent: Agent, envs: Environments) -> list[str]:
+    """How observations are read and actions are made, and warnings of what is known not to learn."""
+    space, actions = agent.observation_space, agent.action_space
+    reads = "an image through a CNN"
+    if not agent.image:
+        numbers = f"{agent.actor.first.in_features:,} {'normalised ' if agent.obs_norm else ''}numbers"
+        reads = f"{numbers} through an MLP"
+    scaled = ", scaled to it" if envs.scale else ""
+    lines = [f"observes {brief(space)} as {reads}, acts in {brief(actions)}{scaled}"]
+    if not agent.image and sum(size >= 16 for size in space.shape) >= 2:
+        takes = "the CNN takes uint8 in three dimensions, two of them 36 or more"
+        lines.append(f"warning: an MLP is not known to learn from pixels; {takes}.")
+    if is_far(actions) and not envs.scale:
+        bounds = f"{actions.low.min():g} to {actions.high.max():g}"
+        lines.append(f"warning: actions from {bounds} are not known to learn unscaled; use --scale-actions on.")
+    return lines
+
+
+def lost_in_float32(observations: np.ndarray) -> list[str]:
+    """A warning if float32 makes most values equal that differ in some component of (rows, *shape)."""
+    ordered = np.sort(observations.reshape(len(observations), -1), axis=0)
+    differ = np.diff(ordered, axis=0) != 0
+    lost = differ & (np.diff(ordered.astype(np.float32), axis=0) == 0)
+    count = int((2 * lost.sum(0) > differ.sum(0)).sum())
+    line = (
+        f"warning: the network sees float32, which makes equal most values of {count} of {ordered.shape[1]} components"
+    )
+    return [f"{line} of the observations; use --norm-obs, which normalises in double precision."] if count else []
 
 
 def check_finite(observations: Tensor, rewards: np.ndarray, final_obs: dict[tuple[int, int], np.ndarray]) -> None:
@@ -1217,7 +1484,7 @@ def values_at(agent: Agent, final_obs: dict[tuple[int, int], np.ndarray], shape:
     """V of the last observation where an episode was truncated, and zero elsewhere, (num_steps, num_envs)."""
     values = torch.zeros(shape, device=agent.device)
     if final_obs:
-        obs = torch.from_numpy(np.stack(list(final_obs.values()))).to(agent.device, obs_dtype(agent.observation_space))
+        obs = torch.from_numpy(np.stack(list(final_obs.values()))).to(agent.device, obs_dtype(agent))
         values[tuple(zip(*final_obs))] = agent.value(agent.features(obs))
     return values
 
@@ -1238,24 +1505,30 @@ class Steps(NamedTuple):
 class Player:
     """Plays the environments of a run, and owns what goes on from one rollout to the next."""
 
-    def __init__(self, envs: Environments, args: RunArgs, rng: Rng, explore: bool = True):
+    def __init__(self, envs: Environments, args: RunArgs, rng: Rng):
         self.envs = envs
         self.args = args
         self.rng = rng
-        self.explore = explore
         self.obs = envs.reset()
         self.episodes = Episodes(envs)
         self.discounted = np.zeros(envs.num_envs)  # return so far, for scale_rewards
         self.finished: list[Episode] = []  # in the last rollout
+        self.first = True  # the next rollout is the first one
         self.inexact = ""  # why a resumed run is not the one that stopped
 
     @torch.no_grad()
     def play(self, agent: Agent) -> Steps:
         """Plays num_steps steps on in every environment."""
         num_steps, num_envs = shape = self.args.num_steps, self.envs.num_envs
-        dtype = obs_dtype(agent.observation_space)
+        dtype = obs_dtype(agent)
+        raw: list[np.ndarray] | None = None  # observations of the first rollout, where float32 may lose something
+        if self.first:
+            for line in understood(agent, self.envs):
+                say(line)
+            raw = [] if dtype == torch.float32 and not np.can_cast(self.obs.dtype, np.float32) else None
+            self.first = False
         observations = torch.empty((num_steps + 1, *self.obs.shape), dtype=dtype, device=agent.device)
-        noise = action_noise(agent, self.rng, num_steps, num_envs) * float(self.explore)
+        noise = action_noise(agent, self.rng, num_steps, num_envs)
         actions = np.zeros(noise.shape[:3], dtype=np.float32 if agent.continuous else np.int64)
         rewards = np.zeros(shape)
         terminations, truncations, over = np.zeros((3, *shape), dtype=bool)
@@ -1265,6 +1538,8 @@ class Player:
         if actor:
             observations_in_numpy, noise = observations.numpy(), noise.numpy()
         for t in range(num_steps):
+            if raw is not None:
+                raw.append(self.obs.copy())
             if actor:
                 observations_in_numpy[t] = self.obs
                 actions[t] = actor(observations_in_numpy[t], noise[t])
@@ -1273,16 +1548,18 @@ class Player:
                 features.append(agent.features(observations[t]))
                 actions[t] = act(agent, features[t], noise[t]).cpu().numpy()
             try:
-                step = self.envs.step(to_env(agent.action_space, actions[t]))
+                step = self.envs.step(to_env(agent.action_space, actions[t], self.envs.scale))
             except Failed as error:
                 check_finite(observations[: t + 1], rewards[:t], final_obs)
-                raise Failed(f"{error} in step {t} of the rollout", error.status) from error
+                raise Failed(f"in step {t} of the rollout {error}", error.status) from error
             self.obs, rewards[t], terminations[t], truncations[t], over[t], last = step
             if truncations[t].any():
                 for n in np.flatnonzero(truncations[t] & ~terminations[t]):
                     final_obs[t, n] = last[n]
         observations[-1].copy_(torch.from_numpy(self.obs))
         check_finite(observations, rewards, final_obs)
+        for line in lost_in_float32(np.concatenate(raw)) if raw else []:
+            say(line)
         features.append(agent.features(observations.flatten(0, 1) if actor else observations[-1]))
         self.finished = self.episodes.collect(actions, rewards, over)
         if self.args.clip_reward:
@@ -1415,25 +1692,72 @@ def value_variances(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
 
 
 # ==== shared: run directory ====
+STARTED_IN: list[str] = []  # the current folder when main began, because an environment may go to another
+
+
+def here() -> str:
+    """The folder that relative paths are meant from; "" where it was deleted."""
+    try:
+        return STARTED_IN[-1] if STARTED_IN else os.getcwd()
+    except OSError:
+        return ""
+
+
+def shown(path: Path) -> str:
+    """A path as it would be typed where main began."""
+    return str(path.relative_to(here()) if here() and path.is_relative_to(here()) else path)
+
+
+class Start:
+    """When and where a training began, which has to be known before anything runs that is not ours."""
+
+    def __init__(self) -> None:
+        self.clock = time.perf_counter()
+        self.folder = here()
+
+
+def set_handlers(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Lets handler take SIGINT and SIGTERM. Returns what took them before; in a thread, which gets no signals, {}."""
+    try:
+        return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        return {}
+
+
+def put_back(handlers: dict[int, Any]) -> None:
+    """Gives signals back to those who took them before."""
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler or signal.SIG_DFL)
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a temporary neighbour, then puts it in the place of path: there is always the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        # What is there is written over and not emptied first, so that a reserved file keeps its place on a full disk.
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
             file.write(content)
+            file.truncate()
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, json_bytes(content))
 
 
 def run_dir_of(path: Path) -> Path:
@@ -1441,15 +1765,43 @@ def run_dir_of(path: Path) -> Path:
     return path.parent.parent if path.is_file() else path
 
 
+def is_a(kind: Any, value: Any) -> bool:
+    """Whether value is of the type that an annotation says."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(is_a(get_args(kind)[0], one) for one in value)
+    if get_args(kind):  # float | None
+        return any(is_a(one, value) for one in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,)) and value == value  # NaN is not
+
+
 def read_config(path: Path) -> tuple[RunArgs, dict[str, Any]]:
-    """The arguments of a run, and all of its config.json. Raises UsageError where there is no such file."""
+    """The arguments of a run, and all of its config.json. Raises UsageError, with the reason, where that cannot be."""
+    file = run_dir_of(Path(here(), path)) / "config.json"
+    kinds = get_type_hints(RunArgs, globals())
     try:
-        config = json.loads((run_dir_of(path) / "config.json").read_text(encoding="utf-8"))
-        return RunArgs(**config["args"]), config
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"{path} is no run directory of this script: it has no config.json with its arguments."
-        ) from None
+        config = json.loads(file.read_text(encoding="utf-8"))
+        saved = dict(config["args"])
+        wrong = [f"its config.json has an argument {name}" for name in saved if name not in kinds]
+        wrong += [f"its config.json has no argument {name}" for name in kinds if name not in saved]
+        for name, value in saved.items():
+            if not wrong and not is_a(kinds[name], value):
+                kind = kinds[name].__name__ if isinstance(kinds[name], type) else kinds[name]
+                must = f"be of the type {str(kind).removeprefix('typing.')}"
+                raise UsageError(f"{shown(file)} is damaged: {name} is {json.dumps(value)}, but must {must}.")
+        if not wrong:
+            return RunArgs(**saved), config
+        problem = wrong[0]
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "it has no config.json"
+    except OSError as error:
+        problem = f"its config.json cannot be read ({error.strerror})"
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        problem = "its config.json is damaged"
+    except (ValueError, TypeError, KeyError):
+        problem = "its config.json holds no arguments"
+    raise UsageError(f"{path} is no run directory of this script: {problem}.")
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -1457,7 +1809,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         return summary if isinstance(summary, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -1467,101 +1819,283 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
+def text_of(file: str | Path | None) -> str | None:
+    """The checksum of a program's text; None where that is in no file, as in a notebook."""
+    try:
+        return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def file_of_environment(env_id: str) -> str | None:
+    """Where the class of an environment, or the function that makes it, is written."""
+    maker = importlib.import_module("gymnasium").spec(env_id.rpartition(":")[2]).entry_point
+    module = maker.partition(":")[0] if isinstance(maker, str) else getattr(maker, "__module__", None)
+    return getattr(sys.modules.get(module), "__file__", None)
+
+
+def processor() -> str:
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor())
+
+
+# Arguments that have no part in what a run computes, besides those of its evaluations.
+NO_PART = ("exp_name", "runs_dir", "run_name", "checkpoint_interval", "cache_warm_start", *MAY_DIFFER)
+MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "NPY_")  # what their variables begin with
+
+
 def conditions(args: RunArgs) -> dict[str, Any]:
     """What must be the same for the same bits."""
+    taking_part = {name: x for name, x in vars(args).items() if name not in NO_PART and not name.startswith("eval")}
+    texts = {"script": text_of(SCRIPT)}
+    if "env_id" in taking_part:
+        texts["environment's code"] = text_of(file_of_environment(args.env_id))
     return {
         **versions(),
         **{name: vars(args).get(name) for name in MACHINE},
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "script": hashlib.sha256(SCRIPT.read_bytes() if SCRIPT.is_file() else b"").hexdigest(),
+        **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        **texts,
+        "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
     }
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of two conditions is not the same, and what cannot be compared."""
+    names = [name for name in {**was, **now} if name != "arguments"]
+    found = [f"another {name}" for name in names if was.get(name) != now.get(name)]
+    found += [f"no file with the {name}" for name in ("script", "environment's code") if now.get(name, "") is None]
+    one, other = was["arguments"], now["arguments"]
+    changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return found + [f"another {name} ({one.get(name)}, now {other.get(name)})" for name in changed]
 
 
 def git(*command: str) -> str | None:
-    """What git says in the folder of this file; None where there is no git or no repository."""
-    if not shutil.which("git"):
+    """What git says in the folder of this file; None where there is no git, no repository or no file."""
+    if not shutil.which("git") or not SCRIPT.is_file():
         return None
-    done = subprocess.run(["git", *command], cwd=SCRIPT.resolve().parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    try:
+        done = subprocess.run(["git", *command], cwd=SCRIPT.resolve().parent, capture_output=True)
+    except OSError:
+        return None
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
 
 
-def create_run_dir(args: RunArgs) -> Path:
-    """Makes the folder of a new run, never one that exists, and its config.json."""
+def folder_of(args: RunArgs) -> Path:
+    """The folder of a new run, from where it is started. Raises UsageError where there can be none of that name."""
     parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
     name = args.run_name or "__".join(str(part) for part in parts if part is not None)
-    path = Path(args.runs_dir) / name.replace("/", "-").replace(":", "-")
+    name = name.replace("/", "-").replace(":", "-")
+    length = len(os.fsencode(name)) if name.isprintable() else 0
+    if not length or name in (".", "..") or not name.strip():
+        raise UsageError(f"{ascii(name)} cannot be the name of a run; choose another --run-name.")
+    if length > 255:
+        raise UsageError(f"the name of the run has {length} bytes; choose a --run-name of at most 255.")
+    if "\0" in args.runs_dir or args.runs_dir.encode(errors="ignore").decode() != args.runs_dir:
+        raise UsageError(f"--runs-dir {ascii(args.runs_dir)} is no text; choose another.")
+    return Path(args.runs_dir, name)
+
+
+def create_run_dir(args: RunArgs, start: str = "") -> Path:
+    """Makes the folder of a new run, never one that exists, and its config.json; or leaves nothing behind."""
+    path = Path(start or here(), folder_of(args))
+    above = [folder for folder in path.parents if not os.path.lexists(folder)]
+    mine = None
     try:
-        path.mkdir(parents=True)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if args.run_name:
+                way_out = f"choose another --run-name, or go on with --resume {shown(path)}"
+                raise UsageError(f"{shown(path)} exists; {way_out}.") from None
+            path = path.with_name(f"{path.name}-{os.urandom(2).hex()}")  # another run was started in this second
+            path.mkdir()
+        mine = path
+        (path / "checkpoints").mkdir()
+        changes = git("status", "--porcelain")
+        config = {
+            "args": asdict(args),
+            # In a notebook there is none: sys.argv is that of its kernel.
+            "command": [sys.executable, *sys.argv] if hasattr(sys.modules["__main__"], "__file__") else None,
+            "seed": args.seed,
+            "versions": versions(),
+            "script": text_of(SCRIPT),
+            "git_commit": git("rev-parse", "HEAD"),
+            "git_dirty": None if changes is None else bool(changes),
+            "hardware": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
+            "threads": args.num_threads,
+            "wandb_id": os.urandom(4).hex(),
+        }
+        write_json(path / "config.json", config)
+        return path
+    except BaseException as error:
+        if mine:
+            shutil.rmtree(mine, ignore_errors=True)
+        for folder in above:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            way_out = "choose another --runs-dir or --run-name"
+            raise UsageError(f"{shown(path)} cannot be made ({error.strerror}); {way_out}.") from None
+        raise
+
+
+class Lock:
+    """Keeps a run directory to one writer. The kernel releases it when the process dies."""
+
+    held: dict[str, Lock] = {}  # by this process, whose threads are one to the kernel
+
+    def __init__(self, folder: Path):
+        self.folder = os.path.realpath(folder)
+        self.path = folder / "lock"
+        for _ in range(20):  # a second, because an evaluation holds it only while it writes
+            if self.taken():
+                return
+            time.sleep(0.05)
+        raise UsageError(f"{shown(folder)} is in use: another process trains or evaluates it; wait for its end.")
+
+    def taken(self) -> bool:
+        """Takes it where nobody has it. A lock of this kind works over NFS, and no child inherits it."""
+        import fcntl
+
+        if self.held.setdefault(self.folder, self) is not self:
+            return False
+        try:
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            del self.held[self.folder]
+            raise UsageError(f"{shown(self.path)} cannot be opened ({error.strerror}).") from None
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.release()
+            return False
+        except OSError:
+            warn(f"The file system of {shown(self.path)} has no locks: nothing keeps another process out of this run.")
+        return True
+
+    def release(self) -> None:
+        os.close(self.file)
+        del self.held[self.folder]
+
+    def lost(self) -> bool:
+        """Whether the run directory is no longer where it was, or another one has its place."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self.file))
+        except FileNotFoundError:
+            return not self.path.parent.exists()
+
+
+class Table:
+    """A csv file of a run. It counts its bytes and sums them up, so that a checkpoint can say what has to be in it."""
+
+    def __init__(self, path: Path, content: bytes = b""):
+        self.file = open(path, "ab")
+        self.file.truncate(len(content))  # what came after the checkpoint will come again
+        self.size = len(content)
+        self.checksum = hashlib.sha256(content)
+
+    def write(self, text: str) -> None:
+        content = text.encode()
+        self.file.write(content)
+        self.size += len(content)
+        self.checksum.update(content)
+
+    def rows(self, rows: Iterable[list[Any]]) -> None:
+        csv.writer(self).writerows(rows)
+
+    def sync(self) -> list[Any]:
+        """Puts all on the disk, so that it outlives a power cut. Returns what a checkpoint says of it."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return [self.size, self.checksum.hexdigest()]
+
+
+def read_table(path: Path, size: int, checksum: str) -> bytes:
+    """What a csv file held at a checkpoint. Raises UsageError where it does not begin with that."""
+    try:
+        content = path.read_bytes()[:size]
+        problem = "is not what it was at the checkpoint"
+        if len(content) < size:
+            problem = "is shorter than it was at the checkpoint"
+        if hashlib.sha256(content).hexdigest() == checksum:
+            return content
     except OSError as error:
-        if not path.exists():
-            raise UsageError(f"{path} cannot be made ({error.strerror}); choose another --runs-dir.") from None
-        if args.run_name:
-            raise UsageError(f"{path} exists; choose another --run-name, or go on with --resume {path}.") from None
-        path = path.with_name(f"{path.name}-{uuid.uuid4().hex[:4]}")  # another run was started in this second
-        path.mkdir()
-    (path / "checkpoints").mkdir()
-    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    changes = git("status", "--porcelain")
-    config = {
-        "args": asdict(args),
-        "command": [sys.executable, *sys.argv],
-        "seed": args.seed,
-        "versions": versions(),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-        "threads": args.num_threads,
-        "wandb_id": uuid.uuid4().hex[:8],
-    }
-    write_json(path / "config.json", config)
-    return path
+        problem = f"cannot be read ({error.strerror})"
+    raise UsageError(f"{shown(path)} {problem}; restore it, or start a new run.")
+
+
+class TensorBoard:
+    """A file of TensorBoard, written without the thread of its own writer, which prints a traceback on a full disk."""
+
+    def __init__(self, path: Path, goes_on_from: int | None = None):
+        name = f"events.out.tfevents.{int(time.time()):010}.{platform.node()}.{os.getpid()}.{os.urandom(4).hex()}"
+        self.file = open(path / name, "xb")
+        self.records = RecordWriter(self.file)
+        self.add(0, file_version="brain.Event:2")
+        if goes_on_from is not None:  # what another file has of later steps is not shown
+            self.add(goes_on_from + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, **content: Any) -> None:
+        self.records.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class Log:
-    """episodes.csv and progress.csv of a run, and their views in TensorBoard and Weights & Biases."""
+    """episodes.csv and progress.csv of a run, and their views in TensorBoard and Weights & Biases.
 
-    def __init__(self, path: Path, args: RunArgs, state: dict[str, Any] | None):
-        self.path = path
+    A view that fails is given up. `lost` says so, until the run has shown that it can go on.
+    """
+
+    def __init__(self, path: Path, args: RunArgs, state: dict[str, Any] | None, tables: dict[str, bytes]):
         self.waiting: list[tuple[str, float, int]] = []  # for TensorBoard
         self.handed_over = 0.0
         self.first_row: dict[str, Any] = {}  # that of step 0, which does not have all columns
-        self.files = {}
-        for name in ("episodes", "progress"):
-            file = self.files[name] = open(path / f"{name}.csv", "a+", newline="", encoding="utf-8")
-            size = state["csv_bytes"][name] if state else 0
-            if os.fstat(file.fileno()).st_size < size:
-                raise UsageError(
-                    f"{file.name} is shorter than it was at the checkpoint; restore it, or start a new run."
-                )
-            file.truncate(size)  # what came after the checkpoint will come again
-        self.files["progress"].seek(0)
-        self.columns = next(csv.reader(self.files["progress"]), None)
-        self.tensorboard = SummaryWriter(path, purge_step=state["global_step"] + 1 if state else None)
+        self.lost: list[str] = []
+        self.tables = {name: Table(path / f"{name}.csv", tables.get(name, b"")) for name in ("episodes", "progress")}
+        self.columns = next(csv.reader(tables.get("progress", b"").decode().splitlines()), None)
+        self.tensorboard = self.wandb = None
         names = [field.name for field in fields(Args) if field.name in vars(args)]  # of the method and the environment
         swept = {name: vars(args)[name] for name in names}
+        with self.view("tensorboard"):
+            self.tensorboard = TensorBoard(path, state["global_step"] if state else None)
         if not state:
-            csv.writer(self.files["episodes"]).writerow(["global_step", "wall_time", "return", "length"])
+            self.tables["episodes"].rows([["global_step", "wall_time", "return", "length"]])
             self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
-            self.hparams(swept)
-        self.wandb = None
+            if self.tensorboard:
+                with self.view("tensorboard"):
+                    self.hparams(swept)
         if args.track:
-            import wandb
+            with self.view("wandb"):
+                import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": path.name, "dir": path}
-            self.wandb = wandb.init(id=read_config(path)[1]["wandb_id"], resume="allow", config=swept, **names)
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": path.name}
+                identity = json.loads((path / "config.json").read_text(encoding="utf-8"))["wandb_id"]
+                self.wandb = wandb.init(id=identity, resume="allow", config=swept, dir=path, **names)
+
+    @contextlib.contextmanager
+    def view(self, name: str) -> Iterator[None]:
+        """What fails in a view must not end the run, because the files tell the same."""
+        try:
+            yield
+        except Exception as error:
+            setattr(self, name, None)
+            title = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}[name]
+            self.lost.append(f"{title} is given up, and the run goes on without it: {one_line(error)[:300]}")
 
     def hparams(self, swept: dict[str, Any]) -> None:
-        """The HParams tab. It shows those first that differ, by their names; these are taken to be the flags given."""
-        given = {word.split("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv}
+        """The HParams tab. It shows those first that are marked as different, by their names: what is no default."""
+        default = vars(RunArgs(**preset(swept[PRESET]))) | {PRESET: vars(RunArgs())[PRESET]}
         plain = {name: x if type(x) in (int, float) else str(x) for name, x in swept.items()}
         experiment, *session = hparams(plain, dict.fromkeys(METRICS, 0.0))
         content = experiment.value[0].metadata.plugin_data
         data = HParamsPluginData.FromString(content.content)
         for info in data.experiment.hparam_infos:
-            info.differs = info.name in given
+            info.differs = swept[info.name] != default[info.name]
         content.content = data.SerializeToString()
         for summary in (experiment, *session):
-            self.tensorboard.file_writer.add_summary(summary)
+            self.tensorboard.add(0, summary=summary)
 
     def row(self, step: int, columns: dict[str, Any], values: dict[str, float]) -> None:
         """A row of progress.csv. The values go to TensorBoard and wandb, too; NaN stands for none."""
@@ -1575,49 +2109,60 @@ class Log:
             self.columns = list(row | self.first_row)
             head = dict(zip(self.columns, self.columns))
             rows = [head, self.first_row, row] if self.first_row else [head, row]
-        csv.writer(self.files["progress"]).writerows([one.get(name, "") for name in self.columns] for one in rows)
-        for file in self.files.values():
-            file.flush()
+        self.tables["progress"].rows([one.get(name, "") for name in self.columns] for one in rows)
+        for table in self.tables.values():
+            table.file.flush()
         values = {tag: value for tag, value in values.items() if not math.isnan(value)}
         self.waiting += [(tag, value, step) for tag, value in values.items()]
-        if time.perf_counter() - self.handed_over > 2.0:  # not more often: its thread gets in the way of this one
+        if time.perf_counter() - self.handed_over > 2.0:
             self.hand_over()
         if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
-            self.wandb.log(values, step=step)
+            with self.view("wandb"):
+                self.wandb.log(values, step=step)
 
     def text(self, tag: str, table: list[Any], step: int) -> None:
         """A table, its head first, as text in TensorBoard."""
         lines = ["|".join(str(cell) for cell in row) for row in table]
         lines.insert(1, "|".join("-" for _ in table[0]))
-        self.tensorboard.add_text(tag, "".join(f"|{line}|\n" for line in lines), step)
+        if self.tensorboard:
+            with self.view("tensorboard"):
+                self.tensorboard.add(step, summary=text(tag, "".join(f"|{line}|\n" for line in lines)))
 
     def hand_over(self) -> None:
         """Gives TensorBoard what is waiting."""
-        for scalar in self.waiting:
-            self.tensorboard.add_scalar(*scalar)
-        self.tensorboard.flush()
+        if self.tensorboard:
+            with self.view("tensorboard"):
+                for tag, value, step in self.waiting:
+                    self.tensorboard.add(step, summary=scalar(tag, value))
+                self.tensorboard.file.flush()
         self.waiting = []
         self.handed_over = time.perf_counter()
 
-    def sync(self) -> dict[str, int]:
-        """Puts all on the disk, so that it outlives a power cut. Returns the sizes of the files."""
-        self.hand_over()
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        return {name: (self.path / f"{name}.csv").stat().st_size for name in self.files}
+    def tell(self) -> None:
+        """Says which views are lost."""
+        for line in self.lost:
+            warn(line)
+        self.lost = []
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
         self.hand_over()
-        for file in (*self.files.values(), self.tensorboard):
-            file.close()
+        for file in (*(table.file for table in self.tables.values()), getattr(self.tensorboard, "file", None)):
+            with contextlib.suppress(OSError):  # all that counts was put on the disk before
+                if file:
+                    file.close()
+        if self.wandb:
+            with self.view("wandb"):
+                self.wandb.finish(exit_code=exit_code)
 
 
 class Progress:
     """One line that renews itself on a terminal; a line every five seconds elsewhere."""
 
     def __init__(self) -> None:
-        self.terminal = bool(sys.stdout and sys.stdout.isatty())  # None where it was closed
+        try:
+            self.terminal = sys.stdout.isatty()
+        except (AttributeError, ValueError):  # it is None or closed, or something of a notebook
+            self.terminal = False
         self.printed = 0.0
         self.open = False  # the line may be renewed
 
@@ -1678,7 +2223,7 @@ class Run:
     """
 
     def __init__(
-        self, args: RunArgs, total: int, started: float, log_interval: int = 1, unit: str = "steps", **learner
+        self, args: RunArgs, total: int, started: Start, log_interval: int = 1, unit: str = "steps", **learner
     ):
         self.args = args
         self.total = total
@@ -1687,7 +2232,7 @@ class Run:
         self.unit = unit
         self.learner = learner
         self.iteration = 0
-        self.global_step = 0
+        self.global_step = self.first_step = 0
         self.last_returns: list[float] = []  # of the last 100 training episodes
         self.best = -math.inf
         self.notes: dict[str, Any] = {}  # what else summary.json tells
@@ -1697,37 +2242,101 @@ class Run:
         self.gathered: list[dict[str, float]] = []  # values of the iterations since the last row
         self.episodes: list[list[float]] = []  # return and length of what ended since the last row
         self.signals: list[int] = []
+        self.leaving = self.complete = False
         self.conditions = conditions(args)
         self.progress = Progress()
-        state = load_checkpoint(Path(args.resume)) if args.resume else None
-        how = self.restore(state) if state else ""
-        self.first_step = self.global_step
-        self.path = Path(args.resume) if args.resume else create_run_dir(args)
-        self.complete = self.global_step >= total and read_summary(self.path).get("status") == "completed"
-        if self.complete:
-            say(f"{self.path} is complete; there is nothing left to train.")
-            return
-        self.files = Log(self.path, args, state)
-        compiled = ", compiled" if vars(args).get("compile") == "on" else ""
-        say(f"{self.path} ({args.device}, threads: {args.num_threads}{compiled})")
-        if how:
-            say(f"goes on from step {self.global_step:,}, {how}")
+        self.how = ""  # it goes on
+        self.handlers: dict[int, Any] = {}
+        self.lock = self.files = None
+        self.tables: dict[str, bytes] = {}  # what the csv files hold
         self.start_clock()
+
+    def __enter__(self) -> Run:
+        try:
+            self.begin()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def take_signal(self, signum: int, frame: Any) -> None:
+        """The first one lets the iteration finish, the second lets all that is open close, the third nothing."""
+        self.signals.append(signum)
+        if len(self.signals) > 2:
+            os._exit(128 + signum)
+        if len(self.signals) == 2 and not self.leaving:
+            raise Stopped(signum)
+
+    def begin(self) -> None:
+        """Makes the run directory, or goes on in it. Raises UsageError before anything is changed."""
+        state = None
+        if self.args.resume:
+            self.path = Path(self.started.folder, self.args.resume)
+            self.lock = Lock(self.path)
+            expected = self.state()
+            state = load_checkpoint(self.path, lambda state: self.restore(state, expected))
+            self.handlers = set_handlers(self.take_signal)
+        else:
+            self.handlers = set_handlers(self.take_signal)
+            self.path = create_run_dir(self.args, self.started.folder)
+            self.lock = Lock(self.path)
+        self.first_step = self.global_step
+        self.complete = self.global_step >= self.total and read_summary(self.path).get("status") == "completed"
+        if self.complete:
+            say(f"{shown(self.path)} is complete; there is nothing left to train.")
+            return
+        self.files = Log(self.path, self.args, state, self.tables)
+        with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
+            file.write(b" " * 16384)
+        compiled = ", compiled" if vars(self.args).get("compile") == "on" else ""
+        say(f"{shown(self.path)} ({self.args.device}, threads: {self.args.num_threads}{compiled})")
+        if state:
+            say(f"goes on from step {self.global_step:,}, {self.how}")
+        self.start_clock()
+        if not state:
+            self.save()
 
     def start_clock(self) -> None:
         """Training begins here; what was before is start-up."""
         self.begun = time.perf_counter()
-        self.startup_time = self.begun - self.started
+        self.startup_time = self.begun - self.started.clock
 
-    def restore(self, state: dict[str, Any]) -> str:
-        """Puts back what save has written. Says how exactly the run goes on."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, but for the files."""
+        kind, keys, *position = np.random.get_state()
+        return {
+            **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
+            **{name: getattr(self, name) for name in KEPT},
+            "wall_time": self.wall_time(),
+            "total": self.total,
+            "conditions": self.conditions,
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
+            "numpy_rng": [kind, keys.tolist(), *position],
+            "python_rng": random.getstate(),
+        }
+
+    def restore(self, state: dict[str, Any], expected: dict[str, Any]) -> None:
+        """Puts back what save has written. Raises ValueError where that has not the form expected.
+
+        Whatever is put back here is put back again by the next checkpoint that is tried.
+        """
+        if problem := misfit(expected | {"conditions": {}, "csv": {"episodes": [], "progress": []}}, state):
+            raise ValueError(problem)
+        self.tables = {name: read_table(self.path / f"{name}.csv", *what) for name, what in state["csv"].items()}
         for name, part in self.learner.items():
             if isinstance(part, Tensor):
                 part.copy_(state[name])
             else:
                 part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):  # it takes in anything
+                for parameter, values in part.state.items():
+                    if any(x.shape not in ((), parameter.shape) for x in values.values()):
+                        raise ValueError(f"{name} has other shapes")
         for name in KEPT:
             setattr(self, name, state[name])
+        numbers = [self.last_returns, self.episodes, *(list(values.values()) for values in self.gathered)]
+        [np.array(some, dtype=float) for some in numbers]  # raises where they are none
         self.earlier_time = state["wall_time"]
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] and self.args.device == "cuda":
@@ -1736,22 +2345,9 @@ class Run:
         version, keys, gauss = state["python_rng"]
         random.setstate((version, tuple(keys), gauss))
         differs = [part.inexact for part in self.learner.values() if getattr(part, "inexact", "")]
-        was, here = state["conditions"], self.conditions
-        differs += [f"another {name}" for name in was if was[name] != here.get(name)]
-        if self.args.device == "cuda":
-            differs.append("a GPU does not repeat itself bit for bit")
-        return f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
-
-    def __enter__(self) -> Run:
-        def remember(signum: int, frame: Any) -> None:
-            if self.signals:
-                os._exit(128 + signum)  # a second signal does not wait for the iteration
-            self.signals.append(signum)
-
-        self.handlers = {signum: signal.signal(signum, remember) for signum in (signal.SIGINT, signal.SIGTERM)}
-        if not self.args.resume:
-            self.save()
-        return self
+        differs += differences(state["conditions"], self.conditions)
+        differs += ["a GPU does not repeat itself bit for bit"] if self.args.device == "cuda" else []
+        self.how = f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
 
     def iterations(self) -> Iterator[int]:
         """The numbers of the iterations that are left. After each comes what is due: a row, a checkpoint, the end."""
@@ -1791,7 +2387,7 @@ class Run:
         if episodes:
             now = f"{self.wall_time():.3f}"
             rows = [[self.global_step + step, now, *rest[:2]] for step, *rest in episodes]
-            csv.writer(self.files.files["episodes"]).writerows(rows)
+            self.files.tables["episodes"].rows(rows)
             self.episodes += [row[2:] for row in rows]
             self.last_returns = (self.last_returns + [row[2] for row in rows])[-100:]
         self.global_step += steps
@@ -1844,35 +2440,36 @@ class Run:
         better = best and score is not None and score > self.best
         if better:
             self.best = score
-        kind, keys, *position = np.random.get_state()
-        state = {
-            **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
-            **{name: getattr(self, name) for name in KEPT},
-            "wall_time": self.wall_time(),
-            "csv_bytes": self.files.sync(),
-            "total": self.total,
-            "conditions": self.conditions,
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
-            "numpy_rng": [kind, keys.tolist(), *position],
-            "python_rng": random.getstate(),
-        }
+        if self.lock.lost():
+            raise Failed(f"{shown(self.path)} was moved, replaced or deleted", "failed")
+        self.files.hand_over()
+        state = self.state() | {"csv": {name: table.sync() for name, table in self.files.tables.items()}}
         buffer, folder = io.BytesIO(), self.path / "checkpoints"
         torch.save(state, buffer)
         if better:  # first, because the other one says that it is done
             write_atomically(folder / "best.pt", buffer.getbuffer())
         write_atomically(folder / f"step_{self.global_step:012}.pt", buffer.getbuffer())
         for old in sorted(folder.glob("step_*.pt"))[:-2]:
-            old.unlink()
+            old.unlink(missing_ok=True)
+        self.files.tell()
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        """Writes summary.json. Of an error it says when it happened and where the run can go on."""
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-        if self.complete:
-            return
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Tells how the run has ended, in summary.json first."""
+        self.leaving = True
+        try:
+            if self.lock and not self.complete and (self.files or not self.args.resume):
+                self.finish(error)
+        finally:
+            if self.lock:
+                self.lock.release()
+            put_back(self.handlers)
+
+    def finish(self, error: BaseException | None) -> None:
+        """Writes summary.json. Raises Failed for an error, with when it happened and where the run can go on."""
+        import resource
+
         self.progress.end()
-        status = getattr(error, "status", "failed") if error else "completed"
+        status = error.status if isinstance(error, (Failed, Stopped)) else "failed" if error else "completed"
         unit = 2**20 if sys.platform == "darwin" else 2**10
         summary = {
             "status": status,
@@ -1888,33 +2485,128 @@ class Run:
             summary["eval"] = evaluations
         message = ""
         if status in ("diverged", "failed"):
-            newest = max((self.path / "checkpoints").glob("step_*.pt"), default="none")
-            message = f"iteration {self.iteration}: {error}; the last good checkpoint is {newest}."
-            summary["error"] = message
-        try:
-            write_json(self.path / "summary.json", summary)
-            self.files.close()
-        except OSError:  # a full disk again
-            if not error:
-                raise
-        if self.files.wandb:
-            self.files.wandb.finish(exit_code=int(status != "completed"))
-        if isinstance(error, (Failed, OSError)):
+            message = summary["error"] = f"iteration {self.iteration}: {self.what_happened(error)}"
+        problem = self.write_summary(summary)
+        if self.files:
+            self.files.close(int(status != "completed"))
+        if message:
             raise Failed(message, status) from error
-        say(f"{status} after {self.global_step:,} {self.unit}{self.outcome}: {self.path}")
+        if self.files:
+            self.files.tell()
+        if problem:
+            warn(f"summary.json of {shown(self.path)} cannot be written ({problem}).")
+        if problem and not error:
+            raise Failed(f"all is trained, but make room and go on with --resume {shown(self.path)}", "failed")
+        say(f"{status} after {self.global_step:,} {self.unit}{self.outcome}: {shown(self.path)}")
+
+    def what_happened(self, error: BaseException) -> str:
+        """What went wrong, the newest good checkpoint, and the traceback, if there is more to it than the message."""
+        expected = isinstance(error, (Failed, UsageError, OSError))
+        text = f"{'' if expected else type(error).__name__ + ': '}{one_line(error)[:500]}".rstrip(": ")
+        files = sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
+        good = next((file for file in files if not damage_of(file)), None)
+        text += f"; the last good checkpoint is {shown(good) if good else 'none'}"
+        if not expected or error.__cause__:
+            import traceback
+
+            with contextlib.suppress(OSError):
+                lines = "".join(traceback.format_exception(error))
+                (self.path / "error.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
+                text += f", and the traceback is in {shown(self.path / 'error.txt')}"
+        return f"{text}."
+
+    def write_summary(self, summary: dict[str, Any]) -> str:
+        """Returns what prevents it, or "". Where it cannot be done well, on a full disk, it is done somehow."""
+        problem = "the run directory was moved, replaced or deleted" if self.lock.lost() else ""
+        for write in () if problem else (write_atomically, Path.write_bytes):
+            try:
+                write(self.path / "summary.json", json_bytes(summary))
+                return ""
+            except OSError as error:
+                problem = one_line(error)
+        return problem
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The newest good checkpoint of a run directory, or the file given; a corrupt one is named, none starts afresh."""
+def misfit(mine: Any, theirs: Any, name: str = "it") -> str:
+    """Where theirs, from a checkpoint, has another form than mine; "" if nowhere. What is empty may hold anything."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [*mine.keys() - theirs.keys(), *theirs.keys() - mine.keys()] if mine else []:
+            return f"{name} {'lacks' if key in mine else 'has'} {key}"
+        return next(
+            filter(None, (misfit(mine[key], theirs[key], f"{name}.{key}".removeprefix("it.")) for key in mine)), ""
+        )
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        is_text = (
+            mine.dtype == theirs.dtype == torch.uint8 and mine.dim() == theirs.dim() == 1
+        )  # a file, a random state
+        forms = [f"{tuple(x.shape)} {x.dtype}".replace("torch.", "") for x in (mine, theirs)]
+        return "" if is_text or forms[0] == forms[1] else f"{name} is {forms[1]} and not {forms[0]}"
+    numbers = all(isinstance(x, (int, float)) for x in (mine, theirs))
+    return "" if numbers or type(mine) is type(theirs) else f"{name} is a {type(theirs).__name__}"
+
+
+def damage_of(file: Path) -> str:
+    """Why a checkpoint cannot be read, or ""."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            part = archive.testzip()  # torch does not look at the checksums
+            return f"is corrupt ({part} has a wrong checksum)" if part else ""
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except Exception as error:  # damage can surface as almost anything
+        return f"is corrupt ({type(error).__name__})"
+
+
+def load_checkpoint(path: Path, use: Callable[[dict[str, Any]], Any] = bool) -> dict[str, Any]:
+    """The newest checkpoint of a run directory that is good, or the file given; use is called with it.
+
+    One that cannot be read, or that use raises for, is named and the one before it taken; none starts afresh.
+    """
+    path = Path(here(), path)
     for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
-        try:
-            with zipfile.ZipFile(file) as archive:
-                if damaged := archive.testzip():  # torch does not look at the checksums
-                    raise ValueError(f"{damaged} has a wrong checksum")
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damage can surface as almost anything
-            print(f"{file} is corrupt and left out ({type(error).__name__}).", file=sys.stderr)
-    raise UsageError(f"{path} has no checkpoint that can be read. If it ended while it started, start it again.")
+        problem = damage_of(file)
+        if not problem:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:
+                problem = f"is not a checkpoint ({type(error).__name__})"
+        if not problem:
+            try:
+                use(state)
+                return state
+            except (UsageError, Failed):
+                raise
+            except Exception as error:
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                problem = f"is not a checkpoint of this run ({kind}{one_line(error)[:200]})"
+        if path.is_file():
+            raise UsageError(f"{shown(file)} {problem}.")
+        warn(f"{shown(file)} {problem}, so it is left out.")
+    raise UsageError(f"{shown(path)} has no checkpoint that can be used. If it ended while it started, start it again.")
+
+
+def record_evaluation(path: Path, result: dict[str, Any], values: dict[str, float], step: int) -> None:
+    """Adds an evaluation of a run that has ended to its summary.json, and the values by their tags to TensorBoard.
+
+    That it cannot is said, and is no reason to fail: the result was printed.
+    """
+    folder, lock = run_dir_of(Path(here(), path)), None
+    try:
+        lock = Lock(folder)
+        summary = read_summary(folder)
+        if not summary:
+            raise UsageError("the run has not ended.")
+        before = summary.get("eval")
+        summary["eval"] = (before if isinstance(before, dict) else {}) | result
+        write_json(folder / "summary.json", summary)
+        with contextlib.closing(TensorBoard(folder)) if values else contextlib.nullcontext() as writer:
+            for tag, value in values.items():
+                writer.add(step, summary=scalar(tag, value))
+    except (UsageError, OSError) as error:
+        warn(f"The result is not in summary.json and TensorBoard of {shown(folder)}: {one_line(error)}")
+    finally:
+        if lock:
+            lock.release()
 
 
 # ==== shared: evaluation ====
@@ -1923,6 +2615,7 @@ class Camera(Environments):
 
     def __init__(self, envs: Environments, args: RunArgs, name: str, episodes: int):
         super().__init__(envs.envs, envs.seed)
+        self.scale = envs.scale
         self.path = run_dir_of(Path(args.evaluate)) / "videos"
         self.name = name
         self.left = self.episodes = episodes  # to film
@@ -1930,19 +2623,23 @@ class Camera(Environments):
         colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
         self.twins = make_envs(args, self.num_envs, self.seed, **colour) if self.atari else None
 
+    def close(self) -> None:
+        super().close()
+        if self.twins:
+            self.twins.close()
+
     def reset(self) -> np.ndarray:
-        self.frames = []
         if self.twins:
             self.twin_obs = self.twins.reset()
         return super().reset()
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         if self.left:
-            self.frames.append(self.twin_obs[0, -1].copy() if self.twins else self.envs.envs[0].render())
+            self.frames.append(self.twin_obs[0, -1].copy() if self.twins else self.envs.picture())
         if self.twins:
             self.twin_obs = self.twins.step(actions)[0]
-        obs, rewards, terminations, truncations, over, final_obs = super().step(actions)
-        if over[0] and self.frames:
+        outcome = super().step(actions)
+        if outcome[4][0] and self.frames:
             from moviepy import ImageSequenceClip
 
             self.left -= 1
@@ -1950,66 +2647,105 @@ class Camera(Environments):
             path = self.path / f"{self.name}_episode_{self.episodes - self.left}.mp4"
             ImageSequenceClip(self.frames, fps=30).write_videofile(str(path), logger=None)
             self.frames = []
-        return obs, rewards, terminations, truncations, over, final_obs
+        return outcome
+
+
+@torch.no_grad()
+def play_episodes(agent: Agent, envs: Environments, shares: list[int], args: RunArgs) -> tuple[list[float], str]:
+    """Plays shares[n] episodes in environment n. Returns their raw returns, and which episode did not end, or ""."""
+    rng, progress = Rng(args.eval_seed, args.device), Progress()
+    actor, dtype = numpy_actor(agent), str(obs_dtype(agent)).removeprefix("torch.")
+    returns: list[list[float]] = [[] for _ in shares]
+    paid, lasted = np.zeros((2, envs.num_envs))  # of the episodes in play
+    still = torch.zeros_like(action_noise(agent, rng, envs.num_envs))
+    endless = ""
+    begun = time.perf_counter()
+    obs = envs.reset()
+    while not endless and any(len(played) < share for played, share in zip(returns, shares)):
+        noise = action_noise(agent, rng, envs.num_envs) if args.eval_stochastic else still
+        x = obs.astype(dtype)
+        if actor:
+            actions = actor(x, noise.numpy())
+        else:
+            actions = act(agent, agent.features(torch.from_numpy(x).to(agent.device)), noise).cpu().numpy()
+        obs, rewards, _, _, over, _ = envs.step(to_env(agent.action_space, actions, envs.scale))
+        paid += rewards
+        lasted += 1
+        for n in np.flatnonzero(over):
+            returns[n].append(float(paid[n]))
+            paid[n] = lasted[n] = 0
+        for n in np.flatnonzero(lasted >= args.eval_max_steps):
+            if len(returns[n]) < shares[n]:
+                endless = f"an episode of environment {n} did not end within {args.eval_max_steps:,} steps"
+        if time.perf_counter() - begun > 5:  # a short evaluation shows nothing
+            done = sum(min(len(played), share) for played, share in zip(returns, shares))
+            progress.show(f"of {args.eval_episodes:,} episodes", done, args.eval_episodes)
+    progress.end()
+    return [score for played, share in zip(returns, shares) for score in played[:share]], endless
 
 
 def evaluate(args: RunArgs) -> list[float]:
     """Plays eval_episodes with the run args.evaluate, its normalisers frozen. Returns the raw returns.
 
-    Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard.
+    Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard. Raises
+    Failed where an episode does not end. Those that did are told, but not recorded, because they are the short ones.
     """
     check_args(args)
+    args = replace(args, evaluate=str(Path(here(), args.evaluate)))  # before an environment goes to another folder
     path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
-    rendered = args.capture_video and environment_family(args.env_id) != "atari"
-    envs = make_envs(args, num_envs, args.eval_seed, **{"render_mode": "rgb_array"} if rendered else {})
-    settle(args, envs)
-    agent = make_agent(envs, args)
-    state = load_checkpoint(path)
-    agent.load_state_dict(state["agent"])
     # Each environment plays its share of the episodes, because the first ones to end are the shortest.
     shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
-    returns: list[list[float]] = [[] for _ in range(num_envs)]
-    if args.capture_video:
-        envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
-    frozen = replace(args, num_steps=min(args.num_steps, 128), norm_reward=False)
-    player = Player(envs, frozen, Rng(args.eval_seed, args.device), explore=args.eval_stochastic)
-    for rollouts in itertools.count(1):
-        player.play(agent)
-        for episode in player.finished:
-            returns[episode.env].append(episode.episodic_return)
-        if all(len(played) >= share for played, share in zip(returns, shares)):
-            break
-        if rollouts * frozen.num_steps > LONGEST * max(shares):
-            raise Failed(f"an episode of {args.env_id} does not end within {LONGEST:,} steps", "failed")
-    scores = [score for played, share in zip(returns, shares) for score in played[:share]]
+    rendered = args.capture_video and environment_family(args.env_id) != "atari"
+    with make_envs(args, num_envs, args.eval_seed, **{"render_mode": "rgb_array"} if rendered else {}) as envs:
+        settle(args, envs)
+        agent = make_agent(envs, args)
+        state = load_checkpoint(path, lambda state: agent.load_state_dict(state["agent"]))
+        if args.capture_video:
+            envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
+        with envs:  # the camera has environments of its own to close
+            scores, endless = play_episodes(agent, envs, shares, args)
     kind = "stochastic" if args.eval_stochastic else "deterministic"
-    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max")}
-    say(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
-    if summary := read_summary(run_dir_of(path)):
-        result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
-        summary["eval"] = summary.get("eval", {}) | {kind: result}
-        write_json(run_dir_of(path) / "summary.json", summary)
-        with SummaryWriter(run_dir_of(path)) as writer:
-            writer.add_scalar("eval/episodic_return", result["mean"], state["global_step"])
+    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max") if scores}
+    if scores:
+        say(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    if endless:
+        ended = f"{len(scores)} of {args.eval_episodes} episodes ended, and nothing is recorded"
+        raise Failed(f"{args.env_id}: {endless} (--eval-max-steps); {ended}.", "failed")
+    if not np.isfinite(scores).all():
+        raise Failed(f"{args.env_id}: a return is NaN or infinite", "failed")
+    result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
+    record_evaluation(path, {kind: result}, {"eval/episodic_return": result["mean"]}, state["global_step"])
     return scores
 
 
 # ==== shared: main ====
 def main(argv: list[str] | None = None) -> int:
     """The command line. The exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
+
+    def leave(signum: int, frame: Any) -> None:
+        raise Stopped(signum)
+
+    handlers = set_handlers(leave)
+    STARTED_IN.append(here())
     try:
         args = parse_args(argv)
-        path = args.evaluate or str(train(args))
-        if args.evaluate or vars(args).get("capture_video"):
-            evaluate(replace(args, evaluate=path))
+        try:
+            path = args.evaluate or str(train(args))
+            if args.evaluate or vars(args).get("capture_video"):
+                evaluate(replace(args, evaluate=path))
+        except SystemExit as error:  # of an environment, say
+            raise Failed(f"something has called sys.exit({error.code!r})", "failed") from error
         return 0
     except Stopped as stopped:
         return 128 + stopped.args[0]
     except KeyboardInterrupt:
         return 130
     except (UsageError, Failed, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {one_line(error)}")
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        STARTED_IN.pop()
+        put_back(handlers)
 
 
 if __name__ == "__main__":

@@ -363,9 +363,7 @@ class Library:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         model, normaliser = self.model, self.model.get_vec_normalize_env()
         if "parameters" not in state:
-            raise UsageError(
-                "this checkpoint was written by an earlier version of benchmarks/peers.py; start the run anew."
-            )
+            raise ValueError("it was written by an earlier version of benchmarks/peers.py")
         model.set_parameters(state["parameters"])
         model.num_timesteps, model._n_updates = state["num_timesteps"], state["updates"]
         if normaliser:
@@ -546,7 +544,7 @@ def evaluate(args: Args) -> list[float]:
     Failed where an episode does not end, after telling of those that did.
     """
     check_args(args)
-    state = ppo.load_checkpoint(Path(args.evaluate))
+    args.evaluate = str(Path(ppo.here(), args.evaluate))  # before an environment goes to another folder
     # Each environment plays its share of the episodes, because the first ones to end are the shortest.
     num_envs = min(args.eval_episodes, 8)
     shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
@@ -558,21 +556,32 @@ def evaluate(args: Args) -> list[float]:
         return [n for n, share in enumerate(shares) if len(returns[n]) < share]
 
     with closing(make_player(args, num_envs)) as player, failing(player):
-        if args.algo != "random":
-            player.load_state_dict(state["player"])
+        use = bool if args.algo == "random" else lambda state: player.load_state_dict(state["player"])
+        state = ppo.load_checkpoint(Path(args.evaluate), use)
         while left() and not endless:
             for episode in player.play():
                 returns[episode.env].append(episode.episodic_return)
             for n in left():
                 if player.lengths[n] >= args.eval_max_steps:
-                    which = f"an episode of environment {n} of {args.env_id}"
-                    endless = f"{which} did not end within {args.eval_max_steps:,} steps (--eval-max-steps)"
+                    endless = f"an episode of environment {n} did not end within {args.eval_max_steps:,} steps"
             if time.perf_counter() - begun > 5:  # a short evaluation shows nothing
                 ended = sum(min(len(played), share) for played, share in zip(returns, shares))
                 progress.show(f"of {args.eval_episodes:,} episodes", ended, args.eval_episodes)
     progress.end()
     scores = [score for played, share in zip(returns, shares) for score in played[:share]]
-    ppo.report_evaluation(args, scores, state, endless)
+    kind = "stochastic" if args.eval_stochastic else "deterministic"
+    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max") if scores}
+    if scores:
+        told = ", ".join(f"{name} {value:,.2f}" for name, value in result.items())
+        ppo.say(f"{len(scores)} {kind} episodes: {told}")
+    if endless:
+        ended = f"{len(scores)} of {args.eval_episodes} episodes ended, and nothing is recorded"
+        raise Failed(f"{args.env_id}: {endless} (--eval-max-steps); {ended}.", "failed")
+    if not np.isfinite(scores).all():
+        raise Failed(f"{args.env_id}: a return is NaN or infinite", "failed")
+    result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
+    folder = run_dir_of(Path(args.evaluate))
+    ppo.record_evaluation(folder, {kind: result}, {"eval/episodic_return": result["mean"]}, state["global_step"])
     return scores
 
 
@@ -581,7 +590,7 @@ def train(args: Args) -> Path:
 
     Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
     """
-    started = time.perf_counter()
+    started = ppo.Start()
     check_args(args)
     batch = args.n_envs * args.n_steps
     total = math.ceil(args.total_timesteps / batch) * batch
@@ -598,6 +607,12 @@ def train(args: Args) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. The exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
+
+    def leave(signum: int, frame: Any) -> None:
+        raise Stopped(signum)
+
+    handlers = ppo.set_handlers(leave)
+    ppo.STARTED_IN.append(ppo.here())
     try:
         args = parse_args(argv)
         if args.evaluate:
@@ -610,8 +625,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (UsageError, Failed, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        ppo.warn(f"error: {one_line(error)}")
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        ppo.STARTED_IN.pop()
+        ppo.put_back(handlers)
 
 
 if __name__ == "__main__":

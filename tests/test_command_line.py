@@ -1,5 +1,8 @@
 """What a script makes of its command line, its machine and its own random numbers."""
 
+import contextlib
+import io
+import json
 import os
 import random
 import subprocess
@@ -115,7 +118,7 @@ FLAGS = {
     "stray": "'stray' is no flag and no value of one; --help lists the flags.",
     "--anneal-lr no": "'no' is no flag",
     "--resume": "Missing value for argument '--resume'",
-    "--num-threads 100000": f"--num-threads is 100000, but this process may use {ppo.cores()} cores.",
+    "--num-threads 100000": f"--num-threads is 100000, but this process may use {ppo.cores()} cores; ask for fewer.",
     "--num-envs 1099511627776": "--num-envs is 1099511627776, but must be at most 65,536.",
     "--total-timesteps 1000000000000000000000000000000": "must be at most 2**53.",
     "--num-steps 1099511627776 --total-timesteps 9000000000000000": "GiB of memory, and there are",
@@ -191,6 +194,64 @@ def test_main_works_in_a_thread(here):
     thread.start()
     thread.join()
     assert statuses == [0]
+
+
+# --------------------------------------------------------------------------------------- telling is not training
+def stalled() -> io.TextIOWrapper:
+    """The end of a pipe that is full and that nobody reads."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    return open(writer, "w")
+
+
+def not_ready() -> io.TextIOWrapper:
+    """A pipe that does not wait, and has no place for a line."""
+    stream = stalled()
+    os.set_blocking(stream.fileno(), False)
+    return stream
+
+
+def cut() -> io.TextIOWrapper:
+    """A pipe whose reader has gone, as that of `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+STREAMS = {
+    "none": lambda: None,
+    "closed": closed,
+    "cut": cut,
+    "full": lambda: open("/dev/full", "w"),
+    "stalled": stalled,
+    "not ready": not_ready,
+    "ascii": lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_run_is_complete_whatever_happens_to_what_it_prints(kind, here, monkeypatch):
+    stream = STREAMS[kind]()
+    monkeypatch.setattr(sys, "stdout", stream)
+    status = ppo.main([*SMALL, "--run-name", "überall"])
+    evaluated = ppo.main(["--evaluate", "runs/überall", "--eval-episodes", "1"])
+    if kind == "ascii":
+        assert "berall" in stream.buffer.getvalue().decode()
+    monkeypatch.undo()
+    if kind in ("cut", "full"):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # so that closing it does not fail
+    run = here / "runs/überall"
+    assert (status, evaluated, json.loads((run / "summary.json").read_text())["status"]) == (0, 0, "completed")
 
 
 # ------------------------------------------------------------------------------------------- its own random numbers

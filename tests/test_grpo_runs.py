@@ -54,7 +54,7 @@ def assert_same_run(a, b):
         assert one.keys() == other.keys()
         for state in (one, other):
             state["notes"].pop("tokens_per_second", None)
-        for key in one.keys() - {"wall_time", "csv_bytes"}:  # digits of the clock count in the length of a file
+        for key in one.keys() - {"wall_time", "csv"}:  # digits of the clock count in the length of a file
             assert same(one[key], other[key]), (file, key)
     assert len(timeless(a, "episodes")) > 1
     assert timeless(a, "episodes") == timeless(b, "episodes")
@@ -157,12 +157,15 @@ def test_init_from_a_model_of_another_size_is_refused(flag, own, here, capsys):
 
 
 @pytest.mark.parametrize("content", [[1], {"model": [1]}, {"model": 3}, {}])
-def test_init_from_a_file_without_a_model_is_refused(content, here, capsys):
+def test_init_from_leaves_out_and_names_a_file_without_a_model(content, here, capsys):
     start(steps=1)
-    torch.save(content, "runs/run/checkpoints/step_000000000009.pt")
+    other = Path("runs/run/checkpoints/step_000000000009.pt")
+    torch.save(content, other)
     capsys.readouterr()
-    assert start("--init-from", "runs/run", name="other")[0] == 2
-    assert re.fullmatch(r"error: runs/run is no run [^\n]+\n", capsys.readouterr().err)
+    assert start("--init-from", "runs/run", name="other", steps=1)[0] == 0
+    assert re.fullmatch(rf"{other} is not a checkpoint of this run [^\n]+ left out.\n", capsys.readouterr().err)
+    assert start("--init-from", str(other), name="another")[0] == 2
+    assert re.fullmatch(rf"error: {other} is not a checkpoint of this run [^\n]+\n", capsys.readouterr().err)
 
 
 def test_evaluation_with_changed_arguments_is_refused(here, capsys):

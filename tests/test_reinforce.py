@@ -325,7 +325,7 @@ def test_an_episode_that_never_ends_is_named(monkeypatch):
         learner = Learner("--env-id", "Probe-v0")
     finally:
         del gym.registry["Probe-v0"]
-    with pytest.raises(reinforce.Failed, match="an episode of environment 0 lasts for more than 30 steps") as failed:
+    with pytest.raises(reinforce.Failed, match="environment 0 of Probe-v0 lasts for more than 30 steps") as failed:
         learner.rollout()
     assert failed.value.status == "failed"
     assert dice_learner(Discrete(4)).rollout() is not None
