@@ -101,7 +101,7 @@ def arguments_of(algo: str, env_id: str, ours: bool = False) -> Arguments:
 
 def ask_script(path: Path, env_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of what a script's parse_args returns for an environment: their values, and their types."""
-    script = import_script(path, path.read_text())
+    script = import_script(path, path.read_text(encoding="utf-8"))
     with one_sentence(f"parse_args of {path} fails"):
         args = script.parse_args(["--env-id", env_id])
         kinds = get_type_hints(type(args)) if dataclasses.is_dataclass(args) else {}

@@ -24,7 +24,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import RESTARTS, ROOT, Children, Job, UsageError, execute, log_of, progress_of, status_of
+from benchmarks.jobs import (
+    RESTARTS,
+    ROOT,
+    Children,
+    Job,
+    UsageError,
+    execute,
+    log_of,
+    make_folder,
+    printable,
+    progress_of,
+    status_of,
+)
 
 CLUSTER = "slurm"  # submitit's name of it; tests take "local"
 SECONDS, LOOKS = 5.0, 3  # between two looks at the queue; looks until what is not there counts as lost
@@ -75,12 +87,50 @@ def check(options: Any) -> dict[str, Any]:
 def failed(job: Job, runs_dir: Path, why: str) -> str:
     """ "failed", with the reason at the end of the job's log, where `run` shows it."""
     log_of(job, runs_dir).parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(job, runs_dir), "a") as log:
+    with open(log_of(job, runs_dir), "a", encoding="utf-8") as log:
         log.write(why.rstrip() + "\n")
     return "failed"
 
 
 # -------------------------------------------------------------------------------------------------------- Slurm
+class Plain(pickle.Unpickler):
+    """Reads what submitit and this file pickle, and nothing else: a pickle of somebody else can run any program."""
+
+    KNOWN = {
+        ("submitit.core.utils", "DelayedSubmission"),
+        ("benchmarks.backends", "Task"),
+        ("benchmarks.jobs", "Job"),
+        ("pathlib", "PosixPath"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+def unpickle(path: Path) -> Any:
+    """What a pickle of ours holds; raises UsageError for any other."""
+    try:
+        with open(path, "rb") as file:
+            return Plain(file).load()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}).") from None
+    except Exception as error:  # damage can surface as almost anything
+        raise UsageError(f"{path} is not what Slurm's task has left there ({printable(str(error))}).") from None
+
+
+def own_folder(path: Path) -> None:
+    """Makes the folder of pickles, which nobody else may write; raises UsageError where somebody can."""
+    make_folder(path.parent)
+    path.mkdir(mode=0o755, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UsageError(
+            f"{path} belongs to somebody else, or others may write it, and pickles in it run: chmod go-w it."
+        )
+
+
 class Task:
     """What a node of Slurm runs: `execute` in a thread, while the main thread answers Slurm.
 
@@ -140,7 +190,7 @@ class Task:
 def queue(*which: str) -> dict[str, str]:
     """The states of this user's Slurm jobs, {"12_3": "RUNNING"}, with those that ended some minutes ago."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i %T", *which]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if process.returncode:
         raise UsageError(f"squeue fails: {' '.join(process.stderr.split())}")
     return dict(line.split(maxsplit=1) for line in process.stdout.splitlines())
@@ -172,12 +222,13 @@ class Slurm:
             "setup": setup,
             "additional_parameters": {"requeue": True},
         }
+        own_folder(self.folder)
         self.executor = submitit.AutoExecutor(self.folder, cluster=CLUSTER, slurm_max_num_timeout=10**6)
         self.executor.update_parameters(**{f"slurm_{name}": value for name, value in parameters.items()})
         for identity, state in queue().items():
             submitted = self.folder / f"{identity}_submitted.pkl"
             if state not in ENDED and submitted.exists():
-                self.ids[submitit.helpers.DelayedSubmission.load(submitted).function.job.name] = identity
+                self.ids[unpickle(submitted).function.job.name] = identity
         self.thread = threading.Thread(target=self.watch, args=(self.look(),), daemon=True)
         self.thread.start()
 
@@ -230,8 +281,11 @@ class Slurm:
             return status if status == "done" or status == "failed" and not self.options.retry else ""
         result = self.folder / f"{identity}_0_result.pkl"
         if result.exists():
-            kind, value = pickle.loads(result.read_bytes())
-            return value if kind == "success" else failed(job, self.runs_dir, value)
+            try:
+                kind, value = unpickle(result)
+            except (UsageError, TypeError, ValueError) as error:
+                return failed(job, self.runs_dir, str(error))
+            return str(value) if kind == "success" else failed(job, self.runs_dir, str(value))
         if status == "done":  # by what a killed task has left behind
             return "done"
         if self.stops or state == "CANCELLED":

@@ -22,7 +22,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from benchmarks.jobs import UsageError, require
+from benchmarks.jobs import UsageError, check_range, require
 from benchmarks.records import Run, rank, read_runs, read_scores
 from benchmarks.report import game_of, number, score_range
 from benchmarks.stats import difference
@@ -265,8 +265,7 @@ def check_options(options: Options) -> None:
         )
     if not 0 <= options.tolerance < 1:
         raise UsageError(f"--tolerance is {options.tolerance}, but must be at least 0 and less than 1.")
-    if options.seed < 0:
-        raise UsageError(f"--seed is {options.seed}, but must be 0 or more.")
+    check_range(options, 0, "seed")
 
 
 def absent_seeds(

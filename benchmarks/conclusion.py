@@ -14,8 +14,9 @@ import numpy as np
 
 from benchmarks import run, stats
 from benchmarks.check import interval
-from benchmarks.jobs import OWNER, as_flags, read_json, status_of
+from benchmarks.jobs import OWNER, as_flags, make_folder, read_value, status_of
 from benchmarks.plan import FAILURE, FLOOR, TUNING, Plan
+from benchmarks.report import literal
 from benchmarks.space import values_of
 from benchmarks.study import best_of, by_environment, finished, is_alive, locked, number_of, show
 from benchmarks.suite import jobs_of, read_suite
@@ -63,14 +64,14 @@ def write_suite(plan: Plan, winner: Any, path: Path) -> None:
     for name, flags in (("default", {}), ("winner", values_of(plan.space, winner.params))):
         lines += ["", f"[variants.{name}]", f"algo = {json.dumps(plan.algo)}", "", f"[variants.{name}.flags]"]
         lines += [f"{flag} = {json.dumps(value)}" for flag, value in (plan.space.fixed | flags).items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    make_folder(path.parent)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def final_check(plan: Plan, winner: Any) -> tuple[int, list[str]]:
     """Runs the default and the winner on seeds that no trial has seen; the exit status, and a table in Markdown."""
     folder, suite = plan.runs_dir / f"final-{number_of(winner):04}", plan.out / "winner.toml"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     shutil.copy(suite, folder / suite.name)
     jobs, workers = jobs_of(read_suite(str(suite)), plan.threads), plan.options.workers
     print(f"final check: the default and trial {number_of(winner)}, fresh seeds 1 to {plan.options.final_seeds}")
@@ -80,7 +81,7 @@ def final_check(plan: Plan, winner: Any) -> tuple[int, list[str]]:
     values: dict[str, dict[str, list[float | None]]] = {"default": {}, "winner": {}}
     for job in jobs:
         done = status_of(job, folder) == "done"
-        value = read_json(folder / job.name / "summary.json")["train_last100"] if done else None
+        value = read_value(folder / job.name / "summary.json", "train_last100") if done else None
         values[job.algo].setdefault(job.env_id, []).append(value)
     return status, compare(plan, values["default"], values["winner"])
 
@@ -124,8 +125,8 @@ def comparison(name: str, old: list[np.ndarray], new: list[np.ndarray], rng: np.
     """
     cells = []
     for scores in (old, new):
-        low, high = stats.bootstrap(scores, stats.aggregate_mean, rng)
-        cells.append(f"{show(stats.aggregate_mean(scores))} [{show(low)}, {show(high)}]")
+        ends = stats.bootstrap(scores, stats.aggregate_mean, rng)
+        cells.append(show(stats.aggregate_mean(scores)) + brackets(ends))
     low, high = interval(np.mean(old, axis=0), np.mean(new, axis=0), 0.95, 0)
     if math.isnan(low):
         verdict = "unknown"
@@ -135,8 +136,13 @@ def comparison(name: str, old: list[np.ndarray], new: list[np.ndarray], rng: np.
         verdict = "worse"
     else:
         verdict = "not shown to differ"
-    difference = show(stats.aggregate_mean(new) - stats.aggregate_mean(old))
-    return f"| {name} | {' | '.join(cells)} | {difference} [{show(low)}, {show(high)}] | {verdict} |"
+    difference = show(stats.aggregate_mean(new) - stats.aggregate_mean(old)) + brackets((low, high))
+    return f"| {name} | {' | '.join(cells)} | {difference} | {verdict} |"
+
+
+def brackets(ends: tuple[float, float]) -> str:
+    """An interval behind its number; "" where there is none."""
+    return f" [{show(ends[0])}, {show(ends[1])}]" if np.isfinite(ends).all() else ""
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -145,7 +151,7 @@ def write_report(plan: Plan, study: Any, check: list[str]) -> None:
     trials = finished(study)
     trials.sort(key=lambda trial: (trial.state != TrialState.COMPLETE, -trial.value))
     rows = [row_of(plan, trial) for trial in trials]
-    with open(plan.out / "trials.csv", "w", newline="") as file:
+    with open(plan.out / "trials.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -158,8 +164,9 @@ def write_report(plan: Plan, study: Any, check: list[str]) -> None:
         lines += ["![importance](importance.png)", ""]
     lines += [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
     numbers = ("score", *plan.options.env_ids)
-    lines += [f"| {' | '.join(show(v) if k in numbers else str(v) for k, v in row.items())} |" for row in rows]
-    (plan.out / "report.md").write_text("\n".join(lines) + "\n")
+    cells = [[show(v) if k in numbers else literal(str(v)).replace("|", "\\|") for k, v in row.items()] for row in rows]
+    lines += [f"| {' | '.join(row)} |" for row in cells]
+    (plan.out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def row_of(plan: Plan, trial: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The figures of reports: learning curves, aggregates with intervals, performance profiles."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def style_of(algo: str, algos: list[str]) -> dict[str, str]:
 
 
 def plain(name: str) -> str:
-    """A name as matplotlib takes it: a dollar sign begins no formula."""
-    return name.replace("$", r"\$")
+    """A name as matplotlib takes it: a dollar sign begins no formula. One without end would leave no room."""
+    return (name if len(name) <= 100 else f"{name[:97]}...").replace("$", r"\$")
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
@@ -46,7 +47,9 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=160)
+    with warnings.catch_warnings():  # about letters that the font does not have
+        warnings.simplefilter("ignore")
+        figure.savefig(path, dpi=160)
     plt.close(figure)
 
 

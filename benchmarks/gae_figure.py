@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = measure(play(asked.steps, asked.envs, np.random.default_rng(asked.seed)))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     draw(rows, asked.out.with_suffix(".png"))
-    with open(asked.out.with_suffix(".csv"), "w", newline="") as file:
+    with open(asked.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)

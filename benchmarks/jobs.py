@@ -4,12 +4,14 @@ A job is known by a hash of the script's text, environment, seed and flags. `exe
 its end, in processes of its own.
 """
 
+import contextlib
 import difflib
 import fcntl
 import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -32,6 +34,10 @@ PEERS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
 # flags that run and sweep set themselves
 RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp-name")
 RESTARTS = 3  # of a run whose process was killed from outside
+MOST = {  # the upper ends of what can be asked for; a seed is a seed of numpy
+    "workers": 1000, "threads": 1024, "seeds": 10_000, "trials": 100_000, "pairs": 1000, "eval_episodes": 1_000_000,
+    "seed": 2**32 - 1, "sampler_seed": 2**32 - 1, "total_timesteps": 10**15, "runs": 100_000,
+}  # fmt: skip
 OWNER = f"{platform.node()} {os.getpid()}"  # the harness that starts a process
 
 
@@ -95,12 +101,33 @@ def default_is(words: str) -> Any:
     return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
 
 
+def cores() -> int:
+    """Processor cores that this process may use, as the scripts count them. This loads torch: ask where it matters."""
+    import ppo
+
+    return ppo.cores()
+
+
+def out_of_range(name: str, number: Any, least: int) -> str:
+    """What a number must be and is not, for the end of a sentence; "" if it is. Its upper end is in MOST."""
+    if isinstance(number, int) and least <= number <= MOST[name]:
+        return ""
+    return f"must be a whole number from {least:,} to {MOST[name]:,}"
+
+
+def check_range(options: Any, least: int, *names: str) -> None:
+    """Raises UsageError for the first of these options that is out of its range."""
+    for name in names:
+        if must := out_of_range(name, vars(options)[name], least):
+            raise UsageError(f"--{name.replace('_', '-')} is {vars(options)[name]}, but {must}.")
+
+
 def command_of(algo: str) -> tuple[tuple[str, ...], Path]:
     """What starts a script or a peer, and the file whose text it is; raises UsageError for anything else."""
     if algo in PEERS:
         return (sys.executable, "-m", "benchmarks.peers", algo), ROOT / "benchmarks" / "peers.py"
     path = Path(algo) if algo.endswith(".py") else ROOT / f"{algo}.py"
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = sorted(path.stem for path in ROOT.glob("*.py") if keeps_contract(path)) + list(PEERS)
         guess = near_miss(algo, known, f"there are {', '.join(known)}, and any path/to/script.py.")
         raise UsageError(f"{algo} is no script, no peer and no variant of the suite; {guess}")
@@ -109,9 +136,25 @@ def command_of(algo: str) -> tuple[tuple[str, ...], Path]:
     return (sys.executable, str(path.resolve())), path
 
 
+def text_of(algo: str, ours: bool = False) -> str:
+    """The text that a script or a peer is known by.
+
+    To that of a peer belongs the lower half of ppo.py, which has its environments and its run directory, and, where
+    ours says that it takes the hyperparameters of our script, the text of that.
+    """
+    text = read_text(command_of(algo)[1])
+    if algo in PEERS:
+        text += read_text(ROOT / "ppo.py").partition("# ==== The machine room")[2]
+        text += read_text(ROOT / f"{algo.removeprefix('sb3:')}.py") if ours else ""
+    return text
+
+
 def keeps_contract(path: Path) -> bool:
     """Whether a script may know the flags that every job has: as fields, or spelled out. Only its text is read."""
-    text = path.read_text(errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
     return all(
         re.search(rf"^\s+{one}_{two}\s*:|--{one}-{two}", text, re.MULTILINE)
         for one, two in (("env", "id"), ("run", "name"))
@@ -145,17 +188,27 @@ def check_environment(env_id: str) -> None:
 
     gymnasium.register_envs(ale_py)
     module, _, name = env_id.rpartition(":")
+    if module:
+        import_module_of(env_id, module)
     try:
-        if module:
-            importlib.import_module(module)
         gymnasium.spec(name)
-    except ImportError as error:
-        raise UsageError(f"environment {env_id}: {error}; install it, or drop the prefix.") from None
     except gymnasium.error.Error:
         guess = near_miss(
             name, gymnasium.registry, "python -c 'import gymnasium; gymnasium.pprint_registry()' lists all."
         )
         raise UsageError(f"environment {env_id} is not registered in gymnasium; {guess}") from None
+
+
+def import_module_of(env_id: str, module: str) -> None:
+    """Imports the module in front of an environment's name; raises UsageError, whatever that module does."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        where = f"{error}; searched were PYTHONPATH and {os.getcwd()}"
+        raise UsageError(f"environment {env_id}: {where}; install it, or drop the prefix.") from None
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {printable(str(error))[:300]}".removesuffix(": ")
+        raise UsageError(f"environment {env_id}: importing {module} fails ({why}).") from None
 
 
 def require(who: str, extra: str, *packages: str) -> None:
@@ -170,16 +223,74 @@ def near_miss(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {near[0]}?" if near else otherwise
 
 
-# ---------------------------------------------------------------------------------------------- run directories
+# -------------------------------------------------------------------------------------------- files and folders
+def printable(text: str) -> str:
+    """Text from outside on one line, without characters that a terminal obeys or a file cannot take."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in " ".join(text.split()))
+
+
+def shortened(value: Any) -> str:
+    """A value of a file, for a sentence about it."""
+    try:
+        text = printable(repr(value))
+    except (ValueError, RecursionError):  # too many digits, too deep
+        text = f"a {type(value).__name__} beyond all bounds"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read_text(path: Path) -> str:
+    """What a file says that somebody has named; raises UsageError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} cannot be read as UTF-8 (byte {error.start}: {error.reason}).") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}).") from None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents. Where the last cannot be made, the others are not left behind either."""
+    made = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; {} where there is none or it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}
 
 
+def json_damage(path: Path) -> str:
+    """Why a JSON file cannot be read, for the end of a sentence; "" if it can."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except json.JSONDecodeError as error:
+        return f"is no JSON: {error.msg} in line {error.lineno}" if path.stat().st_size else "is empty"
+    except (ValueError, RecursionError) as error:
+        return f"is no JSON: {printable(str(error))}"
+    return "" if isinstance(content, dict) else f"must hold a table, but holds {shortened(content)}"
+
+
+def read_value(path: Path, *keys: str, kind: Any = (int, float)) -> Any:
+    """What stands under these keys of a JSON file; None where it is missing or of another kind."""
+    value: Any = read_json(path)
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+# ---------------------------------------------------------------------------------------------- run directories
 def log_of(job: Job, runs_dir: Path) -> Path:
     """What the processes of a job print. A harness that works on the job holds a lock on this file."""
     return runs_dir / "logs" / f"{job.name}.log"
@@ -197,7 +308,8 @@ def lock(file: BinaryIO) -> bool:
 def is_orphan(job: Job, runs_dir: Path) -> bool:
     """Whether a dead harness of this machine has started a job that is running."""
     try:
-        starts = re.findall(r"\$ .* # (\S*) (\d+)$", log_of(job, runs_dir).read_text(errors="replace"), re.MULTILINE)
+        text = log_of(job, runs_dir).read_text(encoding="utf-8", errors="replace")
+        starts = re.findall(r"\$ .* # (\S*) (\d+)$", text, re.MULTILINE)
         host, pid = starts[-1]
         if host == OWNER.split(" ")[0]:
             os.kill(int(pid), 0)
@@ -215,9 +327,9 @@ def has_checkpoint(run: Path) -> bool:
 
 def missing_evaluations(job: Job, run: Path) -> list[str]:
     """Those of "deterministic" and "stochastic" that summary.json lacks, or has over too few episodes."""
-    done = read_json(run / "summary.json").get("eval") or {}
     kinds = ("deterministic", "stochastic") if job.eval_episodes else ()
-    return [kind for kind in kinds if done.get(kind, {}).get("episodes", 0) < job.eval_episodes]
+    played = {kind: read_value(run / "summary.json", "eval", kind, "episodes") or 0 for kind in kinds}
+    return [kind for kind in kinds if played[kind] < job.eval_episodes]
 
 
 def is_running(job: Job, runs_dir: Path) -> bool:
@@ -225,7 +337,7 @@ def is_running(job: Job, runs_dir: Path) -> bool:
     try:
         with open(log_of(job, runs_dir), "rb") as file:
             return not lock(file)
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
@@ -234,7 +346,7 @@ def status_of(job: Job, runs_dir: Path) -> str:
     run = runs_dir / job.name
     if is_running(job, runs_dir):
         return "running"
-    status = read_json(run / "summary.json").get("status")
+    status = read_value(run / "summary.json", "status", kind=str)
     if status in ("failed", "diverged"):
         return "failed"
     if status == "completed" and not missing_evaluations(job, run):
@@ -248,7 +360,8 @@ def progress_of(job: Job, runs_dir: Path) -> tuple[int, float]:
         with open(runs_dir / job.name / "progress.csv", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             row = file.read().decode().rsplit("\n", 2)[-2].split(",")
-        return int(row[0]), float(row[2])
+        step, sps = int(row[0]), float(row[2])
+        return (step, sps) if math.isfinite(sps) else (step, 0.0)
     except (OSError, ValueError, IndexError):
         return 0, 0.0
 
@@ -256,7 +369,7 @@ def progress_of(job: Job, runs_dir: Path) -> tuple[int, float]:
 def end_of_log(job: Job, runs_dir: Path, lines: int = 5) -> str:
     """The last lines that the processes of a job printed."""
     try:
-        text = log_of(job, runs_dir).read_text(errors="replace")
+        text = log_of(job, runs_dir).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     return "\n".join([line.rsplit("\r", 1)[-1] for line in text.splitlines() if line.strip()][-lines:])
@@ -315,7 +428,7 @@ def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: b
             if children.stopped or not wait and tries >= 5:
                 return "running"
             time.sleep(0.05 if tries < 5 else 1.0)
-        if read_json(run / "summary.json").get("status") in ("failed", "diverged") and not retry:
+        if read_value(run / "summary.json", "status", kind=str) in ("failed", "diverged") and not retry:
             return "failed"
         kills = 0
         while command := next_command(job, runs_dir):
@@ -343,7 +456,7 @@ def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: b
 def next_command(job: Job, runs_dir: Path) -> list[str] | None:
     """What is to be run next for a job: to start, to go on or to evaluate; None when it is done."""
     run = runs_dir / job.name
-    if read_json(run / "summary.json").get("status") != "completed":
+    if read_value(run / "summary.json", "status", kind=str) != "completed":
         return [*job.command, "--resume", str(run)] if has_checkpoint(run) else job.start(runs_dir)
     for kind in missing_evaluations(job, run):
         stochastic = ["--eval-stochastic"] if kind == "stochastic" else []

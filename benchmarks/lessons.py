@@ -144,7 +144,7 @@ def jobs_of(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> dict[str, l
                 Job(
                     algo=" ".join(as_flags(flags)).replace("--", ""),
                     command=(sys.executable, str(path)),
-                    text=path.read_text(),
+                    text=path.read_text(encoding="utf-8"),
                     env_id=lesson.env_id,
                     seed=seed,
                     flags=as_flags(flags | models),
@@ -171,7 +171,7 @@ def run_lesson(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> tuple[in
 def read_run(run: Path) -> Series:
     """COLUMNS of each iteration, under their names there; what was not measured in one is missing."""
     series = []
-    with open(run / "progress.csv", newline="") as file:
+    with open(run / "progress.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             point = {COLUMNS[name]: float(value) for name, value in row.items() if value and name in COLUMNS}
             if row.get("rewards/correct/mean"):
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     out = asked.out or ROOT / "benchmarks" / "results" / f"{lesson.script.removesuffix('_toy')}_{asked.lesson}"
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out.with_suffix(".png"), dpi=110)
-    with open(out.with_suffix(".csv"), "w", newline="") as file:
+    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
         writer.writeheader()
         writer.writerows(table)

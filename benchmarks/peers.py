@@ -15,16 +15,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import io
 import json
 import math
-import os
-import pickle
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ import numpy as np
 import torch
 
 import ppo
-from benchmarks.jobs import PEERS, read_json
+from benchmarks.jobs import PEERS, read_json, read_value, shortened
 from ppo import Episode, Failed, Stopped, UsageError, one_line, run_dir_of
 
 Args = Any  # flags of the run and hyperparameters of ALGO, as an instance of a dataclass
@@ -81,7 +79,8 @@ TAGS = {
 }
 # Flags that ppo.py has, too. Their defaults are the same, but for a few.
 FLAGS = ("env_id", "total_timesteps", "seed", "exp_name", "runs_dir", "run_name", "resume", "evaluate", "eval_episodes",
-         "eval_seed", "eval_stochastic", "checkpoint_interval", "device", "num_threads")
+         "eval_seed", "eval_stochastic", "eval_max_steps", "checkpoint_interval", "device", "num_threads")
+RUNNING = ("obs_rms", "ret_rms")  # what the library's normaliser keeps
 CHOICES = {"device": ["auto", "cpu", "cuda"], "hyperparameters": ["theirs", "ours"]}
 # fmt: on
 
@@ -220,9 +219,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def read_args(asked: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the run that --resume or --evaluate names."""
     where = asked.resume or asked.evaluate
-    saved = read_json(run_dir_of(Path(where)) / "config.json").get("args", {})
+    file = run_dir_of(Path(where)) / "config.json"
+    saved = read_value(file, "args", kind=dict) or {}
     if saved.get("algo") not in PEERS:
         raise UsageError(f"{where} is no run directory of a peer: it has no config.json with its arguments.")
+    defaults = vars(ppo.RunArgs()) | {"hyperparameters": ""}
+    for name in (*FLAGS, "hyperparameters"):
+        if name in saved and type(saved[name]) is not type(defaults[name]):
+            what = f"{shortened(saved[name])}, but must be a {type(defaults[name]).__name__}"
+            raise UsageError(f"{file}: args.{name} is {what}.")
     if asked.algo not in ("", saved["algo"]):
         raise UsageError(f"{where} is a run of {saved['algo']}, not of {asked.algo}.")
     if asked.resume and Path(where).is_file():
@@ -237,12 +242,20 @@ def as_dataclass(values: dict[str, Any]) -> Args:
 
 def check_args(args: Args) -> None:
     """Raises UsageError for the first argument that cannot work. The library judges the rest of its own."""
-    for name in ("total_timesteps", "eval_episodes", "seed", "eval_seed", "num_threads", "checkpoint_interval"):
+    numbers = ("total_timesteps", "eval_episodes", "seed", "eval_seed", "eval_max_steps", "num_threads")
+    for name in (*numbers, "checkpoint_interval"):
         if must := ppo.bound_broken(name, vars(args)[name]):
             raise UsageError(f"--{name.replace('_', '-')} is {vars(args)[name]}, but must be {must}.")
     for name in ("n_envs", "n_steps"):
-        if type(vars(args)[name]) is not int or vars(args)[name] <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {vars(args)[name]}, but must be a whole number above 0.")
+        number = vars(args).get(name)
+        if type(number) is not int or not 0 < number <= 2**16:
+            what = f"{shortened(number)}, but must be a whole number from 1 to 65,536"
+            raise UsageError(f"--{name.replace('_', '-')} is {what}.")
+    if args.num_threads > ppo.cores():
+        if not args.resume and not args.evaluate:
+            here = f"this process may use {ppo.cores()} cores"
+            raise UsageError(f"--num-threads is {args.num_threads}, but {here}.")
+        args.num_threads = 0  # the run was made on a larger machine
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
 
@@ -251,7 +264,7 @@ def settle(args: Args, image: bool) -> None:
     """Decides what is "auto", and sets threads."""
     if args.device == "auto":
         args.device = "cuda" if image and torch.cuda.is_available() else "cpu"
-    args.num_threads = args.num_threads or ((os.cpu_count() or 1) if image else 1)
+    args.num_threads = args.num_threads or (ppo.cores() if image else 1)
     torch.set_num_threads(args.num_threads)
 
 
@@ -264,23 +277,32 @@ class RandomPolicy:
     def __init__(self, args: Args, num_envs: int):
         args.device = "cpu"
         seed = args.eval_seed if args.evaluate else args.seed
-        np.random.seed(seed)
         self.num_steps = args.n_steps
         self.envs = ppo.make_envs(args, num_envs, seed)
-        settle(args, self.envs.atari)
-        self.obs = self.envs.reset()
+        try:
+            settle(args, self.envs.atari)
+            self.rng = ppo.Rng(seed, "cpu")
+            self.obs = self.envs.reset()
+        except BaseException:
+            self.close()
+            raise
         self.episodes = ppo.Episodes(self.envs)
+        self.lengths = np.zeros(num_envs, dtype=np.int64)  # of the episodes in play
         self.inexact = ""
+
+    def close(self) -> None:
+        self.envs.close()
 
     def play(self) -> list[Episode]:
         """Plays num_steps steps on in every environment. Returns the episodes that ended in them."""
         space = gym.vector.utils.batch_space(self.envs.single_action_space, self.envs.num_envs)
-        space.seed(np.random.randint(2**31))  # numpy's random state is in the checkpoints
+        space.seed(self.rng.python.getrandbits(31))
         actions = [space.sample() for _ in range(self.num_steps)]
         rewards = np.zeros((self.num_steps, self.envs.num_envs))
         over = np.zeros(rewards.shape, dtype=bool)
         for t, action in enumerate(actions):
             self.obs, rewards[t], _, _, over[t], _ = self.envs.step(action)
+            self.lengths = np.where(over[t], 0, self.lengths + 1)
         start = getattr(self.envs.single_action_space, "start", 0)  # ppo.py's actions count from zero
         return self.episodes.collect(np.stack(actions) - start, rewards, over)
 
@@ -290,14 +312,16 @@ class RandomPolicy:
             run.log(self.num_steps * self.envs.num_envs, finished, {"charts/learning_rate": 0.0})  # it learns nothing
 
     def state_dict(self) -> dict[str, Any]:
-        return {"obs": torch.from_numpy(np.copy(self.obs)), "episodes": self.episodes.state_dict()}
+        obs = torch.from_numpy(np.copy(self.obs))
+        return {"obs": obs, "episodes": self.episodes.state_dict(), "rng": self.rng.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rng.load_state_dict(state["rng"])
         self.obs, self.inexact = self.episodes.load_state_dict(state["episodes"], state["obs"])
 
 
 class Library:
-    """A model of the library with its environments. It is new, or else load_state_dict has yet to bring it back."""
+    """A model of the library with its environments."""
 
     packages = ("stable-baselines3", "sb3-contrib")
     inexact = "Stable-Baselines3 does not resume exactly"
@@ -308,37 +332,52 @@ class Library:
         self.args = args
         self.kind = library_class(args.algo)
         self.games: Games | None = None
+        self.made: list[gym.Env] = []  # what close has to close
         try:
-            self.envs = library_envs(args, num_envs)
+            self.envs = library_envs(args, num_envs, self.made)
             settle(args, is_image_space(self.envs.observation_space))
-            self.model = None if args.resume or args.evaluate else new_model(args, self.kind, self.envs)
-        except UsageError:
-            raise
-        except Exception as error:
+            self.model = new_model(args, self.kind, self.envs)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (UsageError, Stopped, KeyboardInterrupt)):
+                raise
             raise UsageError(f"{args.algo} refuses these arguments: {one_line(error)}") from None
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The library's own file, and its normaliser; nothing while there is no model."""
-        if not self.model:
-            return {}
-        buffer = io.BytesIO()
-        self.model.save(buffer)
-        state = {"model": buffer.getvalue()}
-        if normaliser := self.model.get_vec_normalize_env():
-            state["normaliser"] = pickle.dumps(normaliser)
-        return {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in state.items()}
+    def close(self) -> None:
+        made, self.made = self.made, []
+        ppo.close_all(made, self.args.env_id)
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Reads pickles, as the library itself does: give it nothing but what state_dict has made."""
-        content = {name: x.numpy().tobytes() for name, x in state.items()}
-        if "normaliser" in content:
-            inner = self.envs.venv
-            self.envs = pickle.loads(content["normaliser"])
-            self.envs.set_venv(inner)
-            self.envs.training = not self.args.evaluate
-        self.model = self.kind.load(io.BytesIO(content["model"]), env=self.envs, device=self.args.device)
-        seed = np.random.SeedSequence([self.args.seed, self.model.num_timesteps]).generate_state(1)[0]
-        self.envs.seed(int(seed // 2))  # another one, or else the run would play its first episodes again
+    def state_dict(self) -> dict[str, Any]:
+        """All that the library learns, as tensors and numbers: its own files are pickles, which can run any program."""
+        model, normaliser = self.model, self.model.get_vec_normalize_env()
+        state = {
+            "parameters": model.get_parameters(),
+            "num_timesteps": model.num_timesteps,
+            "updates": model._n_updates,
+        }
+        for name in RUNNING if normaliser else ():
+            norm = getattr(normaliser, name)
+            state[name] = [torch.as_tensor(np.asarray(x)) for x in (norm.mean, norm.var, norm.count)]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        model, normaliser = self.model, self.model.get_vec_normalize_env()
+        if "parameters" not in state:
+            raise ValueError("it was written by an earlier version of benchmarks/peers.py")
+        model.set_parameters(state["parameters"])
+        model.num_timesteps, model._n_updates = state["num_timesteps"], state["updates"]
+        if normaliser:
+            for name in RUNNING:
+                norm = getattr(normaliser, name)
+                norm.mean, norm.var, norm.count = (x.numpy() for x in state[name])
+            normaliser.training = not self.args.evaluate
+        seed = np.random.SeedSequence([self.args.seed, model.num_timesteps]).generate_state(1)[0]
+        model.set_random_seed(int(seed // 2))  # another one, or else the run would play its first episodes again
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Steps of the episodes in play, (num_envs,)."""
+        return self.games.lengths
 
     def play(self) -> list[Episode]:
         """Plays a step of an evaluation in every environment. Returns the episodes that ended in it."""
@@ -386,8 +425,8 @@ class Library:
         model.learn(left, Recorder(), log_interval=None, reset_num_timesteps=run.global_step == 0)
 
 
-def library_envs(args: Args, num_envs: int) -> Any:
-    """The library's vector environment. Raises UsageError for what ppo.py refuses, too."""
+def library_envs(args: Args, num_envs: int, made: list[gym.Env]) -> Any:
+    """The library's vector environment, whose parts go to made. Raises UsageError for what ppo.py refuses, too."""
     from stable_baselines3.common import atari_wrappers as atari
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
@@ -398,9 +437,10 @@ def library_envs(args: Args, num_envs: int) -> Any:
     sticky = game and not paper
     if game:
         need("cv2", f"{args.algo} on Atari")
-    ppo.make_envs(args, 1, args.seed).envs.close()  # only to see whether it can
+    ppo.make_envs(args, 1, args.seed).close()  # only to see whether it can
 
     def wrap(env: gym.Env) -> gym.Env:
+        made.append(env)
         if paper:
             return atari.AtariWrapper(env, clip_reward=args.clip_reward)
         env = atari.WarpFrame(atari.MaxAndSkipEnv(env, 4)) if sticky else env
@@ -430,12 +470,16 @@ def new_model(args: Args, kind: type, envs: Any) -> Any:
         return LinearSchedule(float(value.removeprefix("lin_")), 0.0, 1.0)
 
     policy = dict(args.policy_kwargs)
+    if args.resume or args.evaluate:
+        policy.pop("features_extractor_class", None)  # the policy's own; here it is only told
     if "optimizer_class" in policy:
         name = policy["optimizer_class"]
         policy["optimizer_class"] = RMSpropTFLike if name == "RMSpropTFLike" else getattr(torch.optim, name)
     if "activation_fn" in policy:
         policy["activation_fn"] = getattr(torch.nn, policy["activation_fn"])
     settings = {name: setting(name, vars(args)[name]) for name in library_defaults(args.algo)}
+    if args.evaluate:  # with another number of environments; a whole number of batches all the same
+        settings["n_steps"] *= args.n_envs
     args.policy = "CnnPolicy" if is_image_space(envs.observation_space) else "MlpPolicy"
     model = kind(args.policy, envs, policy_kwargs=policy, seed=args.seed, device=args.device, **settings)
     chosen, names = model.policy, ("activation_fn", "optimizer_class", "features_extractor_class")
@@ -485,37 +529,58 @@ def failing(player: RandomPolicy | Library) -> Iterator[None]:
     """Makes one sentence of whatever an environment or the library raises."""
     try:
         yield
-    except (Stopped, Failed, OSError):
+    except (Stopped, Failed, UsageError, OSError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(player, Library) and not all(x.isfinite().all() for x in player.model.policy.parameters()):
             raise Failed("the network's parameters are not finite") from error  # the library's message is a tensor
-        raise Failed(f"{type(error).__name__}: {one_line(error)}"[:300], "failed") from error
+        raise Failed(ppo.what_happened(error), "failed") from error
 
 
 def evaluate(args: Args) -> list[float]:
     """Plays eval_episodes with the run args.evaluate, its normaliser frozen. Returns the raw returns.
 
-    Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard.
+    Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard. Raises
+    Failed where an episode does not end, after telling of those that did.
     """
     check_args(args)
-    num_envs, folder = min(args.eval_episodes, 8), run_dir_of(Path(args.evaluate))
-    state = ppo.load_checkpoint(Path(args.evaluate))
-    player = make_player(args, num_envs)
-    if args.algo != "random":
-        player.load_state_dict(state["player"])
+    args.evaluate = str(Path(ppo.here(), args.evaluate))  # before an environment goes to another folder
     # Each environment plays its share of the episodes, because the first ones to end are the shortest.
+    num_envs = min(args.eval_episodes, 8)
     shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
     returns: list[list[float]] = [[] for _ in range(num_envs)]
-    with failing(player):
-        while any(len(played) < share for played, share in zip(returns, shares)):
+    begun, progress, endless = time.perf_counter(), ppo.Progress(), ""
+
+    def left() -> list[int]:
+        """The environments that have not played their share."""
+        return [n for n, share in enumerate(shares) if len(returns[n]) < share]
+
+    with closing(make_player(args, num_envs)) as player, failing(player):
+        use = bool if args.algo == "random" else lambda state: player.load_state_dict(state["player"])
+        state = ppo.load_checkpoint(Path(args.evaluate), use)
+        while left() and not endless:
             for episode in player.play():
                 returns[episode.env].append(episode.episodic_return)
+            for n in left():
+                if player.lengths[n] >= args.eval_max_steps:
+                    endless = f"an episode of environment {n} did not end within {args.eval_max_steps:,} steps"
+            if time.perf_counter() - begun > 5:  # a short evaluation shows nothing
+                ended = sum(min(len(played), share) for played, share in zip(returns, shares))
+                progress.show(f"of {args.eval_episodes:,} episodes", ended, args.eval_episodes)
+    progress.end()
     scores = [score for played, share in zip(returns, shares) for score in played[:share]]
     kind = "stochastic" if args.eval_stochastic else "deterministic"
-    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max")}
-    print(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max") if scores}
+    if scores:
+        told = ", ".join(f"{name} {value:,.2f}" for name, value in result.items())
+        ppo.say(f"{len(scores)} {kind} episodes: {told}")
+    if endless:
+        ended = f"{len(scores)} of {args.eval_episodes} episodes ended, and nothing is recorded"
+        raise Failed(f"{args.env_id}: {endless} (--eval-max-steps); {ended}.", "failed")
+    if not np.isfinite(scores).all():
+        raise Failed(f"{args.env_id}: a return is NaN or infinite", "failed")
     result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
+    folder = run_dir_of(Path(args.evaluate))
     ppo.record_evaluation(folder, {kind: result}, {"eval/episodic_return": result["mean"]}, state["global_step"])
     return scores
 
@@ -527,21 +592,27 @@ def train(args: Args) -> Path:
     """
     started = ppo.Start()
     check_args(args)
-    player = make_player(args, args.n_envs)
     batch = args.n_envs * args.n_steps
     total = math.ceil(args.total_timesteps / batch) * batch
     log_interval = 100 if args.algo == "sb3:a2c" else 1  # as a2c.py and as the library itself
-    with ppo.Run(args, total, started, log_interval, player=player) as run, failing(player):
-        if not args.resume:
-            config = read_json(run.path / "config.json")
-            config["versions"] |= {package: importlib.metadata.version(package) for package in player.packages}
-            ppo.write_json(run.path / "config.json", config)
-        player.train(run)
-    return run.path
+    with closing(make_player(args, args.n_envs)) as player:
+        with ppo.Run(args, total, started, log_interval, player=player) as run, failing(player):
+            if not args.resume:
+                config = read_json(run.path / "config.json")
+                config["versions"] |= {package: importlib.metadata.version(package) for package in player.packages}
+                ppo.write_json(run.path / "config.json", config)
+            player.train(run)
+        return run.path
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. The exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
+
+    def leave(signum: int, frame: Any) -> None:
+        raise Stopped(signum)
+
+    handlers = ppo.set_handlers(leave)
+    ppo.STARTED_IN.append(ppo.here())
     try:
         args = parse_args(argv)
         if args.evaluate:
@@ -554,8 +625,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (UsageError, Failed, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        ppo.warn(f"error: {one_line(error)}")
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        ppo.STARTED_IN.pop()
+        ppo.put_back(handlers)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,23 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.arguments import arguments_of
-from benchmarks.jobs import PEERS, ROOT, Job, UsageError, check_environment, command_of, default_is, require
+from benchmarks.jobs import (
+    PEERS,
+    ROOT,
+    Job,
+    UsageError,
+    check_environment,
+    check_range,
+    command_of,
+    cores,
+    default_is,
+    is_atari,
+    require,
+    text_of,
+)
 from benchmarks.report import score_range
 from benchmarks.space import Space, check_flags, default_of, read_space
-from benchmarks.suite import Suite, jobs_of
+from benchmarks.suite import LONGEST_NAME, Suite, jobs_of
 
 TUNING = 1000  # seeds of tuning come after it, those of the final check before
 FAILURE, FLOOR = -1.0, -0.5  # normalised scores: of a run that failed, and the lowest of the others
@@ -77,7 +90,8 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        return max(1, (os.cpu_count() or 1) // self.options.workers)
+        """Of an Atari run; 0 where there is none."""
+        return max(1, cores() // self.options.workers) if any(map(is_atari, self.options.env_ids)) else 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -147,7 +161,7 @@ def make_plan(options: Options) -> Plan:
         space=space,
         algo=algo,
         shown=shown,
-        text=path.read_text(),
+        text=text_of(options.script, ours=space.fixed.get("hyperparameters") == "ours"),
         bounds=bounds,
         defaults=defaults,
         runs_dir=runs_dir,
@@ -160,15 +174,14 @@ def check_options(options: Options) -> None:
     if not options.export_wandb:
         require("a sweep", "sweep", "optuna")
         require("a sweep", "bench", "matplotlib", "scipy")
-    positive = min(len(options.env_ids), options.trials, options.workers, options.seeds) >= 1
-    if not positive or not 0 <= options.final_seeds <= TUNING:
-        raise UsageError(
-            f"--env-ids, --trials, --workers, --seeds must be 1 or more, --final-seeds from 0 to {TUNING}."
-        )
-    if min(options.total_timesteps, options.eval_episodes, options.sampler_seed) < 0 or not 0 <= options.prune <= 1:
-        raise UsageError("--total-timesteps, --eval-episodes, --sampler-seed must be 0 or more, --prune from 0 to 1.")
+    if not options.env_ids or not 0 <= options.final_seeds <= TUNING or not 0 <= options.prune <= 1:
+        raise UsageError(f"--env-ids must name one or more, --final-seeds be from 0 to {TUNING}, --prune from 0 to 1.")
+    check_range(options, 1, "trials", "workers", "seeds")
+    check_range(options, 0, "total_timesteps", "eval_episodes", "sampler_seed")
     if not re.fullmatch(r"\w[\w.-]*", options.study):
         raise UsageError(f"--study is {options.study!r}, but must be a name of letters, digits, dots and dashes.")
+    if len(os.fsencode(options.study)) > LONGEST_NAME:
+        raise UsageError(f"--study is longer than {LONGEST_NAME} bytes; choose a shorter name.")
     if options.export_wandb and options.script in PEERS:
         raise UsageError(f"{options.script} cannot log to Weights & Biases; --export-wandb is for scripts.")
     if options.storage.startswith("sqlite") and options.workers > 1:

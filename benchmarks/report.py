@@ -7,7 +7,9 @@ Never the best over training.
 
 import base64
 import csv
+import html
 import json
+import os
 import re
 import shlex
 import sys
@@ -23,8 +25,8 @@ import numpy as np
 import tyro
 
 from benchmarks import stats
-from benchmarks.jobs import UsageError, default_is, is_atari, read_json, require
-from benchmarks.records import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs
+from benchmarks.jobs import UsageError, check_range, default_is, is_atari, make_folder, printable, read_json, require
+from benchmarks.records import MEASURES, ORIGIN, Run, group_by, is_stored, rank, read_notes, read_runs, readable_part
 
 REFERENCES = Path(__file__).resolve().parent / "references"
 AGGREGATES = {  # by their titles
@@ -33,6 +35,7 @@ AGGREGATES = {  # by their titles
     "mean": stats.aggregate_mean,
     "optimality gap": stats.aggregate_optimality_gap,
 }
+PICTURES = ("curves.png", "curves_time.png", "aggregates.png", "profiles.png")
 ABOUT_CURVES = """\
 Thin lines are seeds, thick ones their {centre} with its 95% bootstrap interval over seeds, point by point. Every \
 point is the mean return of the last 100 training episodes. Against time, a thick line stands where the median seed \
@@ -108,14 +111,14 @@ def stored_note(path: Path) -> dict[str, Any]:
     """What an earlier report has noted about its suite, in the form of suite.json."""
     facts = read_json(path / "provenance.json")
     suite, commands = facts.get("suite"), facts.get("started by")
-    note = {"commands": commands if isinstance(commands, list) else [], "example": str(facts.get("example", ""))}
-    return note | (suite if isinstance(suite, dict) else {})
+    note = {"commands": commands if isinstance(commands, list) else []}
+    return readable_part(note | (suite if isinstance(suite, dict) else {})) | {"example": str(facts.get("example", ""))}
 
 
 # --------------------------------------------------------------------------------------------------- references
 @cache
 def read_reference(name: str) -> list[dict[str, str]]:
-    with open(REFERENCES / f"{name}.csv", newline="") as file:
+    with open(REFERENCES / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -147,6 +150,21 @@ def score_range(env_id: str) -> tuple[float, float, str] | None:
     return None
 
 
+# --------------------------------------------------------------------------------------------------------- text
+def literal(text: str) -> str:
+    """Text from outside, as it stands there: no tag, link, picture or emphasis begins in it, in Markdown or HTML."""
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;")
+    marks = r"[\\`*\[\]]|(?<!\w)_+|_+(?!\w)|^[#>+-]"
+    return re.sub(marks, lambda found: "".join(f"\\{mark}" for mark in found[0]), text)
+
+
+def code(text: str) -> str:
+    """Text from outside as code, whatever it holds."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
 # ------------------------------------------------------------------------------------------------------- scores
 def cells_of(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
     """(environment, algorithm) -> its runs, in the order of figures and tables."""
@@ -173,10 +191,14 @@ def number(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:,.2f}"
 
 
-def with_interval(values: np.ndarray, rng: np.random.Generator) -> str:
-    """Mean and 95% interval over seeds; only the mean where there is one seed."""
-    if not len(values) or not np.isfinite(values).all():
+def score_cell(runs: list[Run], measure: str, rng: np.random.Generator) -> str:
+    """Mean and 95% interval over seeds; only the mean where there is one seed. Says what is missing instead."""
+    values = scores(runs, measure)
+    if not len(values):
         return "-"
+    if lacking := int((~np.isfinite(values)).sum()):
+        what = "not evaluated" if measure.startswith("eval") else "no episode"
+        return what if lacking == len(values) else f"{lacking} of {len(values)} {what}"
     low, high = stats.bootstrap([values], stats.aggregate_mean, rng)
     return number(values.mean()) + (f" [{number(low)}, {number(high)}]" if np.isfinite(low) else "")
 
@@ -196,7 +218,7 @@ def seeds_column(runs: list[Run], missing: int) -> str:
         others["missing"] = missing
     if not others:
         return str(done)
-    return f"{done} of {len(runs) + missing} ({', '.join(f'{n} {status}' for status, n in others.items())})"
+    return f"{done} of {len(runs) + missing} ({', '.join(f'{n} {literal(status)}' for status, n in others.items())})"
 
 
 def score_table(cells: dict, missing: dict[tuple[str, str], list[int]], rng: np.random.Generator) -> str:
@@ -206,8 +228,8 @@ def score_table(cells: dict, missing: dict[tuple[str, str], list[int]], rng: np.
     rows = []
     for key in sorted({*cells, *missing}, key=lambda key: (key[0], rank(key[1]))):
         runs = cells.get(key, [])
-        row = [*key, steps_column(runs), seeds_column(runs, len(missing.get(key, [])))]
-        row += [with_interval(scores(runs, measure), rng) for measure in measures]
+        row = [*map(literal, key), steps_column(runs), seeds_column(runs, len(missing.get(key, [])))]
+        row += [score_cell(runs, measure, rng) for measure in measures]
         rows.append([*row, speed_column(runs)])
     return table(header, rows)
 
@@ -221,6 +243,7 @@ def steps_column(runs: list[Run]) -> str:
 def speed_column(runs: list[Run]) -> str:
     """Median and range of the completed runs' steps per second."""
     sps = np.round(scores(runs, "sps"))
+    sps = sps[np.isfinite(sps)]
     return f"{np.median(sps):,.0f} ({sps.min():,.0f} to {sps.max():,.0f})" if len(sps) else "-"
 
 
@@ -284,9 +307,9 @@ def published_row(env_id: str, algo: str, runs: list[Run], row: dict[str, str]) 
     if row["spread"]:
         score += f" ± {number(float(row['spread']))} ({row['spread_kind'].replace('_', ' ')})"
     return [
-        f"{env_id} {algo}",
+        literal(f"{env_id} {algo}"),
         f"{number(ours)} ({budget:,} steps)",
-        number(evaluated),
+        number(evaluated) if np.isfinite(evaluated) else "not evaluated",
         score,
         sign + number(measured - published),
         row["statistic"],
@@ -310,7 +333,7 @@ def table_of_ppo_paper(cells: dict) -> str:
         best = max(other.max() for (env, _), other in runs.items() if env == env_id)
         ours.setdefault(setting, []).extend((values - low) / (best - low) if best > low else values * np.nan)
     known = [setting for setting in paper if setting in ours]
-    rows = [[name, f"{np.mean(ours[name]):.2f}", str(len(ours[name])), paper[name]] for name in known]
+    rows = [[name, normal(np.mean(ours[name])), str(len(ours[name])), paper[name]] for name in known]
     return table(["setting", "ours", "runs", "paper, 21 runs"], rows) if rows else ""
 
 
@@ -331,17 +354,20 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
     have, notes = normalised_cells(cells, measure)
     for algo in dict.fromkeys(algo for _, algo in cells):
         if algo not in have:
-            notes.append(f"{algo} has no score that counts in any of these environments and is in no aggregate.")
+            what = "has no score that counts in any of these environments and is in no aggregate."
+            notes.append(f"{literal(algo)} {what}")
     everywhere = sorted({env_id for per_env in have.values() for env_id in per_env})
     for algo in list(have):
         if 2 * len(have[algo]) < len(everywhere):
-            notes.append(f"{algo} has {len(have[algo])} of {len(everywhere)} environments and is in no aggregate.")
+            what = f"has {len(have[algo])} of {len(everywhere)} environments and is in no aggregate."
+            notes.append(f"{literal(algo)} {what}")
             del have[algo]
     common = [env_id for env_id in everywhere if all(env_id in per_env for per_env in have.values())]
-    notes += [f"{env_id} is in no aggregate, because not all have it." for env_id in everywhere if env_id not in common]
+    lacking = [env_id for env_id in everywhere if env_id not in common]
+    notes += [f"{literal(env_id)} is in no aggregate, because not all have it." for env_id in lacking]
     counts = {algo: {len(have[algo][env_id]) for env_id in common} for algo in have}
     if len(set().union(*counts.values())) > 1:
-        each = ", ".join(f"{algo} {'-'.join(map(str, sorted(count)))}" for algo, count in counts.items())
+        each = ", ".join(f"{literal(algo)} {'-'.join(map(str, sorted(count)))}" for algo, count in counts.items())
         notes.append(f"Numbers of seeds differ ({each}); every environment counts the same all the same.")
     return {algo: [per_env[env_id] for env_id in common] for algo, per_env in have.items()}, common, notes
 
@@ -353,12 +379,13 @@ def normalised_cells(cells: dict, measure: str) -> tuple[dict[str, dict[str, np.
     """
     ranges = {env_id: score_range(env_id) for env_id, _ in cells}
     unknown = [env_id for env_id, known in ranges.items() if not known]
-    notes = [f"{env_id} has no fixed 0 and 1, so it is in no aggregate." for env_id in unknown]
+    notes = [f"{literal(env_id)} has no fixed 0 and 1, so it is in no aggregate." for env_id in unknown]
     have: dict[str, dict[str, np.ndarray]] = {}
     for (env_id, algo), runs in cells.items():
         values, usual, budget = scores(runs, measure), usual_budget(cells, env_id), runs[0].budget
         if len(values) and budget != usual:
-            notes.append(f"{algo} has {budget:,} steps of {env_id}, not {usual:,}, and does not count there.")
+            both = f"{budget:,} steps of {literal(env_id)}, not {usual:,}"
+            notes.append(f"{literal(algo)} has {both}, and does not count there.")
         elif ranges[env_id] and len(values) and np.isfinite(values).all():
             low, high, _ = ranges[env_id]
             have.setdefault(algo, {})[env_id] = (values - low) / (high - low)
@@ -390,7 +417,7 @@ def caption(facts: dict[str, Any]) -> str:
     commit, versions, hardware = (first_of(facts[name]) for name in ("commit", "versions", "hardware"))
     line = f"{counted(facts['runs'], 'run')}; commit {commit}; {versions}; {hardware}"
     line += f"; threads per run {', '.join(facts['threads'])}"
-    return f"*{line}.*" + "".join(f" `{command}`" for command in facts["started by"])
+    return f"*{literal(line)}.*" + "".join(f" {code(command)}" for command in facts["started by"])
 
 
 def first_of(texts: dict[str, int]) -> str:
@@ -402,7 +429,7 @@ def first_of(texts: dict[str, int]) -> str:
 def write_scores(runs: list[Run], path: Path) -> None:
     """One row per run, for `check`, for later reports and for readers who want the numbers."""
     header = ("env_id", "algo", "seed", "status", "total_timesteps", "global_step", *MEASURES, "key", *ORIGIN)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for run in runs:
@@ -416,7 +443,7 @@ def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
 
     The last point is at the end of the run. Runs consist of whole batches, so that may be before or behind the budget.
     """
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["env_id", "algo", "seed", "step", "wall_time", "return_last100"])
         for run in runs:
@@ -433,39 +460,52 @@ def write_curves(runs: list[Run], path: Path, points: int = 100) -> None:
 
 
 def to_html(markdown_text: str, folder: Path, title: str) -> str:
-    """One page with its pictures inside."""
+    """One page with its pictures inside. HTML and links in the text are no HTML and no links in the page."""
     import markdown
 
     def embed(match: re.Match) -> str:
-        picture = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{picture}"'
+        if match[2] not in PICTURES:
+            return "<img"
+        picture = base64.b64encode((folder / match[2]).read_bytes()).decode()
+        return f'<img alt="{match[1]}" src="data:image/png;base64,{picture}"'
 
-    body = re.sub(r'src="([^":]+\.png)"', embed, markdown.markdown(markdown_text, extensions=["tables"]))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    page = markdown.Markdown(extensions=["tables", "fenced_code"])
+    page.preprocessors.deregister("html_block")
+    page.parser.blockprocessors.deregister("reference")
+    for name in ("html", "link", "reference", "short_reference", "autolink", "automail"):
+        page.inlinePatterns.deregister(name)
+    for name in ("image_reference", "short_image_ref"):
+        page.inlinePatterns.deregister(name)
+    body = re.sub(r'<img alt="([^"]*)" src="([^"]*)"', embed, page.convert(markdown_text))
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{html.escape(printable(title))}</title>"
     return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n"
 
 
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     """Writes report.md, report.html, figures, scores.csv, curves.csv and provenance.json; 1 if no run is readable."""
     require("a report", "bench", "markdown", "matplotlib")
+    check_range(options, 0, "seed")
     paths = [Path(path) for path in options.runs]
     if not paths:
         raise UsageError("give run directories, or folders of them: python -m benchmarks report runs/smoke")
     out = Path(options.out) if options.out else (paths[0] if len(paths) == 1 else Path()) / "report"
-    if (out / "trials.csv").exists():
+    if os.path.exists(out / "trials.csv"):
         raise UsageError(f"{out} is the report of a sweep; choose another --out.")
-    matrix = read_matrix(paths)
     runs, problems, missing = read_runs(paths)
+    matrix = read_matrix(paths)
     if not runs:
         print("\n".join(problems), file=sys.stderr)
         print("error: none of these run directories can be read.", file=sys.stderr)
         return 1
     rng = np.random.default_rng(options.seed)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         text = write_report(runs, problems, missing, matrix, options, out, rng)
-        (out / "report.md").write_text(text)
-        (out / "report.html").write_text(to_html(text, out, options.title or matrix.name or "Learning curves"))
+        (out / "report.md").write_text(text, encoding="utf-8")
+        (out / "report.html").write_text(
+            to_html(text, out, options.title or matrix.name or "Learning curves"), encoding="utf-8"
+        )
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror}); choose another --out.") from None
     for problem in problems:
@@ -493,7 +533,7 @@ def write_report(
     cells, facts = cells_of(runs), provenance(runs, matrix)
     write_scores(runs, out / "scores.csv")
     write_curves(runs, out / "curves.csv")
-    (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (out / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     below = f"\n\n{caption(facts)}\n"
     text = opening(runs, cells, missing, matrix, options.title)
     text += "\n\n## Learning curves\n\n"
@@ -511,26 +551,26 @@ def write_report(
     if matrix.normalise:
         text += aggregates(cells, out, below, rng)
     if problems:
-        text += "## Problems\n\n" + "".join(f"- {problem}\n" for problem in problems) + "\n"
+        text += "## Problems\n\n" + "".join(f"- {literal(problem)}\n" for problem in problems) + "\n"
     text += "## Provenance\n\n```json\n" + json.dumps(facts, indent=2) + "\n```\n"
     return text
 
 
 def opening(runs: list[Run], cells: dict, missing: dict[tuple[str, str], list[int]], matrix: Matrix, title: str) -> str:
     """The title, what the suite is about, and what of it is here."""
-    text = f"# {title or matrix.name or 'Learning curves'}\n\n"
+    text = f"# {literal(title or matrix.name or 'Learning curves')}\n\n"
     if matrix.description:
-        text += f"The suite: {matrix.description}\n\n" if matrix.name else f"{matrix.description}\n\n"
+        text += f"The suite: {literal(matrix.description)}\n\n" if matrix.name else f"{literal(matrix.description)}\n\n"
     status = Counter(run.status for run in runs)
     if absent := sum(map(len, missing.values())):
         status["missing"] = absent
-    ended = ", ".join(f"{n} {name}" for name, n in status.items())
+    ended = ", ".join(f"{n} {literal(name)}" for name, n in status.items())
     envs, algos = ({key[part] for key in [*cells, *missing]} for part in (0, 1))
-    names = ", ".join(f"`{algo}`" for algo in sorted(algos, key=rank))
+    names = ", ".join(code(algo) for algo in sorted(algos, key=rank))
     text += f"Here: {counted(len(runs), 'run')} ({ended}) of {names} in {counted(len(envs), 'environment')};"
     text += f" {date.today()}."
     for folder, count in Counter(str(run.path) for run in runs if run.stored).items():
-        text += f" Stored in {folder} already: {count}."
+        text += f" Stored in {literal(folder)} already: {count}."
     return text
 
 
@@ -553,9 +593,10 @@ def aggregates(cells: dict, out: Path, below: str, rng: np.random.Generator) -> 
     rows = []
     for algo in algos:
         points = [aggregate(by_algo[algo]) for aggregate in AGGREGATES.values()]
-        rows.append([algo, *[point(value, intervals[algo, name]) for name, value in zip(AGGREGATES, points)]])
-    scale = "; ".join("{}: {:,.6g} to {:,.6g}, {}".format(env_id, *score_range(env_id)) for env_id in envs)
+        rows.append([literal(algo), *[point(value, intervals[algo, name]) for name, value in zip(AGGREGATES, points)]])
+    scale = "; ".join("{}: {:,.6g} to {:,.6g}, {}".format(literal(env_id), *score_range(env_id)) for env_id in envs)
     text = f"## Over {counted(len(envs), 'environment')}\n\n"
+    names = [*map(literal, algos)]
     text += f"![Aggregates](aggregates.png){below}\n{table(['algorithm', *AGGREGATES], rows)}\n"
     text += f"![Performance profiles](profiles.png){below}\n"
     text += "Scores are `train_last100` on a fixed scale from 0, a random policy, to 1, which is stated for each"
@@ -566,15 +607,22 @@ def aggregates(cells: dict, out: Path, below: str, rng: np.random.Generator) -> 
         text += "Probability that a run of the row's algorithm scores higher than one of the column's:\n\n"
         text += f"{improvement_table(by_algo, algos, rng)}\n"
     if any(map(is_atari, envs)):
-        rows = [[env_id, *[f"{by_algo[algo][n].mean():.0%}" for algo in algos]] for n, env_id in enumerate(envs)]
+        rows = [
+            [literal(env_id), *[f"{by_algo[algo][n].mean():.0%}" for algo in algos]] for n, env_id in enumerate(envs)
+        ]
         text += "Human-normalised scores (0 is a random player, 100% a human one):\n\n"
-        text += f"{table(['game', *algos], rows)}\n"
+        text += f"{table(['game', *names], rows)}\n"
     return text
+
+
+def normal(value: float) -> str:
+    """A normalised score."""
+    return f"{value:.2f}" if np.isfinite(value) else "-"
 
 
 def point(value: float, interval: tuple[float, float]) -> str:
     """A normalised score, with its interval if there is one."""
-    return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if np.isfinite(interval[0]) else "")
+    return normal(value) + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if np.isfinite(interval[0]) else "")
 
 
 def improvement_table(by_algo: dict[str, list[np.ndarray]], algos: list[str], rng: np.random.Generator) -> str:
@@ -588,5 +636,5 @@ def improvement_table(by_algo: dict[str, list[np.ndarray]], algos: list[str], rn
                 continue
             both = by_algo[row], by_algo[column]
             cells.append(point(stats.probability_of_improvement(*both), stats.improvement_interval(*both, rng)))
-        rows.append([row, *cells])
-    return table(["", *algos], rows)
+        rows.append([literal(row), *cells])
+    return table(["", *map(literal, algos)], rows)

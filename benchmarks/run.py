@@ -25,20 +25,25 @@ from benchmarks.jobs import (
     Children,
     Job,
     UsageError,
+    check_range,
     command_of,
+    cores,
     default_is,
     end_of_log,
     execute,
+    is_atari,
     is_orphan,
     is_running,
     log_of,
+    make_folder,
     near_miss,
     progress_of,
     read_json,
+    read_value,
     require,
     status_of,
 )
-from benchmarks.suite import Suite, jobs_of, options_of, read_suite, script_of, suite_file, tables_of, wrong
+from benchmarks.suite import Suite, damage_of, jobs_of, options_of, read_suite, script_of, suite_file, tables_of, wrong
 
 OF_SUITE = default_is("those of the suite")
 
@@ -82,7 +87,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
             print(f"{status_of(job, runs_dir):8} {shlex.join(job.start(runs_dir))}")
         return 0
     try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(runs_dir)
         note_cells(suite, jobs, runs_dir)
     except OSError as error:
         raise UsageError(
@@ -93,7 +98,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
 
 def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     """Writes suite.json: what was asked for, so that a report can say what is missing. Earlier cells stay."""
-    with open(runs_dir / ".suite.lock", "w") as guard:  # two terminals do not lose each other's cells
+    with open(runs_dir / ".suite.lock", "wb") as guard:  # two terminals do not lose each other's cells
         fcntl.flock(guard, fcntl.LOCK_EX)
         write_cells(suite, jobs, runs_dir)
 
@@ -113,17 +118,17 @@ def write_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
         "cells": list(cells.values()),
     }
     temporary = runs_dir / f".suite.json.{os.getpid()}"
-    temporary.write_text(json.dumps(note, indent=2) + "\n")
+    temporary.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, runs_dir / "suite.json")
 
 
 def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
     """The suite with what the command line changes of it, the folder of the runs, and the jobs."""
     suite = read_suite(options.suite)
-    if options.workers < 1:
-        raise UsageError(f"--workers is {options.workers}, but must be 1 or more.")
-    if min(options.seeds, options.total_timesteps, options.threads, options.eval_episodes + 1) < 0:
-        raise UsageError("--seeds, --total-timesteps, --threads and --eval-episodes must be 0 or more.")
+    check_range(options, 1, "workers")
+    check_range(options, 0, "seeds", "total_timesteps", "threads")
+    if options.eval_episodes != -1:
+        check_range(options, 0, "eval_episodes")
     suite = replace(
         suite,
         algos=list(options.algos) or suite.algos,
@@ -131,22 +136,43 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
         seeds=options.seeds or suite.seeds,
         eval_episodes=suite.eval_episodes if options.eval_episodes < 0 else options.eval_episodes,
     )
-    jobs = jobs_of(suite, threads_of(options), options.total_timesteps)
+    jobs = jobs_of(suite, threads_of(options, suite), options.total_timesteps)
     for package, peers in (("stable_baselines3", ("sb3:ppo", "sb3:a2c")), ("sb3_contrib", ("sb3:trpo",))):
         if peer := next((job.command[-1] for job in jobs if job.command[-1] in peers), None):
             require(peer, "peers", package)
     check_flags(options.suite, suite)
-    return suite, Path(options.runs_dir or f"runs/{suite.name}"), jobs
+    runs_dir = Path(options.runs_dir or f"runs/{suite.name}")
+    check_folder(jobs, runs_dir)
+    return suite, runs_dir, jobs
 
 
-def threads_of(options: Options) -> int:
-    """Threads of an Atari run. Raises UsageError for a backend that cannot be used."""
-    if options.backend == "local" and not options.backend_args:
-        return options.threads or max(1, (os.cpu_count() or 1) // options.workers)
-    from benchmarks import backends
+def threads_of(options: Options, suite: Suite) -> int:
+    """Threads of an Atari run, 0 where there is none. Raises UsageError for a backend that cannot be used."""
+    local = options.backend == "local" and not options.backend_args
+    if not local:
+        from benchmarks import backends
 
-    backends.check(options)
-    return options.threads or 1
+        backends.check(options)
+    if not any(map(is_atari, suite.envs)):
+        return options.threads
+    if local and options.threads > cores():
+        raise UsageError(f"--threads is {options.threads}, but this process may use {cores()} cores.")
+    if options.threads:
+        return options.threads
+    return max(1, cores() // options.workers) if local else 1
+
+
+def check_folder(jobs: list[Job], runs_dir: Path) -> None:
+    """Raises UsageError where the folder of the runs holds what this command cannot have written."""
+    for folder in (runs_dir, runs_dir / "logs", *(runs_dir / job.name for job in jobs)):
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise UsageError(f"{folder} is no folder; move it away, or choose another --runs-dir.")
+    for job in jobs:
+        if os.path.lexists(log := log_of(job, runs_dir)) and not os.path.isfile(log):
+            raise UsageError(f"{log} is no file; move it away, or choose another --runs-dir.")
+    file = runs_dir / "suite.json"
+    if os.path.lexists(file) and (damage := damage_of(file)):
+        raise UsageError(f"{file}: {damage}; mend it, or move it away.")
 
 
 def check_flags(file: str, suite: Suite) -> None:
@@ -209,7 +235,8 @@ class Local:
                     else:
                         self.results[job.name] = result
 
-        self.threads = [threading.Thread(target=work, daemon=True) for _ in range(options.workers)]
+        workers = min(options.workers, len(jobs))
+        self.threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
         for thread in self.threads:
             thread.start()
 
@@ -260,7 +287,7 @@ class View:
                 continue
             self.known[job.name] = status
             if status == "done":
-                score = read_json(self.runs_dir / job.name / "summary.json").get("train_last100")
+                score = read_value(self.runs_dir / job.name / "summary.json", "train_last100")
                 self.say(f"done     {job}: " + ("-" if score is None else f"{score:,.1f}"))
             elif status == "failed":
                 end = "".join(f"\n    {line}" for line in end_of_log(job, self.runs_dir).splitlines())
@@ -304,7 +331,7 @@ def budget_of(job: Job, runs_dir: Path) -> int:
     """Steps of a whole run. They are 0, unknown, before the start of a run with the script's default."""
     if "--total-timesteps" in job.flags:
         return int(job.flags[job.flags.index("--total-timesteps") + 1])
-    return read_json(runs_dir / job.name / "config.json").get("args", {}).get("total_timesteps", 0)
+    return read_value(runs_dir / job.name / "config.json", "args", "total_timesteps", kind=int) or 0
 
 
 def run_all(jobs: list[Job], runs_dir: Path, options: Options) -> int:

@@ -1,6 +1,6 @@
 """What a sweep searches: a space file, checked against the arguments that the script takes."""
 
-import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.arguments import Arguments
-from benchmarks.jobs import RESERVED, UsageError, as_flags, dashed, near_miss
-from benchmarks.suite import parse_toml, wrong
+from benchmarks.jobs import RESERVED, UsageError, as_flags, dashed, near_miss, shortened
+from benchmarks.suite import check_values, parse_toml, wrong
 
 SPACES = Path(__file__).resolve().parent / "spaces"
 KEYS = ("low", "high", "log", "step", "choices")
@@ -29,7 +29,7 @@ class Space:
 def read_space(name: str) -> Space:
     """The space of a name in benchmarks/spaces, or of a TOML file; raises UsageError with the key that is wrong."""
     path = Path(name) if name.endswith(".toml") else SPACES / f"{name}.toml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         shipped = ", ".join(sorted(path.stem for path in SPACES.glob("*.toml")))
         raise UsageError(f"there is no space {name}; give --space path/to/space.toml, or one of {shipped}.")
     content = parse_toml(path)
@@ -60,15 +60,18 @@ def check_space(space: Space) -> None:
             raise wrong(path, "fixed", flag, what="the sweep sets this flag itself")
         if flag in space.params:
             raise wrong(path, "fixed", flag, what="is searched as well; keep one of the two")
+    check_values(path, ("fixed",), space.fixed)
+    for flag, table in space.params.items():
+        check_values(path, (), {flag: table.get("choices", 0)})
     for env_id, bounds in space.normalise.items():
         is_pair = isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds))
         if not is_pair or bounds[0] >= bounds[1]:
-            what = f"must be [score that counts as 0, score that counts as 1], not {bounds}"
+            what = f"must be [score that counts as 0, score that counts as 1], not {shortened(bounds)}"
             raise wrong(path, "normalise", env_id, what=what)
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def is_whole(table: dict[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from unittest.mock import patch
 import tyro
 from gymnasium.vector.utils import batch_space
 
-from benchmarks.jobs import ROOT, UsageError, require
+from benchmarks.jobs import ROOT, UsageError, check_range, cores, make_folder, require
 
 
 class Row(NamedTuple):
@@ -40,12 +40,16 @@ class Row(NamedTuple):
     threads: int = 1
 
     def command(self, device: str) -> list[str]:
-        return [*self.ours.split(), "--device", device, "--num-threads", str(self.threads)]
+        return [*self.ours.split(), "--device", device, "--num-threads", str(threads_of(self))]
+
+
+def threads_of(row: Row) -> int:
+    return row.threads or cores()
 
 
 CHEETAH = "VecNormalize(make_vec_env('HalfCheetah-v5', 1))"
 BREAKOUT = "VecFrameStack(make_atari_env('BreakoutNoFrameskip-v4', {}), 4)"
-CORES = os.cpu_count() or 1
+ALL = 0  # threads: as many as there are cores
 # fmt: off
 ROWS = {
     "cartpole": Row("PPO, CartPole-v1, 4 envs x 128, 4 minibatches, 4 epochs",
@@ -61,14 +65,14 @@ ROWS = {
     "breakout": Row("PPO, BreakoutNoFrameskip-v4, 8 x 128, 4 minibatches, 4 epochs, all cores",
         "ppo.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 --update-epochs 4",
         5_120, "stable_baselines3 PPO n_steps=128, batch_size=256, n_epochs=4, clip_range=0.1, ent_coef=0.01",
-        BREAKOUT.format(8), 2_048, CORES),
+        BREAKOUT.format(8), 2_048, ALL),
     "a2c-cartpole": Row("A2C, CartPole-v1, 8 envs x 5, compiled",
         "a2c.py --env-id CartPole-v1 --num-envs 8 --num-steps 5 --gae-lambda 1 --learning-rate 7e-4 --compile on",
         120_000, "stable_baselines3 A2C n_steps=5", "make_vec_env('CartPole-v1', 8)", 40_000),
     "a2c-breakout": Row("A2C, BreakoutNoFrameskip-v4, 16 x 5, all cores",
         "a2c.py --env-id BreakoutNoFrameskip-v4 --num-envs 16 --num-steps 5 --gae-lambda 1 --learning-rate 7e-4"
         " --optimizer rmsprop",
-        12_000, "stable_baselines3 A2C n_steps=5, ent_coef=0.01", BREAKOUT.format(16), 4_800, CORES),
+        12_000, "stable_baselines3 A2C n_steps=5, ent_coef=0.01", BREAKOUT.format(16), 4_800, ALL),
     "trpo-cheetah": Row("TRPO, HalfCheetah-v5, 1 x 2048, 15 products, 10 critic epochs, both with normalisers",
         "trpo.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --cg-iters 15 --cg-damping 0.1 --max-kl 0.01"
         " --num-minibatches 16 --update-epochs 10 --line-search-steps 10 --compile on",
@@ -104,7 +108,8 @@ print(json.dumps(dict(sps=sps, memory=resource.getrusage(resource.RUSAGE_SELF).r
 
 def last_line(command: list[str], **environment: str) -> str:
     """What a process prints last; raises CalledProcessError."""
-    options = dict(check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    options = dict(check=True, capture_output=True, cwd=ROOT, env=os.environ | environment)
+    options |= dict(encoding="utf-8", errors="replace")
     return subprocess.run(command, **options).stdout.rstrip().rpartition("\n")[2]
 
 
@@ -120,7 +125,7 @@ def run_ours(row: Row, device: str) -> dict[str, float]:
         script, *flags = row.command(device)
         flags += ["--total-timesteps", str(row.our_steps), "--runs-dir", folder, "--run-name", "run"]
         last_line([sys.executable, str(ROOT / script), *flags, "--checkpoint-interval", "1000000"])
-        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text(encoding="utf-8"))
     return {"sps": summary["sps"], "startup": summary["startup_time"], "memory": summary["peak_memory_mb"]}
 
 
@@ -129,7 +134,7 @@ def run_theirs(row: Row, device: str) -> dict[str, float]:
     module, name, *arguments = row.theirs.split(maxsplit=2)
     policy, arguments = "CnnPolicy" if "atari" in row.make else "MlpPolicy", "".join(arguments)
     options = dict(module=module, name=name, policy=policy, arguments=arguments, make=row.make, device=device)
-    code = THEIRS.format(**options, steps=row.their_steps, threads=row.threads)
+    code = THEIRS.format(**options, steps=row.their_steps, threads=threads_of(row))
     return json.loads(last_line([sys.executable, "-c", code]))
 
 
@@ -146,9 +151,10 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
         tempfile.TemporaryDirectory() as folder,
         patch.object(module.Player, "play", autospec=True, side_effect=play) as played,
         patch.object(module, "update", wraps=module.update) as updated,
+        patch.object(module.Environments, "close", lambda envs: None, create=True),  # they are timed below
     ):
         run = module.train(replace(args, total_timesteps=args.num_envs * args.num_steps, runs_dir=folder))
-        steps = json.loads((run / "summary.json").read_text())["global_step"]
+        steps = json.loads((run / "summary.json").read_text(encoding="utf-8"))["global_step"]
     player, agent = played.call_args.args
     envs, update = player.envs, functools.partial(module.update, *updated.call_args.args)
     wait = module.torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
@@ -179,6 +185,7 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
     rates["inference"] = args.num_envs * args.num_steps * per_second(act)
     weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
     rates["update"] = steps * per_second(update, before=lambda: agent.load_state_dict(weights))
+    envs.envs.close()
     return rates | {"serial": 1 / sum(1 / rate for rate in rates.values())}
 
 
@@ -199,7 +206,7 @@ def environment() -> float:
     inside.reset = functools.partialmethod(timed, inside.reset)
     with tempfile.TemporaryDirectory() as folder:
         run = reinforce.train(reinforce.parse_args(["--env-id", "CartPole-v1", "--runs-dir", folder]))
-        return sum(spent) / json.loads((run / "summary.json").read_text())["wall_time"]
+        return sum(spent) / json.loads((run / "summary.json").read_text(encoding="utf-8"))["wall_time"]
 
 
 def process() -> float:
@@ -236,14 +243,14 @@ def provenance(device: str, load: float) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         run = ppo.create_run_dir(ppo.RunArgs(runs_dir=folder, device=device))
-        config = json.loads((run / "config.json").read_text())
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     peers = {d.name: d.version for d in importlib.metadata.distributions() if d.name.startswith(("stable", "sb3"))}
     date, command = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), ["python", "-m", "benchmarks", *sys.argv[1:]]
     return {
         "date": date,
         "command": shlex.join(command),
         "load": round(load, 2),
-        "cores": CORES,
+        "cores": cores(),
         "git_commit": str(config["git_commit"]),
         "git_dirty": config["git_dirty"],
         "hardware": config["hardware"],
@@ -322,19 +329,20 @@ def plan(options: Speed) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     words = options.rows or tuple(rows)
     if unknown := [word for word in words if word not in (*SCRIPTS, *rows)]:
         raise UsageError(f"there is no row {', '.join(unknown)}; choose from {NAMES}.")
-    if options.pairs < 1:
-        raise UsageError(f"--pairs is {options.pairs}, but must be 1 or more.")
+    check_range(options, 1, "pairs")
+    if options.out.name in ("", ".."):
+        raise UsageError(f"--out is {str(options.out)!r}, but must be a path of files, without their endings.")
     asked = [name for name in rows if any(word == name or f"{word}.py" in str(rows[name]) for word in words)]
     peers = [name for name in asked if name in ROWS]
     if options.device == "cuda" and not (cuda and peers):
         raise UsageError("--device cuda: torch sees no CUDA device here, or these rows run on the CPU only.")
     require("speed", "bench,peers", *NEEDED)
     try:
-        table = json.loads(path.read_text()) if path.exists() else {}
+        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         markdown(table)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(table, indent=2) + "\n")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        make_folder(path.parent)
+        path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise UsageError(f"{path} is no table of this command, or cannot be written; choose another --out.") from None
     both = [(name, "cpu") for name in asked] + [(name, "cuda") for name in peers if cuda]
     return table, [(name, device) for name, device in both if options.device in (device, "auto")]
@@ -346,8 +354,8 @@ def main(options: Annotated[Speed, tyro.conf.arg(name="")]) -> int:
     Nothing else may run meanwhile. Prints a table and writes OUT.md, OUT.json and OUT.png.
     """
     (table, planned), load, status = plan(options), os.getloadavg()[0], 0
-    if load > 0.5 * CORES:
-        print(f"warning: the load is {load:.1f} on {CORES} cores; timings mean nothing while others compute.")
+    if load > 0.5 * cores():
+        print(f"warning: the load is {load:.1f} on {cores()} cores; timings mean nothing while others compute.")
     for name, device in planned:
         key = f"{name}-cuda" if device == "cuda" else name
         try:
@@ -357,8 +365,8 @@ def main(options: Annotated[Speed, tyro.conf.arg(name="")]) -> int:
             print(*(error.stdout + error.stderr).splitlines()[-15:], sep="\n", file=sys.stderr)
             status = 1
             continue
-        Path(f"{options.out}.json").write_text(json.dumps(table, indent=2) + "\n")
-        Path(f"{options.out}.md").write_text(markdown(table))
+        Path(f"{options.out}.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        Path(f"{options.out}.md").write_text(markdown(table), encoding="utf-8")
         if timed := {key: row for key, row in table.items() if "ratios" in row}:
             draw(timed, Path(f"{options.out}.png"))
     print(f"\n{markdown(table)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.jobs import OWNER, UsageError
+from benchmarks.jobs import OWNER, UsageError, make_folder
 from benchmarks.plan import Plan
 
 try:
@@ -26,7 +26,7 @@ SILENCE = 600.0  # seconds after which a worker that gives no sign of life is de
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One at a time, of the processes that share the folder."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -42,7 +42,7 @@ class JournalLock:
         self.path = path
 
     def acquire(self) -> bool:
-        self.file = open(self.path, "w")
+        self.file = open(self.path, "wb")
         fcntl.flock(self.file, fcntl.LOCK_EX)
         return True
 
@@ -83,8 +83,8 @@ def open_storage(plan: Plan) -> Any:
     where = plan.options.storage
     for attempt in range(3):
         try:
+            make_folder(plan.runs_dir)
             storage = new_storage(where, plan.runs_dir / "journal.log")
-            plan.runs_dir.mkdir(parents=True, exist_ok=True)
             return storage
         except Exception as error:  # of the URL, a driver that is not installed, the server, the file
             if attempt == 2 or isinstance(error, (ImportError, OSError)):
@@ -100,7 +100,7 @@ def new_storage(where: str, default: Path) -> Any:
     if "://" in where:
         return optuna.storages.RDBStorage(where, engine_kwargs={"pool_pre_ping": True})
     path = Path(where or default)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = JournalLock(path.with_name(f"{path.name}.lock"))
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path), lock))
 

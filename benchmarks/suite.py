@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.jobs import (
+    MOST,
     RESERVED,
     ROOT,
     Job,
@@ -19,9 +21,17 @@ from benchmarks.jobs import (
     command_of,
     dashed,
     is_atari,
+    json_damage,
     near_miss,
+    out_of_range,
+    printable,
+    read_json,
+    read_text,
+    shortened,
+    text_of,
 )
 
+LONGEST_NAME = 200  # bytes; a log has four more, a temporary file some more, and most file systems take 255
 SUITES = Path(__file__).resolve().parent / "suites"
 
 
@@ -66,6 +76,53 @@ RULE_KEYS: Keys = {
 VARIANT_KEYS: Keys = {"algo": ("a script or a peer", str), "flags": ("a table of flags", dict)}
 
 
+NOTE_KEYS = {  # keys of suite.json
+    "name": ("a text", str),
+    "description": ("a text", str),
+    "commands": ("a list of texts", list),
+    "published": ("a list of texts", list),
+    "normalise": ("true or false", bool),
+    "cells": ("a list of cells", list),
+}
+CELL_KEYS = {  # keys of a cell of suite.json
+    "env_id": ("a text", str),
+    "algo": ("a text", str),
+    "seed": ("a whole number", int),
+    "name": ("the name of a folder", str),
+}
+
+
+def damage_of(file: Path) -> str:
+    """What is wrong with a suite.json, in which `run` notes what was asked for; "" if nothing is."""
+    if damage := json_damage(file):
+        return damage
+    note = read_json(file)
+    for key, value in note.items():
+        what, kind = NOTE_KEYS.get(key, ("", object))
+        if not isinstance(value, kind) or kind is list and key != "cells" and not is_texts(value):
+            return f"{key} must be {what}, but is {shortened(value)}"
+    for number, cell in enumerate(note.get("cells", [])):
+        if damage := damage_of_cell(cell):
+            return f"cells[{number}]{damage}"
+    return ""
+
+
+def damage_of_cell(cell: Any) -> str:
+    """As damage_of, for a cell; begins with the key that is wrong."""
+    if not isinstance(cell, dict):
+        return f" must be a table, but is {shortened(cell)}"
+    for key, (what, kind) in CELL_KEYS.items():
+        value = cell.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool) or key == "name" and not is_plain_name(value):
+            return f".{key} must be {what}, but is {shortened(value)}" if key in cell else f" has no {key}"
+    return ""
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether this names a folder in a folder, and nothing outside of it."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
 def parse_toml(path: Path) -> dict[str, Any]:
     """What a file says. Raises UsageError; the parser's message about wrong syntax has the line."""
     if sys.version_info >= (3, 11):
@@ -74,9 +131,11 @@ def parse_toml(path: Path) -> dict[str, Any]:
         import tomli as tomllib
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: {error}.") from None
+        return tomllib.loads(read_text(path))
+    except RecursionError:
+        raise UsageError(f"{path}: lists or tables are nested too deep.") from None
+    except ValueError as error:  # its syntax, or a number of too many digits
+        raise UsageError(f"{path}: {printable(str(error))}.") from None
 
 
 def wrong(path: Path, *keys: str | int, what: str) -> UsageError:
@@ -99,7 +158,7 @@ def suite_file(name: str) -> Path:
 def read_suite(name: str) -> Suite:
     """The suite of a name in benchmarks/suites, or of a TOML file; raises UsageError with the key that is wrong."""
     path = suite_file(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         shipped = ", ".join(sorted(path.stem for path in SUITES.glob("*.toml")))
         raise UsageError(f"there is no suite {name}; there are {shipped}, and any path/to/suite.toml.")
     content = parse_toml(path)
@@ -132,20 +191,20 @@ def check_keys(path: Path, place: tuple[str | int, ...], table: dict[str, Any], 
             raise wrong(path, *place, key, what=f"no such key; {near_miss(key, keys, 'there are ' + ', '.join(keys))}")
         what, kind = keys[key]
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise wrong(path, *place, key, what=f"must be {what}, but is {value!r}")
+            raise wrong(path, *place, key, what=f"must be {what}, but is {shortened(value)}")
 
 
 def check_numbers(path: Path, content: dict[str, Any]) -> None:
     """Raises UsageError for numbers of seeds, steps or episodes that are no whole numbers or too small."""
     seeds = content.get("seeds", 5)
     if isinstance(seeds, list):
-        if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-            raise wrong(path, "seeds", what="must be whole numbers of 0 or more")
-    elif seeds < 1:
-        raise wrong(path, "seeds", what="must be a whole number of 1 or more")
+        if not seeds or not all(type(seed) is int and not out_of_range("seed", seed, 0) for seed in seeds):
+            raise wrong(path, "seeds", what="must be whole numbers of 0 or more, less than 2**32")
+    elif must := out_of_range("seeds", seeds, 1):
+        raise wrong(path, "seeds", what=must)
     for key, least in (("total_timesteps", 1), ("eval_episodes", 0)):
-        if content.get(key, least) < least:
-            raise wrong(path, key, what=f"must be a whole number of {least} or more")
+        if must := out_of_range(key, content.get(key, least), least):
+            raise wrong(path, key, what=must)
 
 
 def check_published(path: Path, keys: list[Any]) -> None:
@@ -161,11 +220,13 @@ def check_published(path: Path, keys: list[Any]) -> None:
 def check_rule(path: Path, number: int, rule: Any) -> None:
     """Raises UsageError for a table of [[arguments]] that is wrong by itself."""
     if not isinstance(rule, dict):
-        raise wrong(path, "arguments", number, what=f"must be a table, but is {rule!r}; write [[arguments]]")
+        what = f"must be a table, but is {shortened(rule)}; write [[arguments]]"
+        raise wrong(path, "arguments", number, what=what)
     check_keys(path, ("arguments", number), rule, RULE_KEYS)
     for key in ("envs", "algos"):
         if not is_texts(rule.get(key, [])):
-            raise wrong(path, "arguments", number, key, what=f"must be {RULE_KEYS[key][0]}, but is {rule[key]!r}")
+            what = f"must be {RULE_KEYS[key][0]}, but is {shortened(rule[key])}"
+            raise wrong(path, "arguments", number, key, what=what)
     if "flags" not in rule:
         raise wrong(path, "arguments", number, what="has no flags")
     check_values(path, ("arguments", number, "flags"), rule["flags"])
@@ -186,12 +247,27 @@ def check_variant(path: Path, name: str, table: Any) -> None:
 def check_values(path: Path, place: tuple[str | int, ...], flags: dict[str, Any]) -> None:
     """Raises UsageError for a flag that the harness sets itself, and for a value that no command line can have."""
     for name, value in flags.items():
-        if name.replace("_", "-") in RESERVED:
+        if name.replace("_", "-").removeprefix("no-") in RESERVED:
             raise wrong(path, *place, name, what="is set for each run and cannot be a flag")
+        if "=" in name or not name.strip("-_ "):
+            raise wrong(path, *place, name, what="is no name of a flag")
         values = value if isinstance(value, list) else [value]
         if not values or not all(isinstance(item, (str, int, float)) for item in values):
-            what = f"must be a number, a text, true, false or a list of them, but is {value!r}"
+            what = f"must be a number, a text, true, false or a list of them, but is {shortened(value)}"
             raise wrong(path, *place, name, what=what)
+        if hidden := next((item for item in values if is_flag(item)), ""):
+            raise wrong(path, *place, name, what=f"{shortened(hidden)} would be a flag of its own")
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a command line would take a value for a flag: it begins with a dash and is no number."""
+    if not isinstance(value, str) or not value.startswith("-"):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
 
 
 def applies(rule: dict[str, Any], suite: Suite, env_id: str, algo: str) -> bool:
@@ -233,6 +309,8 @@ def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Jo
     name and for environments that are not registered.
     """
     seeds = range(1, suite.seeds + 1) if isinstance(suite.seeds, int) else suite.seeds
+    if (runs := len(suite.envs) * len(suite.algos) * len(seeds)) > MOST["runs"]:
+        raise UsageError(f"these are {runs:,} runs; ask for {MOST['runs']:,} at most.")
     for env_id in suite.envs:
         check_environment(env_id)
     jobs: dict[str, Job] = {}  # by their names: what is listed twice is one job
@@ -244,6 +322,9 @@ def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Jo
                 if columns.setdefault(job.algo, job.command) != job.command:
                     both = f"{columns[job.algo][-1]} and {job.command[-1]}"
                     raise UsageError(f"{both} would be one column, {job.algo}; rename one, or make it a variant.")
+                if (length := len(os.fsencode(job.name))) > LONGEST_NAME:
+                    shorter = f"is {length} bytes long, and {LONGEST_NAME} is the most: choose shorter names"
+                    raise UsageError(f"the name of the run directory, {job.name[:60]}..., {shorter}.")
                 jobs[job.name] = job
     return list(jobs.values())
 
@@ -251,7 +332,6 @@ def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Jo
 def job_of(suite: Suite, env_id: str, algo: str, seed: int, threads: int, total_timesteps: int) -> Job:
     """One job of a matrix; the arguments are those of jobs_of."""
     script = script_of(suite, algo)
-    command, path = command_of(script)
     options: dict[str, Any] = {}
     if suite.total_timesteps:
         options["total-timesteps"] = suite.total_timesteps
@@ -260,13 +340,10 @@ def job_of(suite: Suite, env_id: str, algo: str, seed: int, threads: int, total_
         options["total-timesteps"] = total_timesteps
     if algo in suite.variants:
         options["exp-name"] = algo
-    text = path.read_text()
-    if options.get("hyperparameters") == "ours":  # a peer with the arguments of our script
-        text += (ROOT / f"{script.removeprefix('sb3:')}.py").read_text()
     return Job(
         algo=Path(algo).stem if algo.endswith(".py") else algo,
-        command=command,
-        text=text,
+        command=command_of(script)[0],
+        text=text_of(script, ours=options.get("hyperparameters") == "ours"),
         env_id=env_id,
         seed=seed,
         flags=as_flags(options),

@@ -33,7 +33,7 @@ from benchmarks.jobs import (
     execute,
     log_of,
     progress_of,
-    read_json,
+    read_value,
     status_of,
 )
 from benchmarks.plan import Options, Plan, make_plan
@@ -184,7 +184,7 @@ class Sweep:
     def record(self, work: TrialInProgress, job: Job, result: str) -> None:
         """Takes down what came out of a run. A run that failed or finished no episode has no value."""
         run = self.folder / job.name
-        value = read_json(run / "summary.json").get("train_last100") if result == "done" else None
+        value = read_value(run / "summary.json", "train_last100") if result == "done" else None
         value = value if value is not None and math.isfinite(value) else None
         if value is None:
             end = "".join(f"\n    {line}" for line in end_of_log(job, self.folder).splitlines())
@@ -288,7 +288,7 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     known = arguments_of(options.script, env_ids[0])
     content = write_wandb(plan.space, known, plan.shown[-1], options.study, env_ids, plan.seeds)
     try:
-        Path(options.export_wandb).write_text(content)
+        Path(options.export_wandb).write_text(content, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{options.export_wandb} cannot be written ({error.strerror}).") from None
     print(f"{options.export_wandb} is for: wandb sweep {options.export_wandb}, then wandb agent with what that prints")

@@ -266,6 +266,40 @@ def test_slurm_says_what_a_task_died_of_and_gives_up_one_that_is_always_lost(slu
     assert log_of(jobs[0], runs).read_text().endswith("Traceback: no disk\n")
 
 
+class Bomb:
+    """What runs a program when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_slurm_does_not_run_what_somebody_has_put_into_a_pickle(slurm, jobs, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "SECONDS", 0.05)
+    monkeypatch.setattr(backends.Slurm, "submit", lambda self, jobs, free: self.ids.update({jobs[0].name: "1"}))
+    (runs / "slurm").mkdir(parents=True)
+    for content in (backends.pickle.dumps(("success", Bomb(tmp_path / "ran"))), b"", b"\x80", backends.pickle.dumps(3)):
+        (runs / "slurm" / "1_0_result.pkl").write_bytes(content)
+        backend = slurm(jobs[:1])
+        wait(backend.is_finished)
+        assert backend.results == {jobs[0].name: "failed"} and not (tmp_path / "ran").exists()
+    monkeypatch.setattr(backends, "queue", lambda *which: {"2": "RUNNING"})
+    (runs / "slurm" / "2_submitted.pkl").write_bytes(backends.pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(UsageError, match="2_submitted.pkl is not what Slurm's task has left there .*mkdir"):
+        slurm(jobs[:1])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_slurm_reads_no_pickles_from_a_folder_that_others_may_write(slurm, jobs, runs, mode):
+    (runs / "slurm").mkdir(parents=True)
+    (runs / "slurm").chmod(mode)
+    with pytest.raises(UsageError, match="others may write it"):
+        slurm(jobs[:1])
+
+
 def test_slurm_waits_for_what_a_killed_task_has_left_behind(slurm, jobs, runs):
     log_of(jobs[0], runs).parent.mkdir()
     with open(log_of(jobs[0], runs), "ab") as log:

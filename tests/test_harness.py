@@ -723,6 +723,16 @@ RULE = "[[arguments]]\nflags = { speed = 1 }\n"
             "[variants.x]\nalgo = 'ppo'\n[variants.y]\nalgo = 'pppo'",
             "suite.toml: variants.y.algo: pppo is no script, no peer and no",
         ),
+        (
+            "[[arguments]]\nflags = { learning-rate = ['0.001', '--seed', '7'] }",
+            "suite.toml: arguments[0].flags.learning-rate: '--seed' would be a flag of its own.",
+        ),
+        ("[[arguments]]\nflags = { speed = '--seed=7' }", "flags.speed: '--seed=7' would be a flag of its own."),
+        ("[[arguments]]\nflags = { speed = '-s' }", "flags.speed: '-s' would be a flag of its own."),
+        ("[[arguments]]\nflags = { 'seed=7' = 1 }", '"seed=7": is no name of a flag.'),
+        ("[[arguments]]\nflags = { '' = 1 }", '"": is no name of a flag.'),
+        ("[[arguments]]\nflags = { no-resume = true }", "flags.no-resume: is set for each run"),
+        ("x = " + 5000 * "[" + 5000 * "]", "suite.toml: lists or tables are nested too deep."),
         ("[variants.x]\nalgo = 'gone.py'", "suite.toml: variants.x.algo: gone.py is no script"),
         ("published = ['slm_lib']", "suite.toml: published: there is no source slm_lib; did you mean slm_lab?"),
         (
@@ -759,7 +769,12 @@ def test_error_behind_a_suite_names_file_and_key(text, message, lab):
             f'"{ROOT}/benchmarks/run.py"',
             "run.py is no script that can be run here: its text has no --env-id",
         ),
-        ("seeds = 3", "seeds = 0", "suite.toml: seeds: must be a whole number of 1 or more"),
+        ("seeds = 3", "seeds = 0", "suite.toml: seeds: must be a whole number from 1 to 10,000"),
+        ("seeds = 3", "seeds = 100_000_000", "suite.toml: seeds: must be a whole number from 1 to 10,000"),
+        ("seeds = 3", "seeds = [1_099_511_627_776]", "suite.toml: seeds: must be whole numbers of 0 or more, less"),
+        ("timesteps = 500", f"timesteps = {10**30}", "suite.toml: total_timesteps: must be a whole number from 1"),
+        ("timesteps = 500", f"timesteps = {'9' * 5000}", "suite.toml: Exceeds the limit"),
+        ("episodes = 2", f"episodes = {10**12}", "suite.toml: eval_episodes: must be a whole number from 0"),
         (
             "3\ntotal_timesteps = 500\neval_episodes = 2",
             "0\neval_episodes = 0",
@@ -792,7 +807,7 @@ def test_files_that_are_no_suites(lab):
     with pytest.raises(UsageError, match="there is no suite gone.toml"):
         read_suite("gone.toml")
     (lab.path / "suite.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="suite.toml: .*decode"):
+    with pytest.raises(UsageError, match=r"suite.toml cannot be read as UTF-8 \(byte 0: invalid start byte\)"):
         read_suite("suite.toml")
 
 
@@ -800,13 +815,22 @@ def test_files_that_are_no_suites(lab):
     "flags, message",
     [
         (["--workers", "0"], "--workers is 0"),
-        (["--seeds", "-1"], "must be 0 or more"),
-        (["--total-timesteps", "-1"], "must be 0 or more"),
-        (["--eval-episodes", "-2"], "must be 0 or more"),
+        (["--workers", "1000000"], "--workers is 1000000, but must be a whole number from 1 to 1,000."),
+        (["--threads", "100000"], "--threads is 100000, but must be a whole number from 0 to 1,024."),
+        (["--seeds", "-1"], "--seeds is -1, but must be a whole number from 0 to 10,000."),
+        (["--seeds", "100000000"], "--seeds is 100000000, but must be"),
+        (["--seeds", "10000", "--env-ids", *(f"CartPole-v{n % 2}" for n in range(11))], "these are 110,000 runs"),
+        (["--total-timesteps", "-1"], "--total-timesteps is -1, but must be a whole number from 0"),
+        (["--total-timesteps", str(10**30)], "but must be a whole number from 0 to 1,000,000,000,000,000."),
+        (["--eval-episodes", "-2"], "--eval-episodes is -2, but must be a whole number from 0"),
+        (["--algos", f"{'x' * 300}"], "xxx is no script, no peer"),
+        (["--algos", f"{'x' * 300}.py"], "xxx.py is no script, no peer"),
+        (["--env-ids", "..:CartPole-v1"], "environment ..:CartPole-v1: importing .. fails (TypeError"),
+        (["--runs-dir", f"new/{'x' * 300}"], "cannot be a folder of runs (File name too long)"),
         (["--env-ids", "CartPole"], "did you mean CartPole-v"),
         (["--algos", "fakee.py"], "fakee.py is no script"),
         (["--algos", "other/fake.py", "fake.py"], "would be one column, fake; rename one"),
-        (["--runs-dir", "fake.py"], "fake.py cannot be a folder of runs"),
+        (["--runs-dir", "fake.py"], "fake.py is no folder; move it away, or choose another --runs-dir."),
         (["--runs-dir", "/proc/nowhere"], "/proc/nowhere cannot be a folder of runs"),
     ],
 )
@@ -1001,9 +1025,108 @@ def test_key_depends_on_what_makes_the_result_and_on_nothing_else(lab):
     assert replace(job, env_id="ALE/Pong-v5", algo="sb3:ppo").name.startswith("ALE-Pong-v5__sb3-ppo__1__")
 
 
-def test_threads_are_for_atari_alone(lab):
+def test_a_peer_is_another_one_where_its_environments_change(lab, monkeypatch):
+    text = jobs.text_of("sb3:ppo")
+    read = jobs.read_text
+    for old, new, same in (("class SyncEnvs", "class Envs", False), ("def surrogate_objective", "def l_clip", True)):
+        monkeypatch.setattr(jobs, "read_text", lambda path: read(path).replace(old, new))  # noqa: B023
+        assert (jobs.text_of("sb3:ppo") == text) == same
+    assert jobs.text_of("random") != jobs.text_of("ppo")
+
+
+def test_a_run_whose_name_would_be_too_long_starts_nothing(lab, go):
+    (lab.path / "suite.toml").write_text(
+        SUITE.replace('"fake.py"', f'"{"x" * 220}"') + f"[variants.{'x' * 220}]\nalgo='fake.py'"
+    )
+    status, out = go()
+    assert status == 2 and "the name of the run directory, CartPole-v1__xxx" in out and out.count("\n") == 1
+    assert not lab.runs.exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("logs", "", "logs is no folder"),
+        ("logs/JOB.log/", "", ".log is no file"),
+        ("JOB", "", "is no folder"),
+        ("suite.json", "", "suite.json: is empty"),
+        ("suite.json", "{", "suite.json: is no JSON: "),
+        ("suite.json", "\xff", "suite.json: is no JSON: "),
+        ("suite.json", "[" * 100_000, "suite.json: is no JSON: "),
+        ("suite.json", "[]", "suite.json: must hold a table, but holds []"),
+        ("suite.json", '{"commands": 3}', "suite.json: commands must be a list of texts, but is 3"),
+        ("suite.json", '{"commands": [[1]]}', "suite.json: commands must be a list of texts, but is [[1]]"),
+        ("suite.json", '{"cells": {"a": 1}}', "suite.json: cells must be a list of cells, but is {'a': 1}"),
+        ("suite.json", '{"cells": [3]}', "suite.json: cells[0] must be a table, but is 3"),
+        ("suite.json", '{"cells": [{}]}', "suite.json: cells[0] has no env_id"),
+        (
+            "suite.json",
+            '{"cells": [{"env_id": "a", "algo": "b", "seed": [1], "name": "c"}]}',
+            "suite.json: cells[0].seed must be a whole number, but is [1]",
+        ),
+        ("suite.json/", "", "suite.json: cannot be read (Is a directory)"),
+    ],
+)
+def test_a_folder_with_what_run_has_not_written_is_refused(name, content, says, lab, go):
+    path = lab.runs / name.replace("JOB", lab.jobs()[0].name)
+    (path if name.endswith("/") else path.parent).mkdir(parents=True)
+    if not name.endswith("/"):
+        path.write_bytes(content.encode("latin-1"))
+    before = sorted(lab.runs.rglob("*"))
+    status, out = go()
+    assert status == 2 and out.startswith("error: ") and says in out and out.count("\n") == 1
+    assert sorted(lab.runs.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        3,
+        {"status": ["completed"]},
+        {"status": "completed", "eval": {"deterministic": 3}},
+        {"status": "completed", "eval": {"deterministic": {"episodes": "many"}, "stochastic": None}},
+        {
+            "status": "completed",
+            "train_last100": "high",
+            "eval": {k: {"episodes": 2} for k in ("deterministic", "stochastic")},
+        },
+    ],
+)
+def test_a_damaged_summary_is_no_traceback_and_the_run_is_done_in_the_end(summary, lab, go):
+    assert go()[0] == 0
+    (lab.runs / lab.jobs()[0].name / "summary.json").write_text(json.dumps(summary))
+    status, out = go()
+    assert status == 0 and "3 of 3 runs are done" in out
+
+
+def test_text_is_utf_8_whatever_the_locale(lab):
+    """In the C locale, and Python names each place where the locale would have been asked."""
+    (lab.path / "suite.toml").write_text(
+        SUITE.replace("seeds = 3", 'seeds = 1\ndescription = "Größe 测试"'), encoding="utf-8"
+    )
+    (lab.path / "fake.py").write_text(SCRIPT + "# Größe\n", encoding="utf-8")
+    place = {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    options = dict(cwd=lab.path, env=os.environ | place, capture_output=True, encoding="utf-8")
+    warned = [
+        sys.executable,
+        "-X",
+        "warn_default_encoding",
+        "-W",
+        "error::EncodingWarning:benchmarks",
+        "-m",
+        "benchmarks",
+    ]
+    for words in (["run", "suite.toml"], ["report", "runs/suite", "--title", "Größe"]):
+        done = subprocess.run([*warned, *words], **options)
+        assert done.returncode == 0, done.stderr
+        assert "EncodingWarning" not in "".join(line for line in done.stderr.splitlines() if "benchmarks" in line)
+    assert "Größe 测试" in (lab.path / "runs" / "suite" / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_threads_are_for_atari_alone(lab, monkeypatch):
+    monkeypatch.setattr("ppo.cores", lambda: 12)  # what this process may use, whatever the machine has
     options = tyro.cli(run.Options, args=["atari", "--env-ids", "ALE/Pong-v5", "CartPole-v1", "--workers", "1"])
     threads = {job.env_id: job.threads for job in run.plan(options)[2]}
-    assert threads == {"ALE/Pong-v5": os.cpu_count(), "CartPole-v1": 0}
+    assert threads == {"ALE/Pong-v5": 12, "CartPole-v1": 0}
     assert {job.threads for job in run.plan(replace(options, threads=3))[2]} == {3, 0}
     assert {job.threads for job in run.plan(replace(options, workers=999))[2]} == {1, 0}

@@ -69,15 +69,51 @@ class Coin(gym.Env):
         return np.zeros(3, dtype=np.float32), 1.0, self.left == 0, False, {}
 
 
+class Opened(gym.Env):
+    """Counts in `open` who is not closed. Episodes of 5 steps; what goes wrong, and when, is `bad`."""
+
+    open: list["Opened"] = []
+    made = 0
+
+    def __init__(self, bad="", length=5):
+        self.observation_space, self.action_space = spaces.Box(-1, 1, (3,)), spaces.Discrete(2)
+        self.bad, self.length, self.life = bad, length, 0
+        Opened.made += 1
+        if bad == "third" and Opened.made == 3:
+            raise KeyError("level")
+        self.open.append(self)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(3, dtype=np.float32), {}
+
+    def step(self, action):
+        self.t, self.life = self.t + 1, self.life + 1
+        if self.life == 100 and self.bad in ("raise", "exit"):
+            raise {"raise": ValueError, "exit": SystemExit}[self.bad]("the gripper broke")
+        return np.zeros(3, dtype=np.float32), 1.0, self.t == self.length, False, {}
+
+    def close(self):
+        self.open.remove(self)  # a second time it raises
+        if self.bad == "close":
+            raise RuntimeError("the server is gone")
+
+
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """An empty folder, the current one of the test, and Rising and Coin among the environments."""
     monkeypatch.chdir(tmp_path)
+    Opened.made, Opened.open[:] = 0, []
+    for bad in ("", "raise", "exit", "third", "close"):
+        gym.register(f"Opened{bad}-v0", Opened, kwargs=dict(bad=bad))
+    gym.register("Endless-v0", Opened, kwargs=dict(length=10**9))
     gym.register("Coin-v0", Coin)
     for bad in ("", "nan", "raise"):
         gym.register(f"Rising{bad}-v0", Rising, kwargs=dict(bad=bad))
     yield tmp_path
-    del gym.registry["Coin-v0"]
+    for name in ("Coin", "Endless", *(f"Opened{bad}" for bad in ("", "raise", "exit", "third", "close"))):
+        del gym.registry[f"{name}-v0"]
     for bad in ("", "nan", "raise"):
         del gym.registry[f"Rising{bad}-v0"]
 
@@ -322,7 +358,83 @@ def test_rewards_that_are_not_numbers_diverge(capsys):
         assert all(parameter.isfinite().all() for parameter in policy.parameters())
 
 
+# ------------------------------------------------------------------------------------------- what is opened is closed
+@pytest.mark.parametrize("algo", ["sb3:ppo", "random"])
+@pytest.mark.parametrize(
+    "bad, status, says",
+    [
+        ("", 0, ""),
+        ("raise", 1, "the gripper broke"),
+        ("exit", 1, "the gripper broke"),
+        ("third", 2, "level"),
+        ("close", 0, "the server is gone"),
+    ],
+)
+def test_environments_are_closed_on_every_way_out(algo, bad, status, says, capsys):
+    flags = ["--n-envs", "3"]
+    ended, run = start(algo, *flags, env_id=f"Opened{bad}-v0")
+    error = capsys.readouterr().err
+    assert ended == status and says in error and "Traceback" not in error
+    assert Opened.made >= 3 and not Opened.open
+    assert run.exists() == (status != 2)
+    if status == 0:
+        assert read(run, "summary")["status"] == "completed"
+        assert len(peers.evaluate(peers.parse_args(["--evaluate", str(run), "--eval-episodes", "2"]))) == 2
+        assert not Opened.open
+
+
+def test_environments_are_closed_where_the_library_refuses():
+    assert start("sb3:ppo", "--batch-size", "1", env_id="Opened-v0")[0] == 2
+    assert Opened.made and not Opened.open
+
+
+# --------------------------------------------------------------------------------------------------------- pickles
+def test_no_pickle_is_read(monkeypatch):
+    _, run = start("sb3:ppo", "--norm-obs", steps=128)
+
+    def refuse(*_, **__):
+        raise AssertionError("a pickle is read")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(f"pickle.{name}", refuse)
+    monkeypatch.setattr("cloudpickle.loads", refuse)
+    assert peers.main(["--resume", str(run)]) == 0
+    assert peers.main(["--evaluate", str(run), "--eval-episodes", "1"]) == 0
+
+
+def test_a_checkpoint_of_another_form_is_one_sentence(capsys):
+    _, run = start("sb3:ppo", steps=64)
+    for file in (run / "checkpoints").glob("step_*"):
+        state = torch.load(file, weights_only=True)
+        torch.save(state | {"player": {"model": torch.zeros(3, dtype=torch.uint8)}}, file)
+    for words in (["--resume", str(run)], ["--evaluate", str(run)]):
+        capsys.readouterr()
+        assert peers.main(words) == 2
+        error = capsys.readouterr().err
+        *named, last = error.splitlines()
+        assert all("is not a checkpoint of this run (" in line for line in named)
+        assert last.startswith("error: runs/run has no checkpoint that can be used.")
+
+
 # ---------------------------------------------------------------------------------------------------- evaluation
+@pytest.mark.parametrize("algo", ["sb3:ppo", "random"])
+def test_an_evaluation_that_would_not_end(algo, capsys):
+    _, run = start(algo, steps=64, env_id="Endless-v0")
+    assert peers.main(["--evaluate", str(run), "--eval-max-steps", "300", "--eval-episodes", "3"]) == 1
+    said = capsys.readouterr()
+    assert re.match(r"error: Endless-v0: an episode of environment \d did not end within 300 steps", said.err)
+    assert "0 of 3 episodes ended" in said.err and said.err.count("\n") == 1
+    assert "eval" not in read(run, "summary")
+
+
+def test_episodes_that_ended_are_told_where_one_does_not(capsys):
+    _, run = start("sb3:ppo", steps=64, env_id="Coin-v0")
+    assert peers.main(["--evaluate", str(run), "--eval-max-steps", "100", "--eval-episodes", "40"]) == 1
+    said = capsys.readouterr()
+    ended = int(re.search(r"(\d+) deterministic episodes: mean 20.00, std 0.00", said.out)[1])
+    assert 0 < ended < 40 and f"{ended} of 40 episodes ended" in said.err
+
+
 def test_evaluation_is_fair_to_long_episodes_and_changes_nothing(capsys):
     _, run = start("sb3:ppo", "--norm-obs", steps=128)
     files = {path: path.read_bytes() for path in run.rglob("*.pt")} | {run: (run / "episodes.csv").read_bytes()}
@@ -373,7 +485,7 @@ def test_atari_of_the_paper_counts_whole_games_in_raw_points(monkeypatch):
     monkeypatch.setattr(ale_py.env.AtariEnv, "step", spy)
     args = atari_args("SpaceInvadersNoFrameskip-v4")
     assert (args.clip_reward, args.n_envs, args.ent_coef, args.vf_coef) == (True, 16, 0.01, 0.25)
-    envs = peers.library_envs(args, 1)
+    envs = peers.library_envs(args, 1, [])
     envs.seed(0), envs.action_space.seed(0)
     observations, counted, ended, lost, steps = envs.reset(), peers.Games(envs), [], 0, 0
     assert observations.shape == (1, 84, 84, 4) and observations.dtype == np.uint8
@@ -386,7 +498,7 @@ def test_atari_of_the_paper_counts_whole_games_in_raw_points(monkeypatch):
 
 
 def test_sticky_atari_is_nothing_else():
-    envs = peers.library_envs(atari_args("ALE/Breakout-v5"), 1)
+    envs = peers.library_envs(atari_args("ALE/Breakout-v5"), 1, [])
     envs.seed(0)
     envs.reset()
     ale, frames, lives = envs.unwrapped.envs[0].unwrapped.ale, [], []
@@ -478,7 +590,7 @@ def test_ours_runs():
         ("sb3:ppo --env-id Blackjack-v1", "Box and Discrete"),
         ("sb3:ppo --env-id Breakout-v4", "Breakout-v4"),
         ("sb3:ppo --num-envs 4", "does not take --num-envs 4"),
-        ("sb3:ppo --n-steps many", "--n-steps is many"),
+        ("sb3:ppo --n-steps many", "--n-steps is 'many'"),
         ("sb3:ppo --n-steps", "--n-steps: expected one argument"),
         ("sb3:ppo --gamma high", "gamma is high"),
         ("sb3:ppo --learning-rate lin_fast", "'fast'"),
@@ -492,6 +604,13 @@ def test_ours_runs():
         ("random --n-envs 0", "--n-envs is 0"),
         ("random --resume nowhere", "nowhere is no run directory"),
         ("sb3:ppo --evaluate nowhere", "nowhere is no run directory"),
+        ("random --num-threads 100000", "--num-threads is 100000, but this process may use"),
+        ("random --n-envs 100000000", "--n-envs is 100000000, but must be a whole number from 1 to 65,536"),
+        ("random --total-timesteps 1" + 30 * "0", "--total-timesteps is 1000000"),
+        ("random --run-name " + 300 * "x", ""),
+        ("random --run-name .", ""),
+        ("random --run-name ..", ""),
+        ("random --env-id ..:CartPole-v1", ""),
     ],
 )
 def test_wrong_input_is_one_sentence(words, says, capsys, here):
@@ -499,6 +618,33 @@ def test_wrong_input_is_one_sentence(words, says, capsys, here):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and says in error
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda config: 3, "no run directory of a peer"),
+        (lambda config: config | {"args": [1]}, "no run directory of a peer"),
+        (
+            lambda config: config | {"args": config["args"] | {"seed": None}},
+            "config.json: args.seed is None, but must be",
+        ),
+        (
+            lambda config: config | {"args": config["args"] | {"env_id": 3}},
+            "config.json: args.env_id is 3, but must be",
+        ),
+        (lambda config: config | {"args": config["args"] | {"n_envs": "x"}}, "--n-envs is 'x', but must be"),
+        (lambda config: config | {"args": config["args"] | {"seed": 10**30}}, "--seed is 1000000"),
+    ],
+)
+def test_a_damaged_config_is_one_sentence(change, says, capsys):
+    _, run = start("random", steps=64)
+    (run / "config.json").write_text(json.dumps(change(read(run, "config"))))
+    for words in (["--resume", str(run)], ["--evaluate", str(run)]):
+        capsys.readouterr()
+        assert peers.main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
 def test_wrong_continuations(capsys):

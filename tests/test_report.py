@@ -7,17 +7,21 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
+import time
 from datetime import date
+from html.parser import HTMLParser
 from pathlib import Path
 
+import markdown
 import numpy as np
 import pytest
 
 from benchmarks import figures, report, stats
 from benchmarks.__main__ import main
-from benchmarks.jobs import UsageError
-from benchmarks.records import find_runs, key_of, read_runs
+from benchmarks.jobs import UsageError, printable
+from benchmarks.records import find_runs, key_of, read_run, read_runs
 from benchmarks.suite import read_suite
 
 
@@ -62,6 +66,19 @@ def shuffle(file):
     file.write_text("\n".join([header, second, first, *rest]) + "\n")
 
 
+def double(run, num_envs):
+    """Each row twice, as two processes that do the same write it, or two environments in step."""
+    set_argument(run, num_envs=num_envs)
+    header, *rows = (run / "episodes.csv").read_text().splitlines()
+    (run / "episodes.csv").write_text("\n".join([header, *(row for row in rows for _ in range(2))]) + "\n")
+    set_summary(run, train_last100=float(np.mean([float(row.split(",")[2]) for row in rows[-50:]])))
+
+
+def progress(run, *steps):
+    set_argument(run, num_envs=1)
+    (run / "progress.csv").write_text("global_step,wall_time,sps\n" + "".join(f"{step},1,1\n" for step in steps))
+
+
 def report_of(runs, *flags):
     assert main(["report", str(runs), *map(str, flags)]) == 0
     return (Path(runs) / "report" / "report.md").read_text()
@@ -92,7 +109,7 @@ def test_scores_are_those_of_the_last_100_episodes(tmp_path, capsys):
     mean, low, high = (float(part) for part in re.findall(r"[-\d.]+", row[4]))
     assert mean == pytest.approx(np.mean(means), abs=0.06)
     assert min(means) - 0.06 <= low < mean < high <= max(means) + 0.06
-    assert row[6].startswith("102.0 [") and row[7] == "-" and row[8] == "20 (20 to 20)"
+    assert row[6].startswith("102.0 [") and row[7] == "not evaluated" and row[8] == "20 (20 to 20)"
     with open(tmp_path / "report" / "scores.csv", newline="") as file:
         stored = list(csv.DictReader(file))
     assert [float(run["train_last100"]) for run in stored] == pytest.approx(means, rel=1e-6)
@@ -145,19 +162,28 @@ def test_what_is_missing_or_failed_is_shown_and_counted(tmp_path, capsys):
         (lambda run: (run / "config.json").write_text('{"args": {"seed": 1}}'), "is no run in an environment", 1),
         (lambda run: (run / "episodes.csv").unlink(), "has no episodes.csv", 1),
         (lambda run: (run / "summary.json").write_text("nonsense"), "damaged summary.json", 1),
-        (lambda run: (run / "episodes.csv").open("a").write("1,2,\0"), "1 rows of episodes.csv cannot be read", 2),
-        (lambda run: shuffle(run / "episodes.csv"), "out of order", 2),
+        (lambda run: (run / "episodes.csv").open("a").write("1,2,"), "1 rows of episodes.csv cannot be read", 2),
+        (lambda run: (run / "episodes.csv").open("a").write("1,2,\0"), "episodes.csv has NUL bytes", 1),
+        (lambda run: shuffle(run / "episodes.csv"), "global_step goes back in episodes.csv", 1),
         (lambda run: (run / "episodes.csv").write_text(""), "episodes.csv has no episode", 1),
         (lambda run: os.truncate(run / "episodes.csv", 400), "summary.json says train_last100", 1),
         (lambda run: (run / "episodes.csv").open("a").write("nan,1,2,3\n"), "1 rows of episodes.csv cannot be read", 2),
-        (
-            lambda run: (run / "episodes.csv").open("a").write("\0" * 200_000),
-            "1 rows of episodes.csv cannot be read",
-            2,
-        ),
+        (lambda run: (run / "episodes.csv").open("a").write("\0" * 200_000), "episodes.csv has NUL bytes", 1),
+        (lambda run: (run / "progress.csv").write_text("global_step,sps\n100,1\n\0\0\n"), "progress.csv has NUL", 1),
+        (lambda run: progress(run, 100, 200, 150, 300), "global_step goes back or repeats in progress.csv", 1),
+        (lambda run: progress(run, 100, 200, 200, 300), "global_step goes back or repeats in progress.csv", 1),
+        (lambda run: progress(run, 100, 200, 300), "", 2),
+        (lambda run: (run / "progress.csv").write_text("global_step,sps\n100,1\n200,1\n3"), "", 2),  # cut off
+        (lambda run: double(run, num_envs=1), "more episodes end in one step of episodes.csv than there are", 1),
+        (lambda run: double(run, num_envs=2), "", 2),
+        (lambda run: set_summary(run, global_step=1990), "summary.json ends at step 1,990, episodes.csv at 2,000", 1),
+        (lambda run: set_summary(run, train_last100=None), "summary.json says train_last100 None", 1),
+        (lambda run: set_argument(run, total_timesteps=10**30), "config.json: args.total_timesteps is 1000000", 1),
+        (lambda run: set_argument(run, seed=-1), "config.json: args.seed is -1", 1),
+        (lambda run: set_argument(run, seed=2**40), "config.json: args.seed is 1099511627776", 1),
         (lambda run: set_argument(run, seed=math.inf), "has a value that makes no sense", 1),
         (lambda run: set_summary(run, eval=[1]), "has a value that makes no sense", 1),
-        (lambda run: set_summary(run, eval={"stochastic": {"mean": None}}), "has a value that makes no sense", 1),
+        (lambda run: set_summary(run, eval={"stochastic": {"mean": "x"}}), "eval.stochastic.mean is 'x'", 1),
         (lambda run: set_summary(run, sps="fast"), "has a value that makes no sense", 1),
         (lambda run: set_summary(run, global_step="many"), "has a value that makes no sense", 1),
         (lambda run: set_config(run, versions=[1]), "has a value that makes no sense", 1),
@@ -555,6 +581,165 @@ def test_the_scale_does_not_depend_on_who_else_is_there(tmp_path):
     alone = row_of(report_of(tmp_path), "ppo")
     make_run(tmp_path, algo="a2c", seed=1, returns=[500.0] * 100)
     assert row_of(report_of(tmp_path), "ppo") == alone
+
+
+EVIL = """<script>alert(1)</script> <img src=x onerror=alert(2)> [here](javascript:alert(3)) ![p](../../secret.png) \
+`</code><b>` **bold** | pipe _x_ &lt;b&gt; "quoted" 'too' <!-- [a]: http://b -->"""
+
+
+TAGS = {*("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "em", "strong", "code", "pre", "ul", "li")}
+TAGS |= {"table", "thead", "tbody", "tr", "th", "td", "img"}
+
+
+def tags_of(page):
+    """The tags of a page with their attributes, and its text."""
+    tags, texts = [], []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.append((tag, dict(attributes)))
+
+        def handle_data(self, data):
+            texts.append(data)
+
+    Parser(convert_charrefs=True).feed(page)
+    return tags, "".join(texts)
+
+
+def test_text_from_outside_is_text(tmp_path, capsys):
+    """In title, description, commands, names, environments, values of arguments and messages of errors."""
+    for seed in (1, 2):
+        make_run(tmp_path, env_id="CartPole-v1", seed=seed)
+        make_run(tmp_path, env_id="Acrobot-v1", seed=seed)
+    evil = make_run(tmp_path, env_id="Evil-v0", algo="a")
+    set_argument(evil, env_id=EVIL, exp_name=EVIL + "\x1b[2J\ud800")
+    set_argument(make_run(tmp_path, seed=3, more=EVIL), more=EVIL)
+    bad = make_run(tmp_path, seed=4, status="failed")
+    set_summary(bad, error=EVIL + "\n# heading\n\n<script>alert(4)</script>")
+    set_config(bad, hardware=EVIL, git_commit=EVIL, versions={EVIL: EVIL}, threads=EVIL)
+    set_summary(make_run(tmp_path, seed=5, status="failed"), status=EVIL)
+    cells = [dict(env_id=EVIL, algo=EVIL, seed=9, name="x")]
+    note(tmp_path, cells, name="```\n</pre>" + EVIL, description=EVIL, commands=[EVIL, "``" + EVIL], published=[EVIL])
+    text = report_of(tmp_path, "--title", "<script>" + EVIL)
+    for page in (
+        (tmp_path / "report" / "report.html").read_text(),
+        markdown.markdown(text, extensions=["tables", "fenced_code"]),
+    ):
+        tags, words = tags_of(page)
+        assert {tag for tag, _ in tags} <= TAGS
+        for tag, attributes in tags:
+            assert set(attributes) <= {"lang", "charset", "name", "content", "style", "class", "alt", "src"}, attributes
+            assert tag != "img" or attributes["src"].startswith("data:image/png") or "/" not in attributes["src"]
+        for literally in ("<script>alert(1)</script>", "[here](javascript:alert(3))", "**bold**", "_x_", "&lt;b&gt;"):
+            assert words.count(literally) >= 8, literally
+    assert not set("\x1b\ud800") & set(text + capsys.readouterr().out)
+    assert row_of(text, *[report.literal(printable(EVIL)).replace("|", "\\|")] * 2)  # its cells are two cells
+    stored = tmp_path / "report"
+    assert main(["report", str(stored), "--out", str(tmp_path / "again")]) == 0
+    assert {tag for tag, _ in tags_of((tmp_path / "again" / "report.html").read_text())[0]} <= TAGS
+
+
+def test_no_table_says_nan(tmp_path, capsys):
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", seed=seed, evaluation=math.nan)
+        set_summary(make_run(tmp_path / "runs", env_id="Acrobot-v1", seed=seed, returns=[-500.0] * 100), sps=math.nan)
+    make_run(tmp_path / "runs", env_id="Pendulum-v1", returns=[math.nan] * 200)
+    make_run(tmp_path / "runs", env_id="MountainCar-v0", evaluation=7.0)
+    make_run(tmp_path / "runs", env_id="MountainCar-v0", seed=2)
+    empty = make_run(tmp_path / "runs", env_id="Taxi-v3")
+    (empty / "episodes.csv").write_text("global_step,wall_time,return,length\n")
+    set_summary(empty, train_last100=None, sps=None, wall_time=None)
+    text = report_of(tmp_path / "runs")
+    for file in (tmp_path / "runs" / "report").glob("*.*"):
+        if file.suffix in (".md", ".html", ".csv"):
+            assert not re.search(r"\bnan\b", re.sub('base64,[^"]*', "", file.read_text()), re.IGNORECASE), file
+    row = row_of(text, "CartPole-v1", "ppo")
+    assert row[6:8] == ["not evaluated"] * 2 and row[8] == "20 (20 to 20)"
+    assert row_of(text, "Acrobot-v1", "ppo")[8] == "-"
+    assert row_of(text, "Pendulum-v1", "ppo")[4:6] == ["no episode"] * 2
+    assert row_of(text, "MountainCar-v0", "ppo")[6:8] == ["1 of 2 not evaluated", "not evaluated"]
+    assert row_of(text, "Taxi-v3", "ppo")[4] == "no episode"
+    assert main(["check", str(tmp_path / "runs"), "--against", str(tmp_path / "runs" / "report")]) in (0, 1)
+    assert not re.search(r"\bnan\b", capsys.readouterr().out)
+
+
+def test_a_run_that_is_being_trained_is_named_and_in_no_score(tmp_path, capsys):
+    make_run(tmp_path, seed=1)
+    busy = make_run(tmp_path, seed=2, status="interrupted")
+    over = make_run(tmp_path, seed=3)
+    holder = "import fcntl, sys; files = [open(path, 'a') for path in sys.argv[1:]]\n"
+    holder += "[fcntl.lockf(file, fcntl.LOCK_EX) for file in files]; print('ready', flush=True); input()"
+    command = [sys.executable, "-c", holder, busy / "lock", over / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        text = report_of(tmp_path)
+        process.communicate(b"\n")
+    said = f"{busy} is being trained at this moment; it is in no score."
+    assert said in capsys.readouterr().out and "2 completed, 1 running" in text
+    assert "2 completed, 1 interrupted" in report_of(tmp_path)
+
+
+def test_long_files_are_read_fast(tmp_path):
+    run = make_run(tmp_path)
+    rows = 300_000
+    (run / "episodes.csv").write_text(
+        "global_step,wall_time,return,length\n" + "".join(f"{n},{n / 9:.3f},1.5,7\n" for n in range(rows))
+    )
+    (run / "progress.csv").write_text(
+        "global_step,wall_time,sps\n" + "".join(f"{n},{n / 9:.3f},{n}\n" for n in range(1, rows))
+    )
+    set_summary(run, train_last100=1.5, global_step=rows)
+    set_argument(run, total_timesteps=rows, num_envs=1)
+    begun = time.process_time()
+    found, problem = read_run(run)
+    assert time.process_time() - begun < 2 and not problem
+    assert len(found.steps) == rows and found.scores["train_last100"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("CartPole-v1,ppo,1,completed,1000,1000,inf,,,,,,", "line 2: train_last100 is 'inf'"),
+        (f"CartPole-v1,ppo,{2**40},completed,1000,1000,1,,,,,,", "line 2: seed is '1099511627776'"),
+        (f"CartPole-v1,ppo,1,completed,{10**30},1000,1,,,,,,", "line 2: total_timesteps is '10000"),
+        (
+            "CartPole-v1,ppo,1,completed,9,9,1,,,,,,\nCartPole-v1,ppo,1,completed,9,9,1,,,,,,",
+            "line 3: CartPole-v1 ppo seed 1 is there twice",
+        ),
+        (f"CartPole-v1,{'x' * 200_000},1,completed,9,9,1,,,,,,", "scores.csv cannot be read (field larger than"),
+    ],
+)
+def test_scores_that_cannot_be_are_one_sentence(tmp_path, capsys, line, says):
+    make_run(tmp_path / "runs")
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    file = tmp_path / "out" / "scores.csv"
+    file.write_text(file.read_text().splitlines()[0] + f"\n{line}\n")
+    for words in (
+        ["report", str(tmp_path / "out"), "--out", str(tmp_path / "again")],
+        ["check", str(tmp_path / "runs"), "--against", str(tmp_path / "out")],
+    ):
+        capsys.readouterr()
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert not (tmp_path / "again").exists()
+
+
+def test_wrong_numbers_and_names_are_one_sentence_and_make_nothing(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["--seed", "-1"],
+        ["--seed", str(2**40)],
+        ["--out", f"new/{'x' * 300}"],
+        ["--out", "runs/suite.txt/x"],
+    ):
+        (tmp_path / "runs" / "suite.txt").touch()
+        assert main(["report", "runs", *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+    assert main(["report", "x" * 300]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
 def test_the_page_needs_nothing_but_itself_and_no_path_of_this_machine_is_written(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import speed
+from benchmarks.__main__ import main
 from benchmarks.jobs import UsageError
 
 # A script that takes no time: says that it ran, and reads its steps per second from a file.
@@ -106,17 +107,18 @@ def test_a_script_that_fails_is_named_and_the_rest_is_measured(run, capsys):
 
 @pytest.mark.parametrize("per_core, warned", [(0.4, False), (0.6, True)])
 def test_a_busy_machine_is_said_and_recorded(per_core, warned, run, monkeypatch, capsys):
-    monkeypatch.setattr("os.getloadavg", lambda: (per_core * speed.CORES, 0.0, 0.0))
+    monkeypatch.setattr("os.getloadavg", lambda: (per_core * 8, 0.0, 0.0))
+    monkeypatch.setattr(speed, "cores", lambda: 8)
     _, table = run("first", pairs=1)
     assert ("warning: the load is" in capsys.readouterr().out) == warned
-    assert table["first"]["machine"]["load"] == round(per_core * speed.CORES, 2)
+    assert table["first"]["machine"]["load"] == round(per_core * 8, 2)
 
 
 @pytest.mark.parametrize(
     "rows, options, message",
     [
         (("nothing",), {}, "there is no row nothing; choose from ppo, a2c, .*cartpole, .*environment"),
-        (("first",), {"pairs": 0}, "--pairs is 0, but must be 1 or more"),
+        (("first",), {"pairs": 0}, "--pairs is 0, but must be a whole number from 1 to 1,000"),
         (("first",), {"device": "cuda"}, "torch sees no CUDA device"),
     ],
 )
@@ -125,6 +127,14 @@ def test_wrong_usage_is_refused_before_anything_starts(rows, options, message, r
     with pytest.raises(UsageError, match=message):
         run(*rows, **options)
     assert (tmp_path / "log").read_text() == "" and not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "/"])
+def test_a_path_that_names_no_files_is_refused(out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["speed", "process", "--out", out]) == 2
+    assert "but must be a path of files, without their endings" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_peer_is_refused_with_what_installs_it(run, tmp_path, monkeypatch):
@@ -168,7 +178,7 @@ def test_a_script_stands_for_its_rows_and_a_gpu_for_more(tmp_path, monkeypatch):
 def test_both_sides_of_a_row_are_what_their_programs_take(name, device, monkeypatch):
     script, *flags = speed.ROWS[name].command(device)
     args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
-    assert args.device == device and args.num_threads == speed.ROWS[name].threads
+    assert args.device == device and args.num_threads == speed.threads_of(speed.ROWS[name])
     assert args.compile == "on" or "Breakout" in args.env_id  # the CNN is never compiled; for the rest, see ceilings
     commands = []
     monkeypatch.setattr(speed, "last_line", lambda command: commands.append(command) or "{}")

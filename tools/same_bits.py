@@ -53,7 +53,7 @@ def train(tree: Path, case: str, compiled: bool, runs: Path) -> Path:
         flags += ["--compile", "on" if compiled else "off"]
     command = [sys.executable, f"{script}.py", *flags, "--num-threads", "1", "--device", "cpu"]
     command += ["--runs-dir", str(runs), "--run-name", run.name]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tree, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         sys.exit(f"{case} fails in {tree}: {done.stderr.strip()}")
     return run
@@ -68,7 +68,7 @@ def weights(run: Path) -> list[torch.Tensor]:
 
 def episodes(run: Path) -> list[list[str]]:
     """The rows of episodes.csv, without wall_time."""
-    with open(run / "episodes.csv", newline="") as file:
+    with open(run / "episodes.csv", newline="", encoding="utf-8") as file:
         return [[row[0], *row[2:]] for row in csv.reader(file)]
 
 
@@ -89,7 +89,9 @@ def main() -> int:
     parser.add_argument("--scripts", nargs="+", help="only these (default: all)")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled runs")
     asked = parser.parse_args()
-    commit = subprocess.check_output(["git", "rev-parse", "--short", asked.commit], cwd=ROOT, text=True).strip()
+    commit = subprocess.check_output(
+        ["git", "rev-parse", "--short", asked.commit], cwd=ROOT, encoding="utf-8", errors="replace"
+    ).strip()
     cases = [case for case in CASES if not asked.scripts or case.split()[0] in asked.scripts]
     modes = [False] if asked.eager else [False, True]
     cases = [(case, compiled) for case in cases for compiled in (modes if "grpo" not in case else [False])]
