@@ -57,6 +57,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -65,20 +66,20 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+if __name__ == "__main__" and "__file__" in globals():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds, without a traceback
+
 import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams, scalar, text
-
-gym.register_envs(ale_py)
 
 
 @dataclass
@@ -522,13 +523,16 @@ def own_arguments() -> list[str]:
     return sys.argv[1:] if SCRIPT.is_file() and started.is_file() and started.samefile(SCRIPT) else []
 
 
+PARSING = threading.Lock()  # because what tyro prints is caught for the whole process
+
+
 def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
     """The flags over the defaults. Raises UsageError with one sentence, where tyro alone would draw a box."""
     if {"-h", "--help"} & set(argv):
         return tyro.cli(RunArgs, args=argv, default=default)
     box = io.StringIO()
     try:
-        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+        with PARSING, contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
             args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
     except SystemExit:
         lines = [line.strip() for line in box.getvalue().splitlines()]
@@ -666,6 +670,9 @@ def one_line(error: BaseException) -> str:
 
 
 # ==== shared: environments ====
+gym.register_envs(ale_py)
+
+
 def environment_family(env_id: str) -> str:
     """The row of FAMILIES for a registered id. Raises UsageError, with the near miss, for any other."""
     module, _, name = env_id.rpartition(":")

@@ -5,9 +5,12 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -327,3 +330,25 @@ def test_random_numbers_go_on_where_they_were_saved():
 def test_seeds_give_other_numbers():
     first = {tuple(ppo.Rng(seed, "cpu").permutation(20).tolist()) for seed in (0, 1, 2, "a", "b")}
     assert len(first) == 5
+
+
+# ------------------------------------------------------------------------------------------------------- leaving
+@pytest.mark.parametrize("name", ["ppo", "grpo_toy"])
+def test_ctrl_c_during_the_imports_leaves_without_a_traceback(name, here):
+    child = subprocess.Popen([sys.executable, SCRIPT.parent / f"{name}.py"], stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{child.pid}/maps")
+    while "libtorch" not in maps.read_text():  # it is about to be imported
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate()
+    assert (child.returncode, err, list(here.iterdir())) == (-signal.SIGINT, "", [])
+
+
+def test_two_command_lines_at_once_leave_stdout_as_it_was():
+    before = sys.stdout, sys.stderr
+    threads = [threading.Thread(target=ppo.parse_args, args=(["--seed", str(n)],)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sys.stdout, sys.stderr) == before
