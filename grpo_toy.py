@@ -1290,7 +1290,7 @@ class Log:
         self.first_row: dict[str, Any] = {}  # that of step 0, which does not have all columns
         self.lost: list[str] = []
         self.tables = {name: Table(path / f"{name}.csv", tables.get(name, b"")) for name in ("episodes", "progress")}
-        self.columns = next(csv.reader(tables.get("progress", b"").decode().splitlines()), None)
+        self.columns = next(csv.reader([tables.get("progress", b"").split(b"\n")[0].decode()]))
         self.tensorboard = self.wandb = None
         names = [field.name for field in fields(Args) if field.name in vars(args)]  # of the method and the environment
         swept = {name: vars(args)[name] for name in names}
@@ -1522,6 +1522,7 @@ class Run:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
         self.files = Log(self.path, self.args, state, self.tables)
+        self.tables = {}
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
         compiled = ", compiled" if vars(self.args).get("compile") == "on" else ""

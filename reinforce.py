@@ -856,7 +856,7 @@ def close_all(envs: list[gym.Env], env_id: str) -> None:
         for env in envs:
             exits.callback(close, env)
     if problems:
-        print(f"An environment of {env_id} could not be closed; it raised {problems[0]}.", file=sys.stderr)
+        warn(f"An environment of {env_id} could not be closed; it raised {problems[0]}.")
 
 
 RESEED = 10_000
@@ -1465,7 +1465,7 @@ class Player:
         self.obs = envs.reset()
         self.episodes = Episodes(envs)
         self.finished: list[Episode] = []  # in the last rollout
-        self.first = not args.evaluate  # the next rollout is the first one of a training
+        self.first = True  # the next rollout is the first one
         self.steps = 0  # of the last rollout, with waiting
         self.inexact = ""  # why a resumed run is not the one that stopped
 
@@ -1631,7 +1631,7 @@ def compile_for(example: Callable[[], tuple], function: Callable, args: RunArgs,
             if asked == "on":
                 reason = one_line(error)[:200]
                 raise UsageError(f"--compile on fails here ({reason}); use --compile off.") from None
-    print("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
+    say("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
     args.compile = "off"
     return function
 
@@ -2009,7 +2009,7 @@ class Log:
         self.first_row: dict[str, Any] = {}  # that of step 0, which does not have all columns
         self.lost: list[str] = []
         self.tables = {name: Table(path / f"{name}.csv", tables.get(name, b"")) for name in ("episodes", "progress")}
-        self.columns = next(csv.reader(tables.get("progress", b"").decode().splitlines()), None)
+        self.columns = next(csv.reader([tables.get("progress", b"").split(b"\n")[0].decode()]))
         self.tensorboard = self.wandb = None
         names = [field.name for field in fields(Args) if field.name in vars(args)]  # of the method and the environment
         swept = {name: vars(args)[name] for name in names}
@@ -2241,6 +2241,7 @@ class Run:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
         self.files = Log(self.path, self.args, state, self.tables)
+        self.tables = {}
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
         compiled = ", compiled" if vars(self.args).get("compile") == "on" else ""
@@ -2613,28 +2614,33 @@ def play_episodes(agent: Agent, envs: Environments, shares: list[int], args: Run
     returns: list[list[float]] = [[] for _ in shares]
     paid, lasted = np.zeros((2, envs.num_envs))  # of the episodes in play
     still = torch.zeros_like(action_noise(agent, rng, envs.num_envs))
-    endless = ""
+    steps, endless = 0, ""
     begun = time.perf_counter()
     obs = envs.reset()
     while not endless and any(len(played) < share for played, share in zip(returns, shares)):
         noise = action_noise(agent, rng, envs.num_envs) if args.eval_stochastic else still
         x = obs.astype(dtype)
+        if x.dtype.kind == "f" and not np.isfinite(x).all():
+            n = np.argwhere(~np.isfinite(x))[0, 0]
+            raise Failed(f"the observation of environment {n} of {args.env_id} is NaN or infinite")
         if actor:
             actions = actor(x, noise.numpy())
         else:
             actions = act(agent, agent.features(torch.from_numpy(x).to(agent.device)), noise).cpu().numpy()
         obs, rewards, _, _, over, _ = envs.step(to_env(agent.action_space, actions, envs.scale))
+        steps += envs.num_envs
         paid += rewards
         lasted += 1
         for n in np.flatnonzero(over):
             returns[n].append(float(paid[n]))
             paid[n] = lasted[n] = 0
         for n in np.flatnonzero(lasted >= args.eval_max_steps):
-            if len(returns[n]) < shares[n]:
-                endless = f"an episode of environment {n} did not end within {args.eval_max_steps:,} steps"
+            if len(returns[n]) < shares[n] and not endless:
+                where = f"environment {n} of {args.env_id}"
+                endless = f"an episode of {where} did not end within {args.eval_max_steps:,} steps (--eval-max-steps)"
         if time.perf_counter() - begun > 5:  # a short evaluation shows nothing
             done = sum(min(len(played), share) for played, share in zip(returns, shares))
-            progress.show(f"of {args.eval_episodes:,} episodes", done, args.eval_episodes)
+            progress.show(f"of {args.eval_episodes:,} episodes, {steps:,} steps", done, args.eval_episodes)
     progress.end()
     return [score for played, share in zip(returns, shares) for score in played[:share]], endless
 
@@ -2665,7 +2671,7 @@ def evaluate(args: RunArgs) -> list[float]:
         say(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
     if endless:
         ended = f"{len(scores)} of {args.eval_episodes} episodes ended, and nothing is recorded"
-        raise Failed(f"{args.env_id}: {endless} (--eval-max-steps); {ended}.", "failed")
+        raise Failed(f"{endless}; {ended}.", "failed")
     if not np.isfinite(scores).all():
         raise Failed(f"{args.env_id}: a return is NaN or infinite", "failed")
     result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}

@@ -143,6 +143,27 @@ def test_environments_are_closed_after_a_signal(signum, odd, monkeypatch):
     all_closed(2)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_environments_are_closed_after_a_signal_to_an_evaluation(signum, odd, monkeypatch):
+    assert start(odd()) == 0
+    monkeypatch.setattr(Odd, "ends", lambda env: os.kill(os.getpid(), signum))
+    assert ppo.main(["--evaluate", "runs/run"]) == 128 + signum
+    all_closed(10)
+    assert sum(len(env.taken) for env in Odd.made[2:]) == 1
+
+
+def test_environments_are_closed_after_ctrl_c_in_a_constructor(odd):
+    class Slow(Odd):
+        def __init__(self, **options):
+            if len(Odd.made) == 2:
+                raise KeyboardInterrupt
+            super().__init__(**options)
+
+    with pytest.raises(KeyboardInterrupt):
+        ppo.make_envs(ppo.parse_args(["--env-id", odd(Slow)]), 3, 1)
+    all_closed(2)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("the server is gone"), SystemExit(3)], ids=["error", "exit"])
 @pytest.mark.parametrize("broken, status", [(None, 0), (("step", 0), 1)])
 def test_an_error_while_closing_hides_nothing_and_keeps_no_other_open(error, broken, status, odd, capsys):
@@ -170,7 +191,7 @@ def test_closing_twice_is_closing_once(odd):
 
 def test_twins_of_a_film_are_closed(odd):
     args = ppo.parse_args(["--env-id", "ALE/Pong-v5", "--eval-episodes", "1", "--num-threads", "1"])
-    with ppo.make_envs(args, 1, 1) as envs, ppo.Camera(envs, args, "film") as camera:
+    with ppo.make_envs(args, 1, 1) as envs, ppo.Camera(envs, args, "film", 1) as camera:
         assert not camera.twins.envs.closed and not envs.envs.closed
     assert camera.twins.envs.closed and envs.envs.closed
 
@@ -530,6 +551,26 @@ def test_an_environment_that_raises_is_named_with_type_text_and_place(odd, capsy
     assert start(odd(broken=("step", 1))) == 1
     said = "in step 7 of the rollout environment 1 of Strange0-v0 raised ValueError: the gripper broke ("
     assert f"error: iteration 2: {said}{__file__}:" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    "frame, said", [(None, "None"), (np.zeros((4, 4), np.uint8), "an array (4, 4) of uint8 from 0 to 0")]
+)
+def test_a_picture_that_is_none_is_named(frame, said, odd, monkeypatch, capsys):
+    monkeypatch.setattr(Odd, "render", lambda env: frame, raising=False)
+    assert start(odd(), "--capture-video") == 1
+    assert f"environment 0 of Strange0-v0 rendered {said}, not an array (height, width, 3)" in one_sentence(capsys)
+    assert json.loads(Path("runs/run/summary.json").read_text())["status"] == "completed"
+    assert [env.closed for env in Odd.made] == [1] * 10
+
+
+def test_an_observation_that_is_none_ends_an_evaluation(odd, monkeypatch, capsys):
+    assert start(odd()) == 0
+    observation = Odd.observation
+    monkeypatch.setattr(Odd, "observation", lambda env: observation(env) * (np.nan if env.number == 3 else 1))
+    assert ppo.main(["--evaluate", "runs/run", "--eval-episodes", "2"]) == 1
+    assert one_sentence(capsys) == "error: the observation of environment 1 of Strange0-v0 is NaN or infinite\n"
+    all_closed(4)
 
 
 class Silent(Exception):
