@@ -159,6 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--envs", type=int, default=400, help="environments")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args(argv)
+    if min(asked.steps, asked.envs) < 1 or asked.seed < 0:
+        parser.error("--steps and --envs must be 1 or more, --seed 0 or more")
     torch.set_num_threads(1)
     rows = measure(play(asked.steps, asked.envs, np.random.default_rng(asked.seed)))
     asked.out.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import PALETTE, plt
-from benchmarks.jobs import ROOT, Job, as_flags
+from benchmarks.jobs import ROOT, Job, as_flags, out_of_range
 from benchmarks.run import Options, run_all
 
 Flags = dict[str, Any]
@@ -293,8 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     lesson = LESSONS[asked.lesson]
     number = lesson.seeds if asked.seeds is None else asked.seeds
-    if number < 1:
-        parser.error("--seeds must be 1 or more")
+    if must := out_of_range("seeds", number, 1):
+        parser.error(f"--seeds {must}")
     status, results = run_lesson(lesson, range(1, number + 1), asked.runs_dir)
     if status:
         return status

@@ -1034,6 +1034,28 @@ def test_a_peer_is_another_one_where_its_environments_change(lab, monkeypatch):
     assert jobs.text_of("random") != jobs.text_of("ppo")
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (
+            "raise ValueError('no\\nlicence')",
+            "environment odd_module:X-v0: importing odd_module fails (ValueError: no licence)",
+        ),
+        ("import sys; sys.exit(3)", "importing odd_module fails (SystemExit: 3)"),
+        ("x = (", "importing odd_module fails (SyntaxError: "),
+        ("import nowhere", "No module named 'nowhere'; searched were PYTHONPATH and "),
+        ("", "X-v0 is not registered in gymnasium"),
+    ],
+)
+def test_a_module_of_environments_that_cannot_be_imported(text, says, lab, go, monkeypatch):
+    (lab.path / "odd_module.py").write_text(text + "\n")
+    monkeypatch.syspath_prepend(lab.path)
+    monkeypatch.delitem(sys.modules, "odd_module", raising=False)
+    status, out = go("--env-ids", "odd_module:X-v0")
+    assert status == 2 and out.startswith("error: ") and says in out and out.count("\n") == 1
+    assert not lab.runs.exists()
+
+
 def test_a_run_whose_name_would_be_too_long_starts_nothing(lab, go):
     (lab.path / "suite.toml").write_text(
         SUITE.replace('"fake.py"', f'"{"x" * 220}"') + f"[variants.{'x' * 220}]\nalgo='fake.py'"

@@ -107,7 +107,7 @@ def test_the_lesson_of_reinforce_runs_to_a_figure(lesson, capsys):
 def test_no_seed_is_refused(lesson, capsys):
     with pytest.raises(SystemExit):
         lesson(seeds=0, one=TINY)
-    assert "--seeds must be 1 or more" in capsys.readouterr().err
+    assert "--seeds must be a whole number from 1 to 10,000" in capsys.readouterr().err
 
 
 def test_run_that_fails_ends_the_lesson_with_its_error(lesson, capsys):
