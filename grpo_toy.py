@@ -52,6 +52,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -59,9 +60,9 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -602,6 +603,8 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
     peek.add_argument("--resume", nargs="?", type=Path)
     peek.add_argument("--evaluate", nargs="?", type=Path)
     asked = vars(peek.parse_known_args(argv)[0])
+    if asked["resume"] and asked["evaluate"]:
+        raise UsageError("--resume trains and --evaluate plays; give one of them.")
     if asked["resume"] and asked["resume"].is_file():
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
@@ -636,7 +639,10 @@ def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
     try:
         with PARSING, contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
             args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
-    except SystemExit:
+    except SystemExit as leaving:
+        if not leaving.code:  # it has printed what was asked for
+            print(box.getvalue(), end="")
+            raise
         lines = [line.strip() for line in box.getvalue().splitlines()]
         rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
         message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
@@ -667,7 +673,10 @@ def check_args(args: RunArgs) -> None:
                 f"--num-threads is {args.num_threads}, but this process may use {cores()} cores; ask for fewer."
             )
         args.num_threads = 0  # the run was made on a larger machine
-    if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
+    mode, modes = os.environ.get("WANDB_MODE", "online"), ("online", "offline", "shared", "disabled", "dryrun", "run")
+    if args.track and mode not in modes:
+        raise UsageError(f"WANDB_MODE is {mode!r}, but must be one of {', '.join(modes)}.")
+    if args.track and not args.evaluate and mode == "online":
         import wandb
 
         try:
@@ -682,6 +691,8 @@ def bound_broken(name: str, number: float) -> str:
     """What an argument must be and is not, or ""."""
     if not math.isfinite(number):
         return "a finite number"
+    if abs(number) > 1e30 and isinstance(number, float):
+        return "at most 1e30"
     if name == "num_envs" and number > 2**16:
         return "at most 65,536"
     if number > 2**53 and isinstance(number, int):
@@ -735,12 +746,14 @@ def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
 
 def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int) -> None:
     """Raises UsageError where size, the value of a flag, needs more bytes than there are."""
+    if needed(size) <= memory():
+        return
     most = size
     while most > 1 and needed(most) > memory():
         most //= 2
-    if most < size:
-        sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
-        raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
+    sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
+    would = f"{flag} {most} would fit" if needed(most) <= memory() else "its other sizes are too large, too"
+    raise UsageError(f"{what} would take {sizes}; {would}.")
 
 
 def say(line: str, end: str = "\n", stream: str = "stdout") -> None:
@@ -754,10 +767,10 @@ def say(line: str, end: str = "\n", stream: str = "stdout") -> None:
         if ready:
             print(line, end=end, file=file, flush=True)
     except UnicodeEncodeError:
-        print(ascii(line)[1:-1], end=end, file=file, flush=True)
+        say(ascii(line)[1:-1], end, stream)
     except BlockingIOError:
         pass
-    except (OSError, ValueError):
+    except Exception:  # somebody may have put anything in its place
         setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 
 
@@ -1058,7 +1071,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
     packages = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if importlib.util.find_spec(name)]
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def text_of(file: str | Path | None) -> str | None:
@@ -1077,7 +1090,7 @@ def file_of_environment(env_id: str) -> str | None:
 
 
 def processor() -> str:
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor())
+    return str(torch.cpu.get_capabilities().get("cpu_name") or os.uname().machine)
 
 
 # Arguments that have no part in what a run computes, besides those of its evaluations.
@@ -1197,8 +1210,6 @@ class Lock:
 
     def taken(self) -> bool:
         """Takes it where nobody has it. A lock of this kind works over NFS, and no child inherits it."""
-        import fcntl
-
         if self.held.setdefault(self.folder, self) is not self:
             return False
         try:
@@ -1223,8 +1234,8 @@ class Lock:
         """Whether the run directory is no longer where it was, or another one has its place."""
         try:
             return not os.path.samestat(os.stat(self.path), os.fstat(self.file))
-        except FileNotFoundError:
-            return not self.path.parent.exists()
+        except OSError:
+            return not self.path.parent.is_dir()
 
 
 class Table:
@@ -1247,6 +1258,8 @@ class Table:
 
     def sync(self) -> list[Any]:
         """Puts all on the disk, so that it outlives a power cut. Returns what a checkpoint says of it."""
+        if not os.path.samestat(os.stat(self.file.name), os.fstat(self.file.fileno())):
+            raise Failed(f"{shown(Path(self.file.name))} was replaced", "failed")
         self.file.flush()
         os.fsync(self.file.fileno())
         return [self.size, self.checksum.hexdigest()]
@@ -1270,7 +1283,7 @@ class TensorBoard:
     """A file of TensorBoard, written without the thread of its own writer, which prints a traceback on a full disk."""
 
     def __init__(self, path: Path, goes_on_from: int | None = None):
-        name = f"events.out.tfevents.{int(time.time()):010}.{platform.node()}.{os.getpid()}.{os.urandom(4).hex()}"
+        name = f"events.out.tfevents.{int(time.time()):010}.{os.uname().nodename}.{os.getpid()}.{os.urandom(4).hex()}"
         self.file = open(path / name, "xb")
         self.records = RecordWriter(self.file)
         self.add(0, file_version="brain.Event:2")
@@ -1358,8 +1371,8 @@ class Log:
         self.waiting += [(tag, value, step) for tag, value in values.items()]
         if time.perf_counter() - self.handed_over > 2.0:
             self.hand_over()
-        if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
-            with self.view("wandb"):
+        with self.view("wandb"):
+            if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
                 self.wandb.log(values, step=step)
 
     def text(self, tag: str, table: list[Any], step: int) -> None:
@@ -1386,12 +1399,14 @@ class Log:
             warn(line)
         self.lost = []
 
-    def close(self, exit_code: int) -> None:
+    def close(self) -> None:
         self.hand_over()
         for file in (*(table.file for table in self.tables.values()), getattr(self.tensorboard, "file", None)):
             with contextlib.suppress(OSError):  # all that counts was put on the disk before
                 if file:
                     file.close()
+
+    def finish_wandb(self, exit_code: int) -> None:
         if self.wandb:
             with self.view("wandb"):
                 self.wandb.finish(exit_code=exit_code)
@@ -1485,6 +1500,7 @@ class Run:
         self.episodes: list[list[float]] = []  # return and length of what ended since the last row
         self.signals: list[int] = []
         self.leaving = self.complete = False
+        self.process = os.getpid()
         self.conditions = conditions(args)
         self.progress = Progress()
         self.how = ""  # it goes on
@@ -1527,10 +1543,10 @@ class Run:
         if self.complete:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
-        self.files = Log(self.path, self.args, state, self.tables)
-        self.tables = {}
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
+        self.files = Log(self.path, self.args, state, self.tables)
+        self.tables = {}
         compiled = ", compiled" if vars(self.args).get("compile") == "on" else ""
         say(f"{shown(self.path)} ({self.args.device}, threads: {self.args.num_threads}{compiled})")
         if state:
@@ -1652,7 +1668,7 @@ class Run:
         self.gathered = []
         self.episodes = []
         line = f"{self.unit} {min(self.global_step / self.total, 1):4.0%}"
-        if self.global_step:
+        if self.global_step and sps > 0:
             seconds = int(max(self.total - self.global_step, 0) / sps)
             left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
             line += f" {sps:>7,.0f}/s  return {'-' if math.isnan(score) else f'{score:,.1f}':>9}  {left}"
@@ -1668,11 +1684,10 @@ class Run:
 
     def sps(self) -> float:
         """Steps per second of this session, or of those before it where this one had nothing left to train."""
+        steps, seconds = self.global_step - self.first_step, time.perf_counter() - self.begun
         if self.first_step >= self.total:
-            return self.first_step / self.earlier_time
-        if self.global_step == self.first_step:
-            return math.nan
-        return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
+            steps, seconds = self.first_step, self.earlier_time
+        return steps / seconds if steps and seconds > 0 else math.nan
 
     def save(self, best: bool = True) -> None:
         """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best.
@@ -1699,6 +1714,8 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Tells how the run has ended, in summary.json first."""
         self.leaving = True
+        if os.getpid() != self.process:  # a child that an environment has forked must not end the run
+            return
         try:
             if self.lock and not self.complete and (self.files or not self.args.resume):
                 self.finish(error)
@@ -1709,8 +1726,6 @@ class Run:
 
     def finish(self, error: BaseException | None) -> None:
         """Writes summary.json. Raises Failed for an error, with when it happened and where the run can go on."""
-        import resource
-
         self.progress.end()
         status = error.status if isinstance(error, (Failed, Stopped)) else "failed" if error else "completed"
         unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -1726,12 +1741,14 @@ class Run:
         }
         if evaluations := read_summary(self.path).get("eval"):
             summary["eval"] = evaluations
+        if self.files:
+            self.files.close()  # first, because an environment may have left no other file descriptors
         message = ""
         if status in ("diverged", "failed"):
             message = summary["error"] = f"iteration {self.iteration}: {self.what_happened(error)}"
         problem = self.write_summary(summary)
         if self.files:
-            self.files.close(int(status != "completed"))
+            self.files.finish_wandb(int(status != "completed"))
         if message:
             raise Failed(message, status) from error
         if self.files:
@@ -1744,12 +1761,17 @@ class Run:
 
     def what_happened(self, error: BaseException) -> str:
         """What went wrong, the newest good checkpoint, and the traceback, if there is more to it than the message."""
+        root = error
+        while isinstance(root, Failed) and root.__cause__ not in (None, root):
+            root = root.__cause__
         expected = isinstance(error, (Failed, UsageError, OSError))
         text = f"{'' if expected else type(error).__name__ + ': '}{one_line(error)[:500]}".rstrip(": ")
-        files = sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
-        good = next((file for file in files if not damage_of(file)), None)
+        good = None
+        with contextlib.suppress(OSError):
+            files = sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
+            good = next((file for file in files if not damage_of(file)), None)
         text += f"; the last good checkpoint is {shown(good) if good else 'none'}"
-        if not expected or error.__cause__:
+        if not isinstance(root, (Failed, UsageError)) and not (root is error and expected):
             import traceback
 
             with contextlib.suppress(OSError):
@@ -1969,6 +1991,11 @@ def main(argv: list[str] | None = None) -> int:
     def leave(signum: int, frame: Any) -> None:
         raise Stopped(signum)
 
+    for fd in range(3):  # one that was closed would be given to the next file, and foreign code prints into it
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     handlers = set_handlers(leave)
     STARTED_IN.append(here())
     try:

@@ -46,6 +46,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -53,8 +54,8 @@ import io
 import json
 import math
 import os
-import platform
 import random
+import resource
 import select
 import shutil
 import signal
@@ -540,6 +541,8 @@ def parse_args(argv: list[str] | None = None) -> RunArgs:
     peek.add_argument("--resume", nargs="?", type=Path)
     peek.add_argument("--evaluate", nargs="?", type=Path)
     asked = vars(peek.parse_known_args(argv)[0])
+    if asked["resume"] and asked["evaluate"]:
+        raise UsageError("--resume trains and --evaluate plays; give one of them.")
     if asked["resume"] and asked["resume"].is_file():
         raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
     run = asked["resume"] or asked["evaluate"]
@@ -574,7 +577,10 @@ def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
     try:
         with PARSING, contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
             args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
-    except SystemExit:
+    except SystemExit as leaving:
+        if not leaving.code:  # it has printed what was asked for
+            print(box.getvalue(), end="")
+            raise
         lines = [line.strip() for line in box.getvalue().splitlines()]
         rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
         message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
@@ -605,7 +611,10 @@ def check_args(args: RunArgs) -> None:
                 f"--num-threads is {args.num_threads}, but this process may use {cores()} cores; ask for fewer."
             )
         args.num_threads = 0  # the run was made on a larger machine
-    if args.track and not args.evaluate and os.environ.get("WANDB_MODE", "online") == "online":
+    mode, modes = os.environ.get("WANDB_MODE", "online"), ("online", "offline", "shared", "disabled", "dryrun", "run")
+    if args.track and mode not in modes:
+        raise UsageError(f"WANDB_MODE is {mode!r}, but must be one of {', '.join(modes)}.")
+    if args.track and not args.evaluate and mode == "online":
         import wandb
 
         try:
@@ -620,6 +629,8 @@ def bound_broken(name: str, number: float) -> str:
     """What an argument must be and is not, or ""."""
     if not math.isfinite(number):
         return "a finite number"
+    if abs(number) > 1e30 and isinstance(number, float):
+        return "at most 1e30"
     if name == "num_envs" and number > 2**16:
         return "at most 65,536"
     if number > 2**53 and isinstance(number, int):
@@ -673,12 +684,14 @@ def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
 
 def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int) -> None:
     """Raises UsageError where size, the value of a flag, needs more bytes than there are."""
+    if needed(size) <= memory():
+        return
     most = size
     while most > 1 and needed(most) > memory():
         most //= 2
-    if most < size:
-        sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
-        raise UsageError(f"{what} would take {sizes}; {flag} {most} would fit.")
+    sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
+    would = f"{flag} {most} would fit" if needed(most) <= memory() else "its other sizes are too large, too"
+    raise UsageError(f"{what} would take {sizes}; {would}.")
 
 
 def say(line: str, end: str = "\n", stream: str = "stdout") -> None:
@@ -692,10 +705,10 @@ def say(line: str, end: str = "\n", stream: str = "stdout") -> None:
         if ready:
             print(line, end=end, file=file, flush=True)
     except UnicodeEncodeError:
-        print(ascii(line)[1:-1], end=end, file=file, flush=True)
+        say(ascii(line)[1:-1], end, stream)
     except BlockingIOError:
         pass
-    except (OSError, ValueError):
+    except Exception:  # somebody may have put anything in its place
         setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
 
 
@@ -958,7 +971,8 @@ class Environments:
         self.played[where] = 0
         roots = [(self.seed, n, self.numbers[n]) for n in np.flatnonzero(where)]
         seeds = np.array([np.random.SeedSequence(root).generate_state(1)[0] // 2 for root in roots], dtype=np.int64)
-        obs, info = self.envs.reset(seed=seeds, options={"reset_mask": where})
+        with as_before():
+            obs, info = self.envs.reset(seed=seeds, options={"reset_mask": where})
         self.clock = info.get("episode_frame_number")
         return obs
 
@@ -991,8 +1005,9 @@ def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Enviro
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
             warnings.simplefilter("ignore")
-            for _ in range(num_envs):
-                envs.append(gym.make(args.env_id, disable_env_checker=True, **options))
+            with as_before():
+                for _ in range(num_envs):
+                    envs.append(gym.make(args.env_id, disable_env_checker=True, **options))
         check_spaces(args.env_id, envs)
         return Environments(SyncEnvs(envs, args.env_id), seed)
     except BaseException as error:  # an extra that is missing, or whatever a constructor raises
@@ -1000,6 +1015,29 @@ def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Enviro
         if isinstance(error, (UsageError, Stopped, KeyboardInterrupt)):
             raise
         raise UsageError(f"--env-id {args.env_id} cannot be made, it raised {what_happened(error)}.") from None
+
+
+def numbers_of(space: gym.Space) -> int:
+    """Inputs or outputs of an MLP for a space."""
+    if isinstance(space, gym.spaces.Box):
+        return math.prod(space.shape)
+    return math.prod(space.shape) * int(np.max(space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else space.n))
+
+
+class as_before(contextlib.ContextDecorator):
+    """Takes back what environments have changed for all of the process: how torch and numpy compute."""
+
+    def __enter__(self) -> None:
+        self.torch = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+        self.numpy = np.geterr()
+
+    def __exit__(self, *error: Any) -> None:
+        if (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()) != self.torch:
+            torch.set_default_dtype(self.torch[0])
+            torch.set_grad_enabled(self.torch[1])
+            torch.set_num_threads(self.torch[2])
+        if np.geterr() != self.numpy:
+            np.seterr(**self.numpy)
 
 
 def check_spaces(env_id: str, envs: list[gym.Env]) -> None:
@@ -1012,6 +1050,10 @@ def check_spaces(env_id: str, envs: list[gym.Env]) -> None:
     for name, space in (("observes", observations), ("acts in", actions)):
         if not math.prod(space.shape):
             raise UsageError(f"--env-id {env_id} {name} {space}, which is empty; one number at least is needed.")
+        if not space.dtype.isnative or space.dtype.itemsize > 8:
+            raise UsageError(f"--env-id {env_id} {name} {space} of {space.dtype.str}; torch has no such numbers.")
+        if numbers_of(space) * 64 * 32 > memory():  # 64 weights each, of 4 bytes, with gradients and moments
+            raise UsageError(f"--env-id {env_id} {name} {space}; a network for that does not fit into the memory.")
     for n, env in enumerate(envs):
         if (env.observation_space, env.action_space) != (observations, actions):
             raise UsageError(f"environment {n} of --env-id {env_id} has other spaces than environment 0.")
@@ -1053,7 +1095,8 @@ def check_batch(args: RunArgs) -> None:
             f"--total-timesteps {args.total_timesteps} is less than one batch, {size}; ask for {batch} or more."
         )
     if batch % parts or (args.norm_adv and batch < 2 * parts):
-        fits = sorted((n for n in range(1, batch // 2 + 1) if batch % n == 0), key=lambda n: abs(n - parts))[:3]
+        divisors = [n for n in range(1, min(batch // 2, 10_000) + 1) if batch % n == 0]
+        fits = sorted(divisors, key=lambda n: abs(n - parts))[:3]
         would = f"--num-minibatches {' or '.join(map(str, fits))}" if fits else "a larger --num-steps"
         raise UsageError(f"a batch of {size} has no {parts} equal parts of 2 or more; {would} would do.")
 
@@ -1085,7 +1128,7 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
             raise UsageError(f"--scale-actions on: the actions of {args.env_id} have no bounds to scale to; use off.")
         envs.scale = middle_and_half(envs.single_action_space)
     space = envs.single_observation_space
-    row = math.prod(space.shape) * space.dtype.itemsize + 2048 * image + 100  # an observation, its features, the rest
+    row = 2000 + 8 * (numbers_of(space) + numbers_of(envs.single_action_space))  # bytes; CartPole took 900 to 3,000
     what = f"a rollout of {args.num_envs} x {args.num_steps} steps"
     check_memory(lambda num_steps: row * args.num_envs * num_steps, what, "--num-steps", args.num_steps)
     if not args.num_threads:
@@ -1219,7 +1262,8 @@ class NatureCNN(nn.Module):
 
 def is_image(space: gym.Space) -> bool:
     """Bytes in three dimensions, two of them large enough for the convolutions."""
-    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+    large = [size >= 36 for size in space.shape]
+    return space.dtype == np.uint8 and len(large) == 3 and large[1] and (large[0] or large[2])
 
 
 def choices_of(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[tuple[int, int], Tensor | None]:
@@ -1355,9 +1399,11 @@ def example_obs(agent: Agent, *batch: int) -> Tensor:
 def action_noise(agent: Agent, rng: Rng, *batch: int) -> Tensor:
     """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
     if agent.continuous:
-        noise = torch.randn(*batch, len(agent.log_std), generator=rng.torch, device=agent.device)
+        shape = (*batch, len(agent.log_std))
+        noise = torch.randn(shape, generator=rng.torch, dtype=torch.float32, device=agent.device)
         return noise * agent.log_std.exp()
-    return -torch.empty(*batch, *agent.choices, device=agent.device).exponential_(generator=rng.torch).log_()
+    noise = torch.empty(*batch, *agent.choices, dtype=torch.float32, device=agent.device)
+    return -noise.exponential_(generator=rng.torch).log_()
 
 
 def act(agent: Agent, features: Tensor, noise: Tensor) -> Tensor:
@@ -1489,7 +1535,7 @@ def scale_rewards(
 
 def values_at(agent: Agent, final_obs: dict[tuple[int, int], np.ndarray], shape: tuple[int, int]) -> Tensor:
     """V of the last observation where an episode was truncated, and zero elsewhere, (num_steps, num_envs)."""
-    values = torch.zeros(shape, device=agent.device)
+    values = torch.zeros(shape, dtype=torch.float32, device=agent.device)
     if final_obs:
         obs = torch.from_numpy(np.stack(list(final_obs.values()))).to(agent.device, obs_dtype(agent))
         values[tuple(zip(*final_obs))] = agent.value(agent.features(obs))
@@ -1523,6 +1569,7 @@ class Player:
         self.first = True  # the next rollout is the first one
         self.inexact = ""  # why a resumed run is not the one that stopped
 
+    @as_before()
     @torch.no_grad()
     def play(self, agent: Agent) -> Steps:
         """Plays num_steps steps on in every environment."""
@@ -1823,7 +1870,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
     packages = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if importlib.util.find_spec(name)]
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def text_of(file: str | Path | None) -> str | None:
@@ -1842,7 +1889,7 @@ def file_of_environment(env_id: str) -> str | None:
 
 
 def processor() -> str:
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor())
+    return str(torch.cpu.get_capabilities().get("cpu_name") or os.uname().machine)
 
 
 # Arguments that have no part in what a run computes, besides those of its evaluations.
@@ -1962,8 +2009,6 @@ class Lock:
 
     def taken(self) -> bool:
         """Takes it where nobody has it. A lock of this kind works over NFS, and no child inherits it."""
-        import fcntl
-
         if self.held.setdefault(self.folder, self) is not self:
             return False
         try:
@@ -1988,8 +2033,8 @@ class Lock:
         """Whether the run directory is no longer where it was, or another one has its place."""
         try:
             return not os.path.samestat(os.stat(self.path), os.fstat(self.file))
-        except FileNotFoundError:
-            return not self.path.parent.exists()
+        except OSError:
+            return not self.path.parent.is_dir()
 
 
 class Table:
@@ -2012,6 +2057,8 @@ class Table:
 
     def sync(self) -> list[Any]:
         """Puts all on the disk, so that it outlives a power cut. Returns what a checkpoint says of it."""
+        if not os.path.samestat(os.stat(self.file.name), os.fstat(self.file.fileno())):
+            raise Failed(f"{shown(Path(self.file.name))} was replaced", "failed")
         self.file.flush()
         os.fsync(self.file.fileno())
         return [self.size, self.checksum.hexdigest()]
@@ -2035,7 +2082,7 @@ class TensorBoard:
     """A file of TensorBoard, written without the thread of its own writer, which prints a traceback on a full disk."""
 
     def __init__(self, path: Path, goes_on_from: int | None = None):
-        name = f"events.out.tfevents.{int(time.time()):010}.{platform.node()}.{os.getpid()}.{os.urandom(4).hex()}"
+        name = f"events.out.tfevents.{int(time.time()):010}.{os.uname().nodename}.{os.getpid()}.{os.urandom(4).hex()}"
         self.file = open(path / name, "xb")
         self.records = RecordWriter(self.file)
         self.add(0, file_version="brain.Event:2")
@@ -2123,8 +2170,8 @@ class Log:
         self.waiting += [(tag, value, step) for tag, value in values.items()]
         if time.perf_counter() - self.handed_over > 2.0:
             self.hand_over()
-        if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
-            with self.view("wandb"):
+        with self.view("wandb"):
+            if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
                 self.wandb.log(values, step=step)
 
     def text(self, tag: str, table: list[Any], step: int) -> None:
@@ -2151,12 +2198,14 @@ class Log:
             warn(line)
         self.lost = []
 
-    def close(self, exit_code: int) -> None:
+    def close(self) -> None:
         self.hand_over()
         for file in (*(table.file for table in self.tables.values()), getattr(self.tensorboard, "file", None)):
             with contextlib.suppress(OSError):  # all that counts was put on the disk before
                 if file:
                     file.close()
+
+    def finish_wandb(self, exit_code: int) -> None:
         if self.wandb:
             with self.view("wandb"):
                 self.wandb.finish(exit_code=exit_code)
@@ -2250,6 +2299,7 @@ class Run:
         self.episodes: list[list[float]] = []  # return and length of what ended since the last row
         self.signals: list[int] = []
         self.leaving = self.complete = False
+        self.process = os.getpid()
         self.conditions = conditions(args)
         self.progress = Progress()
         self.how = ""  # it goes on
@@ -2292,10 +2342,10 @@ class Run:
         if self.complete:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
-        self.files = Log(self.path, self.args, state, self.tables)
-        self.tables = {}
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
+        self.files = Log(self.path, self.args, state, self.tables)
+        self.tables = {}
         compiled = ", compiled" if vars(self.args).get("compile") == "on" else ""
         say(f"{shown(self.path)} ({self.args.device}, threads: {self.args.num_threads}{compiled})")
         if state:
@@ -2417,7 +2467,7 @@ class Run:
         self.gathered = []
         self.episodes = []
         line = f"{self.unit} {min(self.global_step / self.total, 1):4.0%}"
-        if self.global_step:
+        if self.global_step and sps > 0:
             seconds = int(max(self.total - self.global_step, 0) / sps)
             left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
             line += f" {sps:>7,.0f}/s  return {'-' if math.isnan(score) else f'{score:,.1f}':>9}  {left}"
@@ -2433,11 +2483,10 @@ class Run:
 
     def sps(self) -> float:
         """Steps per second of this session, or of those before it where this one had nothing left to train."""
+        steps, seconds = self.global_step - self.first_step, time.perf_counter() - self.begun
         if self.first_step >= self.total:
-            return self.first_step / self.earlier_time
-        if self.global_step == self.first_step:
-            return math.nan
-        return (self.global_step - self.first_step) / (time.perf_counter() - self.begun)
+            steps, seconds = self.first_step, self.earlier_time
+        return steps / seconds if steps and seconds > 0 else math.nan
 
     def save(self, best: bool = True) -> None:
         """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best.
@@ -2464,6 +2513,8 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Tells how the run has ended, in summary.json first."""
         self.leaving = True
+        if os.getpid() != self.process:  # a child that an environment has forked must not end the run
+            return
         try:
             if self.lock and not self.complete and (self.files or not self.args.resume):
                 self.finish(error)
@@ -2474,8 +2525,6 @@ class Run:
 
     def finish(self, error: BaseException | None) -> None:
         """Writes summary.json. Raises Failed for an error, with when it happened and where the run can go on."""
-        import resource
-
         self.progress.end()
         status = error.status if isinstance(error, (Failed, Stopped)) else "failed" if error else "completed"
         unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -2491,12 +2540,14 @@ class Run:
         }
         if evaluations := read_summary(self.path).get("eval"):
             summary["eval"] = evaluations
+        if self.files:
+            self.files.close()  # first, because an environment may have left no other file descriptors
         message = ""
         if status in ("diverged", "failed"):
             message = summary["error"] = f"iteration {self.iteration}: {self.what_happened(error)}"
         problem = self.write_summary(summary)
         if self.files:
-            self.files.close(int(status != "completed"))
+            self.files.finish_wandb(int(status != "completed"))
         if message:
             raise Failed(message, status) from error
         if self.files:
@@ -2509,12 +2560,17 @@ class Run:
 
     def what_happened(self, error: BaseException) -> str:
         """What went wrong, the newest good checkpoint, and the traceback, if there is more to it than the message."""
+        root = error
+        while isinstance(root, Failed) and root.__cause__ not in (None, root):
+            root = root.__cause__
         expected = isinstance(error, (Failed, UsageError, OSError))
         text = f"{'' if expected else type(error).__name__ + ': '}{one_line(error)[:500]}".rstrip(": ")
-        files = sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
-        good = next((file for file in files if not damage_of(file)), None)
+        good = None
+        with contextlib.suppress(OSError):
+            files = sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
+            good = next((file for file in files if not damage_of(file)), None)
         text += f"; the last good checkpoint is {shown(good) if good else 'none'}"
-        if not expected or error.__cause__:
+        if not isinstance(root, (Failed, UsageError)) and not (root is error and expected):
             import traceback
 
             with contextlib.suppress(OSError):
@@ -2738,6 +2794,11 @@ def main(argv: list[str] | None = None) -> int:
     def leave(signum: int, frame: Any) -> None:
         raise Stopped(signum)
 
+    for fd in range(3):  # one that was closed would be given to the next file, and foreign code prints into it
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     handlers = set_handlers(leave)
     STARTED_IN.append(here())
     try:

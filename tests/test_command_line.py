@@ -125,6 +125,9 @@ FLAGS = {
     "--num-envs 1099511627776": "--num-envs is 1099511627776, but must be at most 65,536.",
     "--total-timesteps 1000000000000000000000000000000": "must be at most 2**53.",
     "--num-steps 1099511627776 --total-timesteps 9000000000000000": "GiB of memory, and there are",
+    "--num-steps 1000000000 --total-timesteps 8000000000 --num-minibatches 3": "--num-minibatches 2 or 4 or 1 would do",
+    "--env-id Pendulum-v1 --log-std-init 1e308": "--log-std-init is 1e+308, but must be at most 1e30.",
+    "--resume runs/a --evaluate runs/b": "give one of them",
 }
 
 
@@ -138,7 +141,7 @@ def test_size_that_would_fit_is_named_and_fits(here, capsys, monkeypatch):
     monkeypatch.setattr(ppo, "memory", lambda: 2**20)
     flags = ["--num-steps", "100000", "--num-envs", "1", "--num-minibatches", "1", "--total-timesteps", "100000"]
     size = refused(capsys, *flags, here=here).split("--num-steps ")[-1].split()[0]
-    assert 1000 < int(size) < 2**20 / 16
+    assert 100 < int(size) < 2**20 / 1000
     args = ppo.parse_args(["--num-steps", size, "--num-envs", "1"])
     ppo.settle(args, ppo.make_envs(args, 1, 1))
 
@@ -161,6 +164,31 @@ def test_language_size_is_refused_before_its_memory_is_taken(argv, here, capsys)
     sentence = capsys.readouterr().err
     assert sentence.startswith("error: ") and sentence.count("\n") == 1 and SIZES[argv] in sentence
     assert not list(here.iterdir())
+
+
+def test_estimated_memory_is_near_what_is_taken(here):
+    code = (
+        "import ppo, resource, sys; ppo.main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for steps in (1_000, 100_000):
+        flags = (
+            f"--num-steps {steps} --total-timesteps {2 * steps} --num-envs 2 --num-minibatches 100 --update-epochs 1"
+        )
+        command = [sys.executable, "-c", code, *flags.split(), "--compile", "off"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+        )
+        peaks.append(1024 * int(done.stdout.split()[-1]))
+    taken = (peaks[1] - peaks[0]) / 198_000
+    assert 2000 / 4 < taken < 2 * 2000
+
+
+@pytest.mark.parametrize("mode, refused", [("nonsense", True), ("offline", False)])
+def test_wandb_mode_that_does_not_exist_is_refused(mode, refused, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(ppo.UsageError, match="but must be one of online") if refused else contextlib.nullcontext():
+        ppo.check_args(ppo.parse_args(["--track"]))
 
 
 # ------------------------------------------------------------------------------------------- notebooks and threads
@@ -284,6 +312,136 @@ class Seeding(Quiet):
     def step(self, action):
         torch.manual_seed(42), np.random.seed(42), random.seed(42)
         return super().step(action)
+
+
+class Global(Quiet):
+    """Changes how torch and numpy compute, in its constructor, in reset or in step."""
+
+    where = ""
+
+    def change(self, where):
+        if where == self.where:
+            torch.set_default_dtype(torch.float64)
+            torch.set_grad_enabled(False)
+            torch.set_num_threads(3)
+            np.seterr(all="raise")
+
+    def __init__(self):
+        self.change("init")
+
+    def reset(self, **options):
+        self.change("reset")
+        return super().reset(**options)
+
+    def step(self, action):
+        self.change("step")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("script", [ppo, reinforce], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("where", ["init", "reset", "step"])
+def test_environment_that_changes_how_everything_is_computed_changes_nothing(where, script, here, monkeypatch):
+    monkeypatch.setattr(Global, "where", where)
+    for kind in (Quiet, Global):
+        spec = gym.envs.registration.EnvSpec(f"{kind.__name__}-v0", kind)
+        monkeypatch.setitem(gym.registry, f"{kind.__name__}-v0", spec)
+        flags = ["--env-id", f"{kind.__name__}-v0", "--run-name", kind.__name__, "--num-threads", "1"]
+        assert script.main([*SMALL, *flags]) == 0
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled() and torch.get_num_threads() == 1
+    assert np.geterr()["under"] != "raise"
+    assert same(newest(here / "runs/Quiet")["agent"], newest(here / "runs/Global")["agent"])
+
+
+BIG = 2**40
+SPACES = {
+    "choices": dict(action_space=gym.spaces.Discrete(BIG)),
+    "uneven choices": dict(action_space=gym.spaces.MultiDiscrete([2, BIG])),
+    "states": dict(observation_space=gym.spaces.Discrete(BIG)),
+    "other byte order": dict(observation_space=gym.spaces.Box(-1, 1, (2,), np.dtype(">f4"))),
+    "long double": dict(observation_space=gym.spaces.Box(-1, 1, (2,), np.longdouble)),
+}
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_space_that_no_network_can_have_is_refused(kind, here, monkeypatch, capsys):
+    env = type("Env", (Quiet,), SPACES[kind])
+    monkeypatch.setitem(gym.registry, "Space-v0", gym.envs.registration.EnvSpec("Space-v0", env))
+    assert "Space-v0" in refused(capsys, "--env-id", "Space-v0", here=here)
+
+
+@pytest.mark.parametrize("shape, image", [((3, 40, 40), 1), ((40, 40, 3), 1), ((40, 3, 40), 0), ((40, 40, 40), 1)])
+def test_images_have_their_channels_first_or_last(shape, image):
+    assert ppo.is_image(gym.spaces.Box(0, 255, shape, np.uint8)) == bool(image)
+
+
+def test_clock_that_stands_still_is_no_reason_to_fail(here, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    assert ppo.main([*SMALL, "--run-name", "run"]) == 0
+    assert json.loads((here / "runs/run/summary.json").read_text())["sps"] == 0
+
+
+class Foreign(Quiet):
+    """Calls what the test sets, once, in the hundredth step."""
+
+    steps = 0
+
+    def step(self, action):
+        Foreign.steps += 1
+        if Foreign.steps == 100:
+            self.act()
+        return super().step(action)
+
+
+def foreign(monkeypatch, act):
+    monkeypatch.setattr(Foreign, "steps", 0)
+    monkeypatch.setattr(Foreign, "act", lambda env: act(), raising=False)
+    monkeypatch.setitem(gym.registry, "Foreign-v0", gym.envs.registration.EnvSpec("Foreign-v0", Foreign))
+    return ppo.main([*SMALL, "--env-id", "Foreign-v0", "--run-name", "run", "--checkpoint-interval", "1"])
+
+
+def test_csv_file_that_was_replaced_ends_the_run(here, monkeypatch, capsys):
+    def replace():
+        Path("runs/run/copy").write_text(Path("runs/run/episodes.csv").read_text())
+        os.replace("runs/run/copy", "runs/run/episodes.csv")
+
+    assert foreign(monkeypatch, replace) == 1
+    assert "episodes.csv was replaced; the last good checkpoint is" in capsys.readouterr().err
+    assert json.loads((here / "runs/run/summary.json").read_text())["status"] == "failed"
+
+
+def test_child_that_an_environment_forks_does_not_end_the_run(here, monkeypatch):
+    parent = os.getpid()
+
+    def fork():
+        if not os.fork():
+            raise ValueError("in the child")
+
+    try:
+        status = foreign(monkeypatch, fork)
+    finally:
+        if os.getpid() != parent:
+            os._exit(0)
+    assert status == 0 and json.loads((here / "runs/run/summary.json").read_text())["status"] == "completed"
+    assert not (here / "runs/run/error.txt").exists()
+    os.wait()
+
+
+def test_what_foreign_code_prints_to_a_closed_stdout_goes_into_no_file(here):
+    code = f"""if 1:
+        import os, sys
+        sys.path.insert(0, {str(SCRIPT.parent)!r})
+        import gymnasium as gym, ppo
+        from gymnasium.envs.classic_control import CartPoleEnv
+        class Printing(CartPoleEnv):
+            def step(self, action):
+                os.write(1, b"printf")
+                return super().step(action)
+        gym.register("Printing-v0", Printing)
+        sys.exit(ppo.main("--env-id Printing-v0 --run-name run {" ".join(SMALL)}".split()))"""
+    (here / "code.py").write_text(code)
+    done = subprocess.run(["bash", "-c", f"{sys.executable} code.py <&- >&- 2>&-"])
+    assert done.returncode == 0
+    assert all("printf" not in path.read_text() for path in (here / "runs/run").glob("*.csv"))
 
 
 @pytest.mark.parametrize("script", [ppo, a2c, trpo, reinforce], ids=lambda script: script.__name__)
