@@ -525,6 +525,23 @@ def own_arguments() -> list[str]:
     return sys.argv[1:] if SCRIPT.is_file() and started.is_file() and started.samefile(SCRIPT) else []
 
 
+def sentence_of(box: str) -> str:
+    """What tyro says of an error, in a box, as one sentence."""
+    lines = [line.strip() for line in box.splitlines()]
+    rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
+    message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
+    flag, _, reason = message.removeprefix("Error parsing ").partition(": ")
+    takes = next((line for line in lines if line.startswith(f"{flag} ")), "")
+    if takes and "'" in reason:
+        for kind, words in (("{None}|", ""), ("FLOAT", "a number"), ("INT", "a whole number")):
+            takes = takes.replace(kind, words)
+        message = f"{takes.replace(' ', ' takes ', 1)}, not {reason.split(chr(39))[-2]!r}"
+    if "Perhaps you meant:" in lines:
+        near = lines[lines.index("Perhaps you meant:") + 1].split()[0]
+        return f"{message}; did you mean {near}?"
+    return f"{message.rstrip('.')}."
+
+
 PARSING = threading.Lock()  # because what tyro prints is caught for the whole process
 
 
@@ -540,16 +557,7 @@ def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
         if not leaving.code:  # it has printed what was asked for
             print(box.getvalue(), end="")
             raise
-        lines = [line.strip() for line in box.getvalue().splitlines()]
-        rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
-        message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
-        flag, _, reason = message.removeprefix("Error parsing ").partition(": ")
-        takes = next((line for line in lines if line.startswith(f"{flag} ")), "")
-        if takes and "'" in reason:
-            for kind, words in (("{None}|", ""), ("FLOAT", "a number"), ("INT", "a whole number")):
-                takes = takes.replace(kind, words)
-            message = f"{takes.replace(' ', ' takes ', 1)}, not {reason.split(chr(39))[-2]!r}"
-        raise UsageError(f"{message.rstrip('.')}.") from None
+        raise UsageError(sentence_of(box.getvalue())) from None
     if unknown:
         known = [f"--{no}{field.name.replace('_', '-')}" for field in fields(RunArgs) for no in ("", "no-")]
         near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, n=1)

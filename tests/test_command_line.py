@@ -23,6 +23,7 @@ import grpo_toy
 import ppo
 import reinforce
 import trpo
+from benchmarks import __main__ as harness
 
 __all__ = ["here"]  # a fixture
 SMALL = ["--num-envs", "2", "--num-steps", "40", "--total-timesteps", "160", "--compile", "off"]
@@ -510,3 +511,20 @@ def test_two_command_lines_at_once_leave_stdout_as_it_was():
     for thread in threads:
         thread.join()
     assert (sys.stdout, sys.stderr) == before
+
+
+VERBS = {
+    "run classic --wrkers 2": "did you mean --workers?",
+    "run classic --workers x": "--workers takes a whole number, not 'x'.",
+    "sweep --trials 3": "--study STR",
+    "walk": "Unrecognized options: walk.",
+    "": "Expected one of {run, report, sweep, speed, check}.",
+}
+
+
+@pytest.mark.parametrize("argv", VERBS)
+def test_harness_refuses_flags_in_one_sentence(argv, here, capsys):
+    assert harness.main(argv.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and VERBS[argv] in err
+    assert not list(here.iterdir())
