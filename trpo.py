@@ -2535,6 +2535,8 @@ class Run:
         """Writes summary.json. Raises Failed for an error, with when it happened and where the run can go on."""
         self.progress.end()
         status = error.status if isinstance(error, (Failed, Stopped)) else "failed" if error else "completed"
+        if isinstance(error, KeyboardInterrupt):  # Ctrl-C, where an environment has taken our handler away
+            status = "interrupted"
         unit = 2**20 if sys.platform == "darwin" else 2**10
         summary = {
             "status": status,

@@ -400,6 +400,15 @@ def foreign(monkeypatch, act):
     return ppo.main([*SMALL, "--env-id", "Foreign-v0", "--run-name", "run", "--checkpoint-interval", "1"])
 
 
+def test_ctrl_c_where_an_environment_has_taken_the_handler_away_interrupts(here, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert foreign(monkeypatch, interrupt) == 130
+    assert json.loads((here / "runs/run/summary.json").read_text())["status"] == "interrupted"
+    assert ppo.main(["--resume", "runs/run"]) == 0
+
+
 def test_csv_file_that_was_replaced_ends_the_run(here, monkeypatch, capsys):
     def replace():
         Path("runs/run/copy").write_text(Path("runs/run/episodes.csv").read_text())
