@@ -1,6 +1,7 @@
 """Environments as users bring them: what is opened is closed, what they return is checked, spaces are kept to."""
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -557,6 +558,8 @@ def test_an_environment_that_raises_is_named_with_type_text_and_place(odd, capsy
     "frame, said", [(None, "None"), (np.zeros((4, 4), np.uint8), "an array (4, 4) of uint8 from 0 to 0")]
 )
 def test_a_picture_that_is_none_is_named(frame, said, odd, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "moviepy" or found(name))
     monkeypatch.setattr(Odd, "render", lambda env: frame, raising=False)
     assert start(odd(), "--capture-video") == 1
     assert f"environment 0 of Strange0-v0 rendered {said}, not an array (height, width, 3)" in one_sentence(capsys)

@@ -734,8 +734,8 @@ def test_full_disk_at_any_point_is_one_sentence_and_a_summary(here, capsys):
         err = capsys.readouterr().err
         if disk.left >= 0:
             break
-        if status == 0:  # all was saved, and only TensorBoard had something left to write
-            assert err.count("\n") == 1 and summary(run)["status"] == "completed"
+        if status == 0:  # all was saved, and at most TensorBoard had more to write
+            assert err.count("\n") <= 1 and summary(run)["status"] == "completed"
             continue
         if status == 2:  # it had not begun
             assert re.fullmatch(r"error: runs/run cannot be made \(No space left on device\)[^\n]*\n", err), (
