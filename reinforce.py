@@ -2099,7 +2099,9 @@ class Log:
         except Exception as error:
             setattr(self, name, None)
             title = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}[name]
-            self.lost.append(f"{title} is given up, and the run goes on without it: {one_line(error)[:300]}")
+            self.lost.append(
+                f"{title} is given up, and the run goes on without it: {one_line(error)[:300] or type(error).__name__}"
+            )
 
     def hparams(self, swept: dict[str, Any]) -> None:
         """The HParams tab. It shows those first that are marked as different, by their names: what is no default."""
