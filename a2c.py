@@ -344,8 +344,7 @@ def update(optimizer: Adam | RMSprop, gradient: Callable, steps: Steps, learning
 
 def make_agent(envs: Environments, args: RunArgs) -> Agent:
     """Actor and critic share the convolutions."""
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args, share_body=True)
-    return agent.to(args.device)
+    return Agent(envs.single_observation_space, envs.single_action_space, args, share_body=True).to(args.device)
 
 
 def train(args: RunArgs) -> Path:
@@ -799,10 +798,10 @@ class SyncEnvs:
 
     def check(self, n: int, result: Any, names: tuple[str, ...]) -> None:
         """Raises Failed for a broken promise, if this is the next moment of environment n to look."""
-        moment = self.unchecked.get(n, "")
-        if moment.endswith("reset") != (names is RESET):
+        moment = self.unchecked.get(n)
+        if moment is None or moment.endswith("reset") != (names is RESET):
             return
-        if moment in ("", "first end of an episode") and not (moment and (result[2] or result[3])):
+        if moment == "first end of an episode" and not (result[2] or result[3]):
             return
         if broken := broken_promise(self.single_observation_space, result, names):
             raise Failed(f"environment {n} of {self.env_id} returned at its {moment} {broken}", "failed")
@@ -810,10 +809,10 @@ class SyncEnvs:
         if not self.unchecked[n]:
             del self.unchecked[n]
 
-    def failure(self, n: int, error: BaseException, names: tuple[str, ...]) -> BaseException:
+    def failure(self, n: int, error: BaseException, names: tuple[str, ...]) -> Failed:
         """What to raise where environment n raised an error: one sentence, but a signal as it is."""
         if isinstance(error, (Failed, Stopped, KeyboardInterrupt)):
-            return error
+            raise error
         what = what_happened(error)
         if "unpack" in what:  # gymnasium's wrappers take apart what comes, and fail before it is looked at here
             what += f"; what must be returned is ({', '.join(names)})"
@@ -2311,7 +2310,8 @@ class Run:
         for name in KEPT:
             setattr(self, name, state[name])
         numbers = [self.last_returns, self.episodes, *(list(values.values()) for values in self.gathered)]
-        [np.array(some, dtype=float) for some in numbers]  # raises where they are none
+        for some in numbers:
+            np.array(some, dtype=float)  # raises where they are none
         self.earlier_time = state["wall_time"]
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] and self.args.device == "cuda":
@@ -2463,7 +2463,7 @@ class Run:
             self.files.close()  # first, because an environment may have left no other file descriptors
         message = ""
         if status in ("diverged", "failed"):
-            message = summary["error"] = f"iteration {self.iteration}: {self.what_happened(error)}"
+            message = summary["error"] = f"iteration {self.iteration}: {self.explain(error)}"
         problem = self.write_summary(summary)
         if self.files:
             self.files.finish_wandb(int(status != "completed"))
@@ -2477,10 +2477,10 @@ class Run:
             raise Failed(f"all is trained, but make room and go on with --resume {shown(self.path)}", "failed")
         say(f"{status} after {self.global_step:,} {self.unit}{self.outcome}: {shown(self.path)}")
 
-    def what_happened(self, error: BaseException) -> str:
+    def explain(self, error: BaseException) -> str:
         """What went wrong, the newest good checkpoint, and the traceback, if there is more to it than the message."""
         root = error
-        while isinstance(root, Failed) and root.__cause__ not in (None, root):
+        while isinstance(root, Failed) and root.__cause__:
             root = root.__cause__
         expected = isinstance(error, (Failed, UsageError, OSError))
         text = f"{'' if expected else type(error).__name__ + ': '}{one_line(error)[:500]}".rstrip(": ")
@@ -2515,15 +2515,14 @@ def misfit(mine: Any, theirs: Any, name: str = "it") -> str:
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in [*mine.keys() - theirs.keys(), *theirs.keys() - mine.keys()] if mine else []:
             return f"{name} {'lacks' if key in mine else 'has'} {key}"
-        return next(
-            filter(None, (misfit(mine[key], theirs[key], f"{name}.{key}".removeprefix("it.")) for key in mine)), ""
-        )
+        for key in mine:
+            if problem := misfit(mine[key], theirs[key], f"{name}.{key}".removeprefix("it.")):
+                return problem
+        return ""
     if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-        is_text = (
-            mine.dtype == theirs.dtype == torch.uint8 and mine.dim() == theirs.dim() == 1
-        )  # a file, a random state
+        of_any_length = mine.dtype == theirs.dtype == torch.uint8 and mine.dim() == theirs.dim() == 1  # a random state
         forms = [f"{tuple(x.shape)} {x.dtype}".replace("torch.", "") for x in (mine, theirs)]
-        return "" if is_text or forms[0] == forms[1] else f"{name} is {forms[1]} and not {forms[0]}"
+        return "" if of_any_length or forms[0] == forms[1] else f"{name} is {forms[1]} and not {forms[0]}"
     numbers = all(isinstance(x, (int, float)) for x in (mine, theirs))
     return "" if numbers or type(mine) is type(theirs) else f"{name} is a {type(theirs).__name__}"
 

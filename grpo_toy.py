@@ -458,33 +458,6 @@ def train(args: RunArgs) -> Path:
 
 
 # ==== The machine room: "shared" sections are the same text in every script that has them ====
-# ==== checks ====
-def check_method(args: Args) -> None:
-    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
-    batch, used = args.generation_batch_size, args.rewards
-    unit = math.lcm(args.num_generations, args.steps_per_generation)
-    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
-    refuse(
-        batch % unit,
-        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
-        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
-    )
-    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
-    for name in used:
-        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
-        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
-    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
-    args.reward_weights = args.reward_weights or [1.0] * len(used)
-    count = len(args.reward_weights)
-    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
-    for easy, hard, _ in map(parse_condition, args.condition):
-        unused = [name for name in (easy, hard) if name not in used]
-        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
-        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
-    too_long = args.overlong_buffer > args.max_completion_length
-    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
-
-
 # ==== shared: language run flags ====
 SCRIPT = Path(os.path.abspath(globals().get("__file__", "notebook")))
 
@@ -917,6 +890,33 @@ def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: 
     with torch.no_grad():
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropies
+
+
+# ==== checks ====
+def check_method(args: Args) -> None:
+    """Raises UsageError for batches, rewards and conditions that do not fit together; fills the weights in."""
+    batch, used = args.generation_batch_size, args.rewards
+    unit = math.lcm(args.num_generations, args.steps_per_generation)
+    refuse(args.num_generations < 2, "--num-generations 1 leaves a completion nothing to compare with; use 2 or more.")
+    refuse(
+        batch % unit,
+        f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
+        f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
+    )
+    known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
+    for name in used:
+        refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
+        refuse(used.count(name) > 1, f"--rewards names {name} twice; give it a weight instead.")
+    refuse(not used, f"--rewards needs one or more of {', '.join(known)}.")
+    args.reward_weights = args.reward_weights or [1.0] * len(used)
+    count = len(args.reward_weights)
+    refuse(count != len(used), f"--reward-weights are {count}, but --rewards are {len(used)}; give each reward one.")
+    for easy, hard, _ in map(parse_condition, args.condition):
+        unused = [name for name in (easy, hard) if name not in used]
+        refuse(unused, f"--condition {easy}:{hard} is about {' and '.join(unused)}, not in use; add it to --rewards.")
+        refuse(easy == hard, f"--condition {easy}:{hard} is about one reward; name the easy one, then the hard one.")
+    too_long = args.overlong_buffer > args.max_completion_length
+    refuse(too_long, f"--overlong-buffer must be at most --max-completion-length, {args.max_completion_length}.")
 
 
 # ==== reporting ====
@@ -1605,7 +1605,8 @@ class Run:
         for name in KEPT:
             setattr(self, name, state[name])
         numbers = [self.last_returns, self.episodes, *(list(values.values()) for values in self.gathered)]
-        [np.array(some, dtype=float) for some in numbers]  # raises where they are none
+        for some in numbers:
+            np.array(some, dtype=float)  # raises where they are none
         self.earlier_time = state["wall_time"]
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] and self.args.device == "cuda":
@@ -1757,7 +1758,7 @@ class Run:
             self.files.close()  # first, because an environment may have left no other file descriptors
         message = ""
         if status in ("diverged", "failed"):
-            message = summary["error"] = f"iteration {self.iteration}: {self.what_happened(error)}"
+            message = summary["error"] = f"iteration {self.iteration}: {self.explain(error)}"
         problem = self.write_summary(summary)
         if self.files:
             self.files.finish_wandb(int(status != "completed"))
@@ -1771,10 +1772,10 @@ class Run:
             raise Failed(f"all is trained, but make room and go on with --resume {shown(self.path)}", "failed")
         say(f"{status} after {self.global_step:,} {self.unit}{self.outcome}: {shown(self.path)}")
 
-    def what_happened(self, error: BaseException) -> str:
+    def explain(self, error: BaseException) -> str:
         """What went wrong, the newest good checkpoint, and the traceback, if there is more to it than the message."""
         root = error
-        while isinstance(root, Failed) and root.__cause__ not in (None, root):
+        while isinstance(root, Failed) and root.__cause__:
             root = root.__cause__
         expected = isinstance(error, (Failed, UsageError, OSError))
         text = f"{'' if expected else type(error).__name__ + ': '}{one_line(error)[:500]}".rstrip(": ")
@@ -1809,15 +1810,14 @@ def misfit(mine: Any, theirs: Any, name: str = "it") -> str:
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in [*mine.keys() - theirs.keys(), *theirs.keys() - mine.keys()] if mine else []:
             return f"{name} {'lacks' if key in mine else 'has'} {key}"
-        return next(
-            filter(None, (misfit(mine[key], theirs[key], f"{name}.{key}".removeprefix("it.")) for key in mine)), ""
-        )
+        for key in mine:
+            if problem := misfit(mine[key], theirs[key], f"{name}.{key}".removeprefix("it.")):
+                return problem
+        return ""
     if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-        is_text = (
-            mine.dtype == theirs.dtype == torch.uint8 and mine.dim() == theirs.dim() == 1
-        )  # a file, a random state
+        of_any_length = mine.dtype == theirs.dtype == torch.uint8 and mine.dim() == theirs.dim() == 1  # a random state
         forms = [f"{tuple(x.shape)} {x.dtype}".replace("torch.", "") for x in (mine, theirs)]
-        return "" if is_text or forms[0] == forms[1] else f"{name} is {forms[1]} and not {forms[0]}"
+        return "" if of_any_length or forms[0] == forms[1] else f"{name} is {forms[1]} and not {forms[0]}"
     numbers = all(isinstance(x, (int, float)) for x in (mine, theirs))
     return "" if numbers or type(mine) is type(theirs) else f"{name} is a {type(theirs).__name__}"
 

@@ -191,7 +191,7 @@ def test_wandb_mode_that_does_not_exist_is_refused(mode, refused, monkeypatch):
 NOTEBOOK = """
 import sys, types
 source, name = open(sys.argv[1]).read(), sys.argv[2]
-sys.argv = ["/opt/ipykernel_launcher.py", "-f", "/tmp/kernel.json"]
+sys.argv = ["ipykernel_launcher.py", "-f", "kernel.json"]
 main = sys.modules["__main__"] = types.ModuleType("__main__")
 exec(compile(source, "<cell>", "exec"), vars(main))
 assert main.main(["--run-name", "called", *{small}]) == 0
@@ -211,7 +211,7 @@ def test_script_pasted_into_a_notebook_trains_and_does_not_read_the_arguments_of
 
 
 def test_imported_script_does_not_read_the_arguments_of_another_program(here, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/opt/ipykernel_launcher.py", "-f", "/tmp/kernel.json"])
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     assert ppo.parse_args().env_id == "CartPole-v1"
 
 

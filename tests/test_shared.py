@@ -88,14 +88,9 @@ def test_a_change_in_the_source_reaches_every_script_that_has_the_section(tree):
 SECTIONS = ["shared: run flags", "shared: command line", "shared: environments", "shared: networks and policies"]
 SECTIONS += ["shared: acting", "shared: playing", "shared: optimising", "shared: run directory"]
 SECTIONS += ["shared: evaluation", "shared: main"]
-LANGUAGE = ["checks", "shared: language run flags", "shared: command line", "shared: language task"]
-LANGUAGE += [
-    "shared: language model",
-    "reporting",
-    "shared: run directory",
-    "shared: language warm start and evaluation",
-    "shared: main",
-]
+LANGUAGE = ["shared: language run flags", "shared: command line", "shared: language task", "shared: language model"]
+LANGUAGE += ["checks", "reporting", "shared: run directory", "shared: language warm start and evaluation"]
+LANGUAGE += ["shared: main"]
 ORDER = dict.fromkeys(CONTROL, SECTIONS) | {"grpo_toy": LANGUAGE}
 ORDER["reinforce"] = [section.replace("shared: playing", "playing whole episodes") for section in SECTIONS]
 
