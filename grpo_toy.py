@@ -74,7 +74,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 if __name__ == "__main__" and "__file__" in globals():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds, without a traceback
@@ -88,6 +88,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams, scalar, text
+
+Aggregation = Annotated[
+    Literal["sum_then_normalize", "normalize_then_sum"], tyro.conf.arg(aliases=["--reward-aggregation"])
+]
 
 
 @dataclass
@@ -108,7 +112,7 @@ class Args:
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # see the function policy_loss
     importance_sampling_level: Literal["token", "sequence"] = "token"  # a ratio per token, or (GSPO) per sequence
     scale_rewards: Literal["group", "batch", "none"] = "group"  # the standard deviation that divides rewards, if any
-    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"  # the second is GDPO
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"  # or "normalize_then_sum", which is GDPO
     rewards: list[str] = field(default_factory=lambda: ["correct"])  # correct, exact, format, length, rising, overlong
     reward_weights: list[float] = field(default_factory=list)  # a weight for each of the rewards; without, each has 1
     condition: list[str] = field(default_factory=list)  # rewards that count only with another: "length:correct>=3"
@@ -138,37 +142,33 @@ METHODS: dict[str, dict[str, Any]] = {
     "dapo": dict(loss_type="dapo", epsilon_high=0.28, dynamic_sampling=True, beta=0.0, rewards=["correct", "overlong"]),
     "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0,
                  steps_per_generation=4, num_iterations=1),
-    "gdpo": dict(reward_aggregation="normalize_then_sum", rewards=["correct", "format", "length"]),
+    "gdpo": dict(multi_objective_aggregation="normalize_then_sum", rewards=["correct", "format", "length"]),
 }
 POSITIVE = ("max_steps", "learning_rate", "generation_batch_size", "num_generations", "num_iterations",
             "steps_per_generation", "overlong_buffer", "temperature", "max_grad_norm", "num_digits",
             "max_completion_length", "n_layer", "n_head", "n_embd", "sft_learning_rate")
 AT_MOST_ONE = ()
 ANY_SIGN = ("reward_weights",)
+BATCHES = ("generation_batch_size",)
+PRESET, METRICS = "method", ("eval/accuracy", "reward")  # what picks a row of METHODS; what the HParams tab shows
 # fmt: on
 
 
 # A reward is a function of this name and form: the prompt, the completion (it ends with "$" if it ended in time) and
 # the arguments go in, a number comes out. To add one, write it; --rewards finds it by its name.
-def answer(prompt: str, completion: str) -> str:
-    """The last digits of a completion, as many as the prompt has; none if it has fewer or did not end in time."""
-    digits = re.sub(r"[^0-9]", "", completion)[-len(prompt) :]
-    return digits if len(digits) == len(prompt) and completion.endswith("$") else ""
-
-
 def reward_correct(prompt: str, completion: str, args: Args) -> float:
     """3 for the prompt's digits in order, in whatever brackets, -3 for anything else."""
-    return 3.0 if answer(prompt, completion) == "".join(sorted(prompt)) else -3.0
+    return 3.0 if is_right(prompt, completion) else -3.0
 
 
 def reward_exact(prompt: str, completion: str, args: Args) -> float:
     """The same on the scale of the others: 1 or 0."""
-    return float(reward_correct(prompt, completion, args) > 0)
+    return float(is_right(prompt, completion))
 
 
 def reward_format(prompt: str, completion: str, args: Args) -> float:
     """1 for digits in square brackets, after dots if any, and nothing else."""
-    return float(bool(re.fullmatch(r"\.*\[[0-9]+\]\$", completion)))
+    return float(is_in_format(completion))
 
 
 def reward_length(prompt: str, completion: str, args: Args) -> float:
@@ -263,10 +263,6 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.expm1() - log_r}[kind]
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -355,7 +351,7 @@ def rollout(model: GPT, rng: Rng, args: Args) -> tuple[list[Group], Batch]:
             break
     chosen, weights = groups[:num_prompts], torch.tensor(args.reward_weights)
     rewards = condition_rewards(torch.stack([group.rewards for group in chosen]), args.rewards, args.condition)
-    advantages = group_advantages(rewards, weights, args.reward_aggregation, args.scale_rewards).flatten()
+    advantages = group_advantages(rewards, weights, args.multi_objective_aggregation, args.scale_rewards).flatten()
     completions = torch.cat([group.completions for group in chosen])
     mask = completion_mask(completions)
     longest = int(mask.sum(1).max())
@@ -481,14 +477,12 @@ class RunArgs(Args):
     num_threads: int = 0  # CPU threads of torch (0: all cores, but at most 4)
 
 
-METRICS = ("eval/accuracy", "reward")  # of the HParams tab
 SIZES = ("num_digits", "max_completion_length", "n_layer", "n_head", "n_embd")  # what makes a model another one
-PRESET = "method"  # the argument that picks a row of METHODS
 
 
-def preset(method: str) -> dict[str, Any]:
-    """A method and its row of METHODS. Nothing for an unknown one, which the parser will refuse."""
-    return {"method": method, **METHODS[method]} if method in METHODS else {}
+def preset(name: str) -> dict[str, Any]:
+    """PRESET and its row of METHODS. Nothing for an unknown one, which the parser will refuse."""
+    return {PRESET: name, **METHODS[name]} if name in METHODS else {}
 
 
 def refuse(wrong: Any, message: str) -> None:
@@ -512,15 +506,16 @@ def check_model(args: RunArgs) -> None:
 
 def check_sizes(args: RunArgs) -> None:
     """Raises UsageError for a model and batches that do not fit into the memory."""
-    sizes = {name: vars(args)[name] for name in (*SIZES, "generation_batch_size", "eval_prompts")}
+    sizes = {name: vars(args)[name] for name in (*SIZES, *BATCHES, "eval_prompts")}
     largest = max(sizes, key=sizes.__getitem__)
 
     def needed(size: int) -> float:
         x = replace(args, **{largest: size})
         context = 1 + x.num_digits + x.max_completion_length
         weights = x.n_layer * 12 * x.n_embd**2 + context * x.n_embd
-        cached = x.n_layer * 2 * context * x.n_embd * max(x.generation_batch_size, 8 * x.eval_prompts)
-        trained = x.n_layer * 16 * context * x.n_embd * x.generation_batch_size // x.steps_per_generation
+        rows = max(vars(x)[name] for name in BATCHES)
+        cached = x.n_layer * 2 * context * x.n_embd * max(rows, 8 * x.eval_prompts)
+        trained = x.n_layer * 16 * context * x.n_embd * rows // vars(x).get("steps_per_generation", 1)
         return 4 * (6 * weights + max(cached, trained))  # six, with the reference, the gradients and the optimizer
 
     check_memory(needed, "this model with its batches", f"--{largest.replace('_', '-')}", sizes[largest])
@@ -811,6 +806,22 @@ def sloppy_answer(prompt: str, max_dots: int, rng: Rng) -> str:
     return "." * rng.python.randint(0, max_dots) + left + "".join(digits) + right + "$"
 
 
+def answer(prompt: str, completion: str) -> str:
+    """The last digits of a completion, as many as the prompt has; none if it has fewer or did not end in time."""
+    digits = re.sub(r"[^0-9]", "", completion)[-len(prompt) :]
+    return digits if len(digits) == len(prompt) and completion.endswith("$") else ""
+
+
+def is_right(prompt: str, completion: str) -> bool:
+    """The verifier: whether the answer is the prompt's digits in order, in whatever brackets."""
+    return answer(prompt, completion) == "".join(sorted(prompt))
+
+
+def is_in_format(completion: str) -> bool:
+    """Whether it is digits in square brackets, after dots if any, and nothing else."""
+    return bool(re.fullmatch(r"\.*\[[0-9]+\]\$", completion))
+
+
 # ==== shared: language model ====
 class Block(nn.Module):
     """Causal self-attention and an MLP, each after a layer norm and around a shortcut (GPT-2)."""
@@ -834,14 +845,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (rows, length) to the logits of the token after each, (rows, length, tokens)."""
+    """Tokens (rows, length) to the logits of the token after each, (rows, length, tokens), or to other outputs."""
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, outputs: int = len(TOKENS)):
         super().__init__()
         self.context = 1 + args.num_digits + args.max_completion_length
         self.token, self.position = nn.Embedding(len(TOKENS), args.n_embd), nn.Embedding(self.context, args.n_embd)
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.n_layer))
-        self.norm, self.head = nn.LayerNorm(args.n_embd), nn.Linear(args.n_embd, len(TOKENS), bias=False)
+        self.norm, self.head = nn.LayerNorm(args.n_embd), nn.Linear(args.n_embd, outputs, bias=False)
         for table in (self.token, self.position):
             nn.init.normal_(table.weight, std=0.1)
 
@@ -881,6 +892,10 @@ def completion_mask(completions: Tensor) -> Tensor:
     """True up to the first EOS, which counts, and false after it; EOS and PAD are separate tokens."""
     ends = completions == EOS
     return ends.cumsum(1) - ends.long() == 0
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -1896,14 +1911,15 @@ def warm_start(model: GPT, run: Run) -> None:
     cached = run.path.parent / "warm_starts" / f"{key}.pt"
     if args.cache_warm_start and cached.exists():
         try:
-            load_checkpoint(cached, lambda state: model.load_state_dict(state["model"]))
+            state = load_checkpoint(cached, lambda state: model.load_state_dict(state["model"]))
             say(f"warm start: {shown(cached)}")
+            write_stage(run, "sft", {"loss": state["losses"]})
             return
         except UsageError as error:
             warn(f"{one_line(error)} The warm start is made again.")
     plain, rng = replace(args, temperature=1.0), Rng(f"warm start {args.seed}", args.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    max_dots = min(6, args.max_completion_length - args.num_digits - 3)
+    max_dots, losses = min(6, args.max_completion_length - args.num_digits - 3), []
     for step in range(args.sft_steps):
         optimizer.param_groups[0]["lr"] = args.sft_learning_rate * (1 + math.cos(math.pi * step / args.sft_steps)) / 2
         prompts = sample_prompts(128, args.num_digits, rng)
@@ -1915,14 +1931,16 @@ def warm_start(model: GPT, run: Run) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        losses.append(loss.item())
         run.progress.show("steps of the warm start", step + 1, args.sft_steps)
         if run.signals:
             raise Stopped(run.signals[0])
     if args.sft_steps and not loss.isfinite():
         raise Failed(f"the loss of the warm start is {loss:.3g}")
+    write_stage(run, "sft", {"loss": losses})
     if args.cache_warm_start:
         buffer = io.BytesIO()
-        torch.save({"model": model.state_dict()}, buffer)
+        torch.save({"model": model.state_dict(), "losses": losses}, buffer)
         mine = cached.with_name(run.path.name)  # runs side by side may be making the same
         try:
             cached.parent.mkdir(exist_ok=True)
@@ -1932,9 +1950,19 @@ def warm_start(model: GPT, run: Run) -> None:
             run.files.lost.append(f"The warm start is not kept for other runs: {one_line(error)}")
 
 
-def evaluate_before(model: GPT, run: Run) -> None:
-    """Step 0 of a run: what the model can do before it learns from rewards."""
-    values = evaluation(model, run.args)
+def write_stage(run: Run, stage: str, curves: dict[str, list[float]]) -> None:
+    """Writes <run>/<stage>.csv, the curves of what comes before the first iteration, and shows them in TensorBoard."""
+    steps = list(zip(*curves.values()))
+    lines = [["step", *curves], *([i, *values] for i, values in enumerate(steps, 1))]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    write_atomically(run.path / f"{stage}.csv", text.encode())
+    for i, values in enumerate(steps, 1):
+        run.files.waiting += [(f"{stage}/{name}", value, i) for name, value in zip(curves, values)]
+
+
+def evaluate_before(model: GPT, run: Run, **values: float) -> None:
+    """Step 0 of a run: what the model can do before the first iteration, and what else there is to say."""
+    values |= evaluation(model, run.args)
     run.start_clock()
     report_accuracy(run, values)
     run.log(0, [], values)
@@ -1969,16 +1997,17 @@ def evaluation(model: GPT, args: RunArgs) -> dict[str, float]:
     """Means over the held-out prompts, always the same: accuracy sampled and greedy, pass@8, format."""
     rng = Rng(EVAL_SEED, args.device)
     prompts = sample_prompts(args.eval_prompts, args.num_digits, rng, held_out=True)
-    sampled = sample_groups(model, prompts, 8, ["exact", "format"], rng, args)
-    greedy = sample_groups(model, prompts, 1, ["exact"], rng, args, greedy=True)
-    exact, in_format = torch.stack([group.rewards for group in sampled]).unbind(-1)
+    sampled = generate(model, encode_prompts(prompts, args.device), 8, rng, args)
+    greedy = generate(model, encode_prompts(prompts, args.device), 1, rng, args, greedy=True)
+    sampled, greedy = (decode(tokens, completion_mask(tokens)) for tokens in (sampled, greedy))
+    right = np.array([is_right(prompts[i // 8], text) for i, text in enumerate(sampled)])
     values = {
-        "accuracy": exact.mean(),
-        "pass@8": exact.amax(1).mean(),
-        "format": in_format.mean(),
-        "accuracy_greedy": torch.stack([group.rewards for group in greedy]).mean(),
+        "accuracy": right.mean(),
+        "pass@8": right.reshape(-1, 8).any(1).mean(),
+        "format": np.mean([is_in_format(text) for text in sampled]),
+        "accuracy_greedy": np.mean([is_right(prompt, text) for prompt, text in zip(prompts, greedy)]),
     }
-    return {f"eval/{name}": value.item() for name, value in values.items()}
+    return {f"eval/{name}": float(value) for name, value in values.items()}
 
 
 def evaluate(args: RunArgs) -> dict[str, float]:

@@ -24,7 +24,7 @@ every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 # The defaults are free to change.
 SETTING = dict(device="cpu", num_digits=2, max_completion_length=6, n_layer=2, n_head=2, n_embd=16, temperature=1.0)
 SETTING |= dict(generation_batch_size=24, num_generations=4, num_iterations=1, steps_per_generation=1)
-SETTING |= dict(rewards=["correct"], scale_rewards="group", reward_aggregation="sum_then_normalize", beta=0.0)
+SETTING |= dict(rewards=["correct"], scale_rewards="group", multi_objective_aggregation="sum_then_normalize", beta=0.0)
 SETTING |= dict(epsilon=0.2, epsilon_high=None, max_grad_norm=1e9, overlong_buffer=2)
 
 
@@ -855,7 +855,7 @@ def test_an_advantage_that_is_no_number_ends_the_run():
     [
         dict(),
         dict(condition=["digits:ended>=1"], reward_weights=[0.5, 2.0]),
-        dict(reward_aggregation="normalize_then_sum", scale_rewards="batch", condition=["digits:ended>=1"]),
+        dict(multi_objective_aggregation="normalize_then_sum", scale_rewards="batch", condition=["digits:ended>=1"]),
     ],
 )
 def test_a_rollout_compares_the_completions_of_each_prompt(own_rewards, how):
@@ -870,7 +870,7 @@ def test_a_rollout_compares_the_completions_of_each_prompt(own_rewards, how):
     rewards = [[[sum(map(str.isdigit, text)), text[-1] == "$"] for text in group.texts] for group in groups]
     if args.condition:
         rewards = [[[digits * ended, ended] for digits, ended in group] for group in rewards]
-    expected = slow_advantages(rewards, args.reward_weights, args.reward_aggregation, args.scale_rewards)
+    expected = slow_advantages(rewards, args.reward_weights, args.multi_objective_aggregation, args.scale_rewards)
     assert close(batch.advantages, [x for group in expected for x in group], 1e-5)
     assert batch.advantages.ne(0).any()
 
@@ -960,12 +960,12 @@ def test_a_reward_that_raises_or_says_no_number_is_named(monkeypatch, reward, sa
 
 # ------------------------------------------------------------------------------------------- methods and a small run
 PAPERS = {
-    "grpo": dict(loss_type="grpo", importance_sampling_level="token", reward_aggregation="sum_then_normalize")
+    "grpo": dict(loss_type="grpo", importance_sampling_level="token", multi_objective_aggregation="sum_then_normalize")
     | dict(scale_rewards="group", kl_estimator="k3", epsilon_high=None, dynamic_sampling=False),
     "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", beta=0.0),
     "dapo": dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.28, dynamic_sampling=True, beta=0.0),
     "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
-    "gdpo": dict(reward_aggregation="normalize_then_sum", scale_rewards="group"),
+    "gdpo": dict(multi_objective_aggregation="normalize_then_sum", scale_rewards="group"),
 }
 
 

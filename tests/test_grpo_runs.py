@@ -406,7 +406,9 @@ def test_csv_tensorboard_and_summary_agree(here):
     _, run = start("--rewards", "correct", "length", "--condition", "length:correct>=3")
     (before, *table), events, final = rows(run, "progress"), scalars(run), summary(run)
     assert before["global_step"] == "0" and {tag for tag in before if before[tag]} == {*EVALUATED, *CLOCK} - {"sps"}
-    assert set(events) == set(TAGS.split()) and set(table[0]) == {*TAGS.split(), *CLOCK}
+    assert set(events) == {*TAGS.split(), "sft/loss"} and set(table[0]) == {*TAGS.split(), *CLOCK}
+    assert [int(row["step"]) for row in rows(run, "sft")] == [step for step, _ in events["sft/loss"]] == [1, 2, 3]
+    assert [y for _, y in events["sft/loss"]] == pytest.approx([float(row["loss"]) for row in rows(run, "sft")])
     assert [int(row["global_step"]) for row in table] == [1, 2, 3, 4, 5, 6]
     for tag in set(TAGS.split()):
         assert tag not in EVALUATED or float(before[tag]) == pytest.approx(events[tag][0][1])
