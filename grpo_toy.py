@@ -782,13 +782,18 @@ def encode_prompts(prompts: list[str], device: str) -> Tensor:
 
 
 def sample_prompts(count: int, num_digits: int, rng: Rng, held_out: bool = False) -> list[str]:
-    """Strings of digits; a tenth of all strings, by a hash, is held out from training."""
+    """Strings of digits; a tenth of all strings is held out from training."""
     prompts = []
     while len(prompts) < count:
         prompt = "".join(rng.python.choices("0123456789", k=num_digits))
-        if (int(prompt) * 2654435761 % 2**32 < 2**32 // 10) == held_out:
+        if is_held_out(prompt) == held_out:
             prompts.append(prompt)
     return prompts
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a string of digits is of the tenth, by a hash, that only evaluations ask."""
+    return int(prompt) * 2654435761 % 2**32 < 2**32 // 10
 
 
 def sloppy_answer(prompt: str, max_dots: int, rng: Rng) -> str:
