@@ -20,8 +20,8 @@ r as its reward, up to what depends on x alone. So the policy is its own reward 
     --loss dpo    as above; the default
     --loss ipo    (m(y_w) - m(y_l) - 1 / (2 beta))^2, m the mean log-ratio of the tokens: the margin has a goal, where
                   DPO's has none (arXiv 2310.12036)
-    --loss kto    needs no pairs: 1 - sigmoid(r - z) for a good answer, 1 - sigmoid(z - r) for a bad one; z is beta times
-                  KL(pi || pi_ref), estimated from answers to other prompts (arXiv 2402.01306)
+    --loss kto    1 - sigmoid(r - z) for a good answer, 1 - sigmoid(z - r) for a bad one, which need be no pair; z is
+                  beta KL(pi || pi_ref), estimated from answers to other prompts (arXiv 2402.01306)
     --loss orpo   needs no reference: likelihood of y_w, and -beta log sigmoid of the log odds ratio (arXiv 2403.07691)
     --loss sft    the likelihood of y_w and nothing else, the baseline of them all
 
@@ -36,11 +36,11 @@ is preferred to a wrong one of the same prompt.
     python dpo_toy.py --loss orpo --pairs pairs.jsonl       python dpo_toy.py --help --loss ipo
     python dpo_toy.py --resume runs/<run>                   python dpo_toy.py --evaluate runs/<run>
 
-Departures. From all: AdamW without weight decay for each, no warm-up, a step size that falls linearly to a tenth, step
-sizes and betas for a small model. From DPO: no. From IPO: means and not sums of log-probabilities over the tokens, as
-its authors have said since. KTO: good and bad answers come in pairs of one prompt here, though the loss does not know;
-z is estimated from each answer with the prompt of the next pair. ORPO: starts from the same fine-tuned model as the
-others, where the paper starts from a pretrained one.
+Departures. From all papers: a step size and a beta for a small model, no warm-up, a step size that falls linearly to a
+tenth, AdamW without weight decay. IPO: log-probabilities are means over the tokens, not sums, as its authors have said
+since. KTO: good and bad answers are as many, and to the same prompts, though the loss knows nothing of it; z comes from
+each answer of the batch behind the prompt of the next pair. ORPO: starts from the same fine-tuned model as the others,
+where the paper needs none.
 
 The upper half of this file is the method. The lower half has the sections that scripts share.
 """
