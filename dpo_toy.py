@@ -241,7 +241,7 @@ def preference_loss(model: GPT, reference: GPT, batch: Batch, args: Args) -> tup
     logprobs, lengths = sequence_logprobs(model, batch.prompts.repeat(2, 1), answers, args)
     sums, means = logprobs.chunk(2), (logprobs / lengths).chunk(2)  # each of the chosen and of the rejected
     ref_sums, ref_means = ref.chunk(2), (ref / lengths).chunk(2)
-    nll, stats = -means[0].mean(), {}
+    nlls, stats = -means[0], {}
     if args.loss == "dpo":
         losses, *rewards = dpo_loss(*sums, *ref_sums, args.beta)
     elif args.loss == "ipo":
@@ -252,10 +252,10 @@ def preference_loss(model: GPT, reference: GPT, batch: Batch, args: Args) -> tup
         stats["kl"] = kl.clamp(min=0)
     elif args.loss == "orpo":
         losses, *rewards = orpo_loss(*means, args.beta)
-        losses = nll + losses
+        losses = nlls + losses
         stats["log_odds_ratio"] = (log_odds(means[0]) - log_odds(means[1])).mean()
     else:
-        losses, rewards = nll, [args.beta * (x - y) for x, y in zip(sums, ref_sums)]  # those of DPO, to compare
+        losses, rewards = nlls, [args.beta * (x - y) for x, y in zip(sums, ref_sums)]  # those of DPO, to compare
     loss = losses.mean()
     stats |= {
         "loss": loss,
@@ -265,7 +265,7 @@ def preference_loss(model: GPT, reference: GPT, batch: Batch, args: Args) -> tup
         "rewards/accuracies": (rewards[0] > rewards[1]).float().mean(),
         "logps/chosen": sums[0].mean(),
         "logps/rejected": sums[1].mean(),
-        "nll_loss": nll,
+        "nll_loss": nlls.mean(),
     }
     return loss, {tag: value.detach() for tag, value in stats.items()}
 
@@ -349,8 +349,8 @@ def train(args: RunArgs) -> Path:
     reference = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
 
-    # How many steps there are is known when the pairs are.
-    with Run(args, 0, started, model=model, reference=reference, optimizer=optimizer, pairs=pairs) as run:
+    # Its total is not known before the pairs are.
+    with Run(args, 1, started, model=model, reference=reference, optimizer=optimizer, pairs=pairs) as run:
         if not run.iteration:
             if not args.init_from:
                 warm_start(model, run)
@@ -848,11 +848,14 @@ def check_method(args: RunArgs) -> None:
         "--desirable-weight and --undesirable-weight are 0; one must be greater.",
     )
     if args.save_pairs and not args.resume:
-        path = Path(here(), args.save_pairs)
-        refuse(path.is_dir(), f"--save-pairs {args.save_pairs} is a folder; name a file.")
-        folder = path.parent
-        refuse(not folder.is_dir(), f"--save-pairs: there is no folder {shown(folder)}; make it, or choose another.")
-        refuse(not os.access(folder, os.W_OK), f"--save-pairs: the folder {shown(folder)} cannot be written to.")
+        path, flag = Path(here(), args.save_pairs), f"--save-pairs {args.save_pairs[:80]}"
+        try:
+            refuse(path.is_dir(), f"{flag} is a folder; name a file.")
+            refuse(not path.parent.is_dir(), f"{flag}: there is no folder {shown(path.parent)}; make it.")
+            refuse(not os.access(path.parent, os.W_OK), f"{flag}: nothing can be written to {shown(path.parent)}.")
+            refuse(len(os.fsencode(path.name)) > 250, f"{flag}... is too long a name; choose one of at most 250 bytes.")
+        except OSError as error:
+            raise UsageError(f"{flag} cannot be written ({error.strerror}).") from None
 
 
 # ==== pairs ====
@@ -914,7 +917,7 @@ def parse_pair(line: str, where: str, args: RunArgs) -> Pair:
     refuse(not digits, f"{where} has the prompt {ascii(prompt[:40])}, which must be {args.num_digits} digits.")
     answers = []
     for name in ("chosen", "rejected"):
-        text, characters = content[name], TOKENS[EOS + 1 :]
+        text, characters = content[name], TOKENS.replace("$", "")  # a model may sample "_" and "^"
         shown_text = f"{where} has {ascii(text[:40])} as {name},"
         wrong = sorted(set(text.removesuffix("$")) - set(characters))
         refuse(not text, f"{where} has an empty {name}; an answer that ends at once is written $.")

