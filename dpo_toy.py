@@ -95,13 +95,13 @@ class Args:
     loss: Literal["dpo", "ipo", "kto", "orpo", "sft"] = "dpo"  # which loss, and whose defaults to take for the others
     seed: int = 1  # seed of weights, teacher, prompts and samples
     num_train_epochs: int = 2  # times that the training goes through the pairs
-    learning_rate: float = 1e-4  # step size of AdamW
+    learning_rate: float = 3e-4  # step size of AdamW
     anneal_lr: bool = True  # let the step size fall linearly to a tenth
     batch_size: int = 64  # pairs of an optimizer step
-    beta: float = 1.0  # how much a log-ratio counts, so how close the reference is; in ORPO weight of the odds ratio
+    beta: float = 2.0  # how much a log-ratio counts, so how close the reference is; in ORPO weight of the odds ratio
     desirable_weight: float = 1.0  # weight of the good answers in KTO
     undesirable_weight: float = 1.0  # weight of the bad answers in KTO
-    num_prompts: int = 2048  # prompts whose answers are compared to make pairs
+    num_prompts: int = 3072  # prompts whose answers are compared to make pairs
     num_generations: int = 8  # completions per prompt
     pairs: str = ""  # file with a JSON object in each line, of prompt, chosen, rejected, to learn from instead
     save_pairs: str = ""  # file to write the pairs to, in this form
@@ -124,10 +124,10 @@ class Args:
 # fmt: off
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": dict(),
-    "ipo": dict(),
-    "kto": dict(beta=0.1, learning_rate=3e-4),
-    "orpo": dict(beta=0.5, learning_rate=3e-4),
-    "sft": dict(learning_rate=3e-4),
+    "ipo": dict(beta=1.0),
+    "kto": dict(beta=1.0, learning_rate=1e-3),
+    "orpo": dict(beta=0.5, learning_rate=1e-3),
+    "sft": dict(learning_rate=1e-3),
 }
 POSITIVE = ("num_train_epochs", "learning_rate", "batch_size", "num_prompts", "num_generations", "temperature",
             "max_grad_norm", "num_digits", "max_completion_length", "n_layer", "n_head", "n_embd", "sft_learning_rate")
@@ -174,7 +174,7 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """KTO eq. 7 and 8 from log-probabilities of good answers and of bad ones, which may differ in number.
+    """KTO eq. 8 from log-probabilities of good answers and of bad ones, which may differ in number.
 
     kl, a scalar, is the reference point: what lies above it is a gain, and below it a loss. It is no less than 0 and
     has no gradient. Returns the losses of the chosen, then those of the rejected; and rewards as dpo_loss does.
@@ -194,7 +194,7 @@ def log_odds(logprobs: Tensor) -> Tensor:
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The odds ratio's part of ORPO (eq. 6 and 7) from means of log-probabilities over the tokens, (pairs,).
+    """The odds ratio's part of ORPO (eq. 4 to 7) from means of log-probabilities over the tokens, (pairs,).
 
     Its other part, the likelihood of the chosen, is the caller's. Returns losses and rewards as dpo_loss does; a reward
     is weight times the log-probability, as there is no reference.

@@ -513,6 +513,23 @@ def test_a_model_of_grpo_can_be_the_start(here):
     assert same(newest(Path("runs/run"))["reference"], newest(Path("runs/grpo"))["model"])
 
 
+def test_run_from_another_that_was_killed_before_its_first_step_goes_on_exactly(here):
+    start(name="trained")
+    start("--init-from", "runs/trained", name="whole")
+    assert killed_in("keep_pairs", 1, "--init-from", "runs/trained") == -signal.SIGKILL
+    shutil.rmtree("runs/trained")
+    assert dpo_toy.main(["--resume", "runs/killed"]) == 0
+    assert_same_run(Path("runs/whole"), Path("runs/killed"))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_single_pair_is_enough(loss, here, capsys):
+    write_pairs(1)
+    status, run = start("--loss", loss, "--pairs", "mine.jsonl", "--num-train-epochs", "3")
+    assert (status, capsys.readouterr().err) == (0, "") and summary(run)["global_step"] == 3
+    assert loss != "kto" or all(float(row["kl"]) == 0 for row in rows(run, "progress")[1:])
+
+
 # ----------------------------------------------------------------------------------------- files and evaluation
 TAGS = """charts/SPS charts/episodic_return charts/episodic_length charts/train_last100
 loss nll_loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected
