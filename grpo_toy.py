@@ -329,14 +329,14 @@ def policy_loss(
         loss = token_losses.sum(1).mean()
     else:
         loss = token_losses.sum() / mask.sum().clamp(min=1)
-    both = args.loss_type == "cispo"  # it clips the weight of either sign
+    either_sign = args.loss_type == "cispo"  # it clips the weight wherever the advantage points
     with torch.no_grad():
         stats = {
             "loss": loss.detach(),
             "kl": masked_mean(kl[args.kl_estimator], mask),
             **{f"kl/{kind}": masked_mean(value, mask) for kind, value in kl.items()},
-            "clip_ratio/low_mean": masked_mean((ratio < low) & ((advantages < 0) | both), mask),
-            "clip_ratio/high_mean": masked_mean((ratio > high) & ((advantages > 0) | both), mask),
+            "clip_ratio/low_mean": masked_mean((ratio < low) & ((advantages < 0) | either_sign), mask),
+            "clip_ratio/high_mean": masked_mean((ratio > high) & ((advantages > 0) | either_sign), mask),
             "ratio/max": torch.where(mask, ratio, 0.0).max(),
         }
     return loss, stats
