@@ -186,7 +186,7 @@ def train_reward_model(reward_model: GPT, reference: GPT, run: Run) -> None:
     say(f"reward model: {len(pairs[0]):,} pairs; {accuracy:.1%} of {len(prompts):,} held-out pairs are ranked right")
 
 
-# ------------------------------------------------------------------------------------------------------- PPO
+# ---------------------------------------------------------------------------------------------- PPO on tokens
 def token_rewards(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tensor:
     """Reward of each token (batch, length), 0 after the last one.
 
@@ -241,6 +241,7 @@ def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, epsilon: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate (PPO eq. 7), negated, a mean over tokens, and statistics of it. All (batch, length)."""
+    mask = mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
@@ -258,6 +259,7 @@ def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, epsilon: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The larger of the squared errors of the value and of the value clipped to the old one, half its mean."""
+    mask = mask.bool()
     values = torch.where(mask, values, 0.0)
     clipped = old_values + (values - old_values).clamp(-epsilon, epsilon)
     errors, clipped_errors = (values - returns) ** 2, (clipped - returns) ** 2
@@ -299,6 +301,11 @@ def raw_scores(reward_model: GPT, prompts: Tensor, completions: Tensor, args: Ar
     return torch.tensor(right, device=completions.device)
 
 
+def take_body(network: GPT, source: GPT) -> None:
+    """Gives a network all weights of another but those of the head, which become 0."""
+    network.load_state_dict({**source.state_dict(), "head.weight": torch.zeros_like(network.head.weight)})
+
+
 def prepare(models: Models, scale: Tensor, run: Run) -> None:
     """Stages 1 and 2, the critic's first weights, and the mean and deviation of the reference's scores, in scale."""
     args = run.args
@@ -314,12 +321,14 @@ def prepare(models: Models, scale: Tensor, run: Run) -> None:
     rng = Rng(f"scale {args.seed}", args.device)
     prompts = encode_prompts(sample_prompts(1024, args.num_digits, rng), args.device)
     raw = raw_scores(models.reward_model, prompts, generate(models.reference, prompts, 1, rng, args), args)
-    scale.copy_(torch.stack([raw.mean(), raw.std() if raw.std() > 0 else torch.ones_like(raw[0])]))
+    scale[0], scale[1] = raw.mean(), raw.std() if raw.std() > 0 else 1.0
+    run.notes |= {"score_mean": scale[0].item(), "score_deviation": scale[1].item()}
 
 
-def take_body(network: GPT, source: GPT) -> None:
-    """Gives a network all weights of another but those of the head, which become 0."""
-    network.load_state_dict({**source.state_dict(), "head.weight": torch.zeros_like(network.head.weight)})
+def standardise(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over what the mask leaves in."""
+    centred = x - masked_mean(x, mask)
+    return centred / (masked_mean(centred**2, mask).sqrt() + 1e-8)
 
 
 @torch.no_grad()
@@ -339,27 +348,6 @@ def rollout(models: Models, scale: Tensor, beta: float, rng: Rng, args: Args) ->
     advantages, returns = token_gae(rewards, values, mask, args.gamma, args.gae_lambda)
     advantages = standardise(advantages, mask)
     return Batch(prompts, completions, mask, logprobs, ref_logprobs, scores, rewards, values, returns, advantages)
-
-
-def standardise(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over what the mask leaves in."""
-    centred = x - masked_mean(x, mask)
-    return centred / (masked_mean(centred**2, mask).sqrt() + 1e-8)
-
-
-def statistics(batch: Batch, beta: float) -> dict[str, float]:
-    """What there is to say of a batch before anything is learned from it, by TRL's tags; means over completions."""
-    log_ratios = torch.where(batch.mask, batch.logprobs - batch.ref_logprobs, 0.0).sum(1)
-    values = {
-        "objective/kl": log_ratios.mean(),
-        "objective/entropy": -torch.where(batch.mask, batch.logprobs, 0.0).sum(1).mean(),
-        "objective/non_score_reward": -beta * log_ratios.mean(),
-        "objective/rlhf_reward": batch.rewards.sum(1).mean(),
-        "objective/scores": batch.scores.mean(),
-        "val/num_eos_tokens": (batch.completions == EOS).sum(),
-        "completions/mean_length": batch.mask.sum(1).float().mean(),
-    }
-    return {tag: float(value) for tag, value in values.items()} | {"objective/beta": beta}
 
 
 def descend(optimizer: torch.optim.AdamW, network: GPT, loss: Tensor, args: Args) -> Tensor:
@@ -882,7 +870,8 @@ def completion_mask(completions: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    """The mean where mask is true; what it leaves out may be NaN."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -934,6 +923,21 @@ def check_method(args: Args) -> None:
 
 
 # ==== reporting ====
+def statistics(batch: Batch, beta: float) -> dict[str, float]:
+    """What there is to say of a batch before anything is learned from it, by TRL's tags; means over completions."""
+    log_ratios = torch.where(batch.mask, batch.logprobs - batch.ref_logprobs, 0.0).sum(1)
+    values = {
+        "objective/kl": log_ratios.mean(),
+        "objective/entropy": -torch.where(batch.mask, batch.logprobs, 0.0).sum(1).mean(),
+        "objective/non_score_reward": -beta * log_ratios.mean(),
+        "objective/rlhf_reward": batch.rewards.sum(1).mean(),
+        "objective/scores": batch.scores.mean(),
+        "val/num_eos_tokens": (batch.completions == EOS).sum(),
+        "completions/mean_length": batch.mask.sum(1).float().mean(),
+    }
+    return {tag: float(value) for tag, value in values.items()} | {"objective/beta": beta}
+
+
 def report(run: Run, batch: Batch, values: dict[str, float]) -> None:
     """What a run tells besides its values: accuracy, completions sampled, and now and then some of them."""
     args, last = run.args, run.iteration == run.args.max_steps
