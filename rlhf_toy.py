@@ -414,9 +414,8 @@ def train(args: RunArgs) -> Path:
             annealed = 1 - 0.9 * iteration / args.max_steps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * annealed
             critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
-            beta = controller.beta
-            batch = rollout(models, scale, beta, rng, args)
-            values = statistics(batch, beta)
+            batch = rollout(models, scale, controller.beta, rng, args)
+            values = statistics(batch, controller.beta) | {"learning_rate": args.learning_rate * annealed}
             values |= update(models, optimizer, critic_optimizer, batch, rng, args)
             if args.kl_control == "adaptive":
                 controller.update(values["objective/kl"])
