@@ -96,7 +96,7 @@ class Args:
     generation_batch_size: int = 256  # completions in a batch, each of another prompt
     num_iterations: int = 2  # epochs over a batch
     steps_per_generation: int = 2  # minibatches, each an optimizer step, in an epoch
-    beta: float = 0.2  # weight of the KL divergence from the reference in the reward
+    beta: float = 0.1  # weight of the KL divergence from the reference in the reward
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # whether beta moves; see the class AdaptiveKL
     kl_target: float = 2.0  # divergence, summed over a completion, that an adaptive beta aims at
     gamma: float = 1.0  # discount
@@ -130,7 +130,7 @@ class Args:
 # fmt: off
 METHODS: dict[str, dict[str, Any]] = {
     "model": dict(),
-    "verifier": dict(beta=0.05),  # the truth needs no protection
+    "verifier": dict(beta=0.02),  # the truth needs no protection
 }
 POSITIVE = ("max_steps", "learning_rate", "critic_learning_rate", "generation_batch_size", "num_iterations",
             "steps_per_generation", "kl_target", "temperature", "max_grad_norm", "num_prompts", "num_generations",
@@ -364,10 +364,13 @@ def update(
     optimizer: torch.optim.AdamW,
     critic_optimizer: torch.optim.AdamW,
     batch: Batch,
+    annealed: float,
     rng: Rng,
     args: Args,
 ) -> dict[str, float]:
     """num_iterations epochs over a batch; returns the means of their statistics."""
+    optimizer.param_groups[0]["lr"] = args.learning_rate * annealed
+    critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
     steps = []
     for _ in range(args.num_iterations):
         for rows in rng.permutation(len(batch.mask)).chunk(args.steps_per_generation):
@@ -412,11 +415,9 @@ def train(args: RunArgs) -> Path:
             evaluate_before(policy, run)
         for iteration in run.iterations():
             annealed = 1 - 0.9 * iteration / args.max_steps if args.anneal_lr else 1
-            optimizer.param_groups[0]["lr"] = args.learning_rate * annealed
-            critic_optimizer.param_groups[0]["lr"] = args.critic_learning_rate * annealed
             batch = rollout(models, scale, controller.beta, rng, args)
             values = statistics(batch, controller.beta) | {"learning_rate": args.learning_rate * annealed}
-            values |= update(models, optimizer, critic_optimizer, batch, rng, args)
+            values |= update(models, optimizer, critic_optimizer, batch, annealed, rng, args)
             if args.kl_control == "adaptive":
                 controller.update(values["objective/kl"])
             if iteration == args.max_steps or iteration % args.eval_interval == 0:

@@ -301,6 +301,10 @@ def a_batch(models, args, scale=(0.0, 1.0), seed=0) -> Batch:
     return rlhf_toy.rollout(models, tensor(scale).double(), args.beta, dice(seed), args)
 
 
+def optimizers_of(models, kind=torch.optim.SGD) -> list[torch.optim.Optimizer]:
+    return [kind(part.parameters(), lr=9.9) for part in (models.policy, models.critic)]  # update sets the step sizes
+
+
 def test_a_rollout_scores_completions_standardised_and_punishes_those_without_an_end():
     torch.manual_seed(0)
     args = settings()
@@ -339,8 +343,8 @@ def test_with_one_epoch_and_no_kl_the_gradient_is_the_policy_gradient(temperatur
     args = settings(beta=0.0, temperature=temperature)
     models = four(args)
     batch = a_batch(models, args)
-    optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (models.policy, models.critic)]
-    stats = rlhf_toy.update(models, *optimizers, batch, dice(), args)
+    optimizers = optimizers_of(models)
+    stats = rlhf_toy.update(models, *optimizers, batch, 0.0, dice(), args)
     mine = gradients(models.policy)
     models.policy.zero_grad()
     total = 0.0
@@ -356,13 +360,13 @@ def test_with_one_epoch_and_no_kl_the_gradient_is_the_policy_gradient(temperatur
 
 def test_steps_of_the_critic_leave_the_policy_alone_and_those_of_the_policy_the_critic():
     torch.manual_seed(0)
-    args = settings(num_iterations=2, steps_per_generation=2)
     for moving, rates in (("policy", (0.1, 0.0)), ("critic", (0.0, 0.1))):
+        rates = dict(zip(("learning_rate", "critic_learning_rate"), rates))
+        args = settings(num_iterations=2, steps_per_generation=2, **rates)
         models = four(args)
         before = copy.deepcopy(models)
         batch = a_batch(models, args)
-        optimizers = [torch.optim.SGD(x.parameters(), lr=r) for x, r in zip((models.policy, models.critic), rates)]
-        rlhf_toy.update(models, *optimizers, batch, dice(), args)
+        rlhf_toy.update(models, *optimizers_of(models), batch, 1.0, dice(), args)
         for name in Models._fields:
             one, other = getattr(models, name).state_dict(), getattr(before, name).state_dict()
             assert all(torch.equal(one[key], other[key]) for key in one) == (name != moving), name
@@ -376,8 +380,7 @@ def test_every_epoch_sees_each_completion_once(monkeypatch):
     batch = batch._replace(returns=torch.arange(24).double()[:, None].expand(batch.mask.shape))
     seen, real = [], rlhf_toy.value_loss
     monkeypatch.setattr(rlhf_toy, "value_loss", lambda *given: seen.append(given[2][:, 0].tolist()) or real(*given))
-    optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (models.policy, models.critic)]
-    rlhf_toy.update(models, *optimizers, batch, dice(), args)
+    rlhf_toy.update(models, *optimizers_of(models), batch, 0.0, dice(), args)
     assert [len(rows) for rows in seen] == [6] * 12
     epochs = [sum(seen[i : i + 4], []) for i in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs) and epochs[0] != epochs[1]
@@ -385,14 +388,10 @@ def test_every_epoch_sees_each_completion_once(monkeypatch):
 
 def test_the_critic_fits_the_returns_of_a_batch():
     torch.manual_seed(0)
-    args = settings(num_iterations=150, value_epsilon=1e9)
+    args = settings(num_iterations=150, value_epsilon=1e9, learning_rate=0.0, critic_learning_rate=3e-3)
     models = four(args)
     batch = a_batch(models, args)
-    optimizers = [
-        torch.optim.SGD(models.policy.parameters(), lr=0.0),
-        torch.optim.AdamW(models.critic.parameters(), 3e-3),
-    ]
-    rlhf_toy.update(models, *optimizers, batch, dice(), args)
+    rlhf_toy.update(models, *optimizers_of(models, torch.optim.AdamW), batch, 1.0, dice(), args)
     values = rlhf_toy.token_values(models.critic, batch.prompts, batch.completions)[:, :-1]
     errors = ((values - batch.returns)[batch.mask] ** 2).mean()
     assert errors < 0.3 * batch.returns[batch.mask].var()
