@@ -39,6 +39,8 @@ CASES = {  # what is trained, besides --compile on and off
     "grpo_toy grpo": "grpo_toy --max-steps 6 --sft-steps 40 --no-cache-warm-start",
     "grpo_toy dapo": "grpo_toy --method dapo --max-steps 4 --sft-steps 40 --no-cache-warm-start",
     "grpo_toy gdpo": "grpo_toy --method gdpo --max-steps 4 --sft-steps 40 --no-cache-warm-start",
+    "rlhf_toy model": "rlhf_toy --max-steps 4 --sft-steps 150 --num-prompts 256 --no-cache-warm-start",
+    "rlhf_toy verifier": "rlhf_toy --reward verifier --max-steps 4 --sft-steps 150 --no-cache-warm-start",
 }
 
 
@@ -49,7 +51,7 @@ def train(tree: Path, case: str, compiled: bool, runs: Path) -> Path:
     if (run / "summary.json").exists():
         return run
     shutil.rmtree(run, ignore_errors=True)
-    if script != "grpo_toy":
+    if not script.endswith("_toy"):
         flags += ["--compile", "on" if compiled else "off"]
     command = [sys.executable, f"{script}.py", *flags, "--num-threads", "1", "--device", "cpu"]
     command += ["--runs-dir", str(runs), "--run-name", run.name]
@@ -94,7 +96,7 @@ def main() -> int:
     ).strip()
     cases = [case for case in CASES if not asked.scripts or case.split()[0] in asked.scripts]
     modes = [False] if asked.eager else [False, True]
-    cases = [(case, compiled) for case in cases for compiled in (modes if "grpo" not in case else [False])]
+    cases = [(case, compiled) for case in cases for compiled in (modes if "_toy" not in case else [False])]
     new_runs = RUNS / "new"
     shutil.rmtree(new_runs, ignore_errors=True)
     failed = 0
