@@ -757,13 +757,18 @@ def encode_prompts(prompts: list[str], device: str) -> Tensor:
 
 
 def sample_prompts(count: int, num_digits: int, rng: Rng, held_out: bool = False) -> list[str]:
-    """Strings of digits; a tenth of all strings, by a hash, is held out from training."""
+    """Strings of digits; a tenth of all strings is held out from training."""
     prompts = []
     while len(prompts) < count:
         prompt = "".join(rng.python.choices("0123456789", k=num_digits))
-        if (int(prompt) * 2654435761 % 2**32 < 2**32 // 10) == held_out:
+        if is_held_out(prompt) == held_out:
             prompts.append(prompt)
     return prompts
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a string of digits is of the tenth, by a hash, that only evaluations ask."""
+    return int(prompt) * 2654435761 % 2**32 < 2**32 // 10
 
 
 def sloppy_answer(prompt: str, max_dots: int, rng: Rng) -> str:
@@ -1485,7 +1490,8 @@ class Rng:
             self.torch.set_state(state["torch"])
 
 
-KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
+# What of a run is in every checkpoint.
+KEPT = ("iteration", "global_step", "total", "last_returns", "best", "notes", "gathered", "episodes")
 
 
 class Run:
@@ -1583,7 +1589,6 @@ class Run:
             **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
             **{name: getattr(self, name) for name in KEPT},
             "wall_time": self.wall_time(),
-            "total": self.total,
             "conditions": self.conditions,
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],

@@ -2277,7 +2277,8 @@ class Rng:
             self.torch.set_state(state["torch"])
 
 
-KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
+# What of a run is in every checkpoint.
+KEPT = ("iteration", "global_step", "total", "last_returns", "best", "notes", "gathered", "episodes")
 
 
 class Run:
@@ -2375,7 +2376,6 @@ class Run:
             **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
             **{name: getattr(self, name) for name in KEPT},
             "wall_time": self.wall_time(),
-            "total": self.total,
             "conditions": self.conditions,
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],

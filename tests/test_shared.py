@@ -17,7 +17,7 @@ else:
 
 ROOT = Path(__file__).parent.parent
 CONTROL = ("ppo", "a2c", "trpo", "reinforce")
-SCRIPTS = (*CONTROL, "grpo_toy", "rlhf_toy")
+SCRIPTS = (*CONTROL, "grpo_toy", "rlhf_toy", "dpo_toy")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -60,6 +60,7 @@ DRIFT = [
     ("a2c", "environments", "        self.numbers += where\n"),
     ("reinforce", "main", "        return 130\n"),
     ("grpo_toy", "run directory", "        self.gathered = []\n"),
+    ("dpo_toy", "main", "        return 130\n"),
 ]
 
 
@@ -93,6 +94,7 @@ LANGUAGE += ["checks", "reporting", "shared: run directory", "shared: language w
 LANGUAGE += ["shared: main"]
 ORDER = dict.fromkeys(CONTROL, SECTIONS) | {"grpo_toy": LANGUAGE}
 ORDER["rlhf_toy"] = [*LANGUAGE[:4], "preferences", *LANGUAGE[4:]]
+ORDER["dpo_toy"] = [*LANGUAGE[:5], "pairs", *LANGUAGE[5:]]
 ORDER["reinforce"] = [section.replace("shared: playing", "playing whole episodes") for section in SECTIONS]
 
 
