@@ -138,7 +138,7 @@ POSITIVE = ("max_steps", "learning_rate", "critic_learning_rate", "generation_ba
             "n_head", "n_embd", "sft_learning_rate")
 AT_MOST_ONE = ("gamma", "gae_lambda")
 ANY_SIGN = ("missing_eos_penalty",)
-BATCHES = ("generation_batch_size", "rm_batch_size")
+BATCHES = ("generation_batch_size", "rm_batch_size", "num_generations")
 PRESET, METRICS = "reward", ("eval/accuracy", "objective/scores")  # what picks a row of METHODS; the HParams tab's
 # fmt: on
 
@@ -163,12 +163,14 @@ def reward_model_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 def train_reward_model(reward_model: GPT, reference: GPT, run: Run) -> None:
     """Stage 2: samples preferences, and fits the reward model to them; tells its accuracy on held-out prompts."""
     args, rng, curves = run.args, Rng(f"reward model {run.args.seed}", run.args.device), {"loss": [], "accuracy": []}
-    pairs = sample_preferences(reference, args.num_prompts, False, rng, run)
+    pairs = sample_pairs(reference, args.num_prompts, run)
+    write_pairs(run.path / "pairs.jsonl", pairs)
+    train, count = encode_pairs(pairs, args), len(pairs)
     optimizer = torch.optim.AdamW(reward_model.parameters(), weight_decay=0.0, fused=True)
-    batches = [rows for _ in range(args.rm_epochs) for rows in rng.permutation(len(pairs[0])).split(args.rm_batch_size)]
+    batches = [rows for _ in range(args.rm_epochs) for rows in rng.permutation(count).split(args.rm_batch_size)]
     for step, rows in enumerate(batches):
         optimizer.param_groups[0]["lr"] = args.rm_learning_rate * (1 - step / len(batches))
-        prompts, *answers = (x[rows] for x in pairs)
+        prompts, *answers = (x[rows] for x in train)
         chosen, rejected = (model_scores(reward_model, prompts, answer) for answer in answers)
         loss = reward_model_loss(chosen, rejected)
         descend(optimizer, reward_model, loss, args)
@@ -178,12 +180,13 @@ def train_reward_model(reward_model: GPT, reference: GPT, run: Run) -> None:
         if run.signals:
             raise Stopped(run.signals[0])
     write_stage(run, "reward_model", curves)
-    prompts, *answers = sample_preferences(reference, args.num_prompts // 4, True, rng, run)
+    held_out = sample_pairs(reference, math.ceil(args.num_prompts / 4), run, held_out=True)
+    prompts, *answers = encode_pairs(held_out, args)
     with torch.no_grad():
         chosen, rejected = (model_scores(reward_model, prompts, answer) for answer in answers)
     accuracy = (chosen > rejected).float().mean().item()
-    run.notes |= {"pairs": len(pairs[0]), "held_out_pairs": len(prompts), "reward_model_accuracy": accuracy}
-    say(f"reward model: {len(pairs[0]):,} pairs; {accuracy:.1%} of {len(prompts):,} held-out pairs are ranked right")
+    run.notes |= {"pairs": count, "held_out_pairs": len(held_out), "reward_model_accuracy": accuracy}
+    say(f"reward model: {count:,} pairs; {accuracy:.1%} of {len(held_out):,} held-out pairs are ranked right")
 
 
 # ---------------------------------------------------------------------------------------------- PPO on tokens
@@ -888,29 +891,57 @@ def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: 
     return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropies
 
 
-# ==== preferences ====
-def sample_preferences(model: GPT, count: int, held_out: bool, rng: Rng, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts, chosen and rejected answers: each right sample with a wrong one of the same prompt, while there are."""
-    args, pairs = run.args, []
+# ==== shared: language preferences ====
+class Pair(NamedTuple):
+    """Two answers to a prompt, as text. An answer that did not end in time has no "$" at its end."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def sample_pairs(model: GPT, count: int, run: Run, held_out: bool = False) -> list[Pair]:
+    """Samples answers to count prompts; each right one is preferred to another wrong one of the same prompt.
+
+    So a prompt whose answers are all right, or all wrong, gives no pair.
+    """
+    args, size, pairs, tokens = run.args, run.args.num_generations, [], 0
+    rng = Rng(f"{'held-out ' if held_out else ''}pairs {args.seed}", args.device)
     prompts = sample_prompts(count, args.num_digits, rng, held_out)
-    at_once = max(1, args.generation_batch_size // args.num_generations)
+    at_once = max(2048 // size, 1)
     for start in range(0, count, at_once):
         part = prompts[start : start + at_once]
-        completions = generate(model, encode_prompts(part, args.device), args.num_generations, rng, args)
+        completions = generate(model, encode_prompts(part, args.device), size, rng, args)
         texts = decode(completions, completion_mask(completions))
         for i, prompt in enumerate(part):
-            answers = texts[i * args.num_generations : (i + 1) * args.num_generations]
-            right = [answer for answer in answers if is_right(prompt, answer)]
-            wrong = [answer for answer in answers if not is_right(prompt, answer)]
-            pairs += [(prompt, *pair) for pair in zip(right, wrong)]
-        run.progress.show("prompts of the preferences", min(start + at_once, count), count)
+            group = texts[size * i : size * (i + 1)]
+            right = [text for text in group if is_right(prompt, text)]
+            wrong = [text for text in group if not is_right(prompt, text)]
+            pairs += [Pair(prompt, *both) for both in zip(right, wrong)]
+        tokens += sum(map(len, texts))
+        run.progress.show("prompts of the pairs", start + len(part), count)
         if run.signals:
             raise Stopped(run.signals[0])
     if not pairs:
-        raise Failed("the samples have no pair of a right and a wrong answer; try other --sft-steps", "failed")
-    asked, *answers = zip(*pairs)
+        raise Failed(
+            f"no prompt of {count} has a right and a wrong one among {size} answers, so there is nothing to prefer;"
+            " raise --num-generations, or change --sft-steps",
+            "failed",
+        )
+    run.notes["tokens_sampled"] = run.notes.get("tokens_sampled", 0) + tokens
+    return pairs
+
+
+def encode_pairs(pairs: list[Pair], args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts (pairs, prompt length), chosen and rejected answers (pairs, max_completion_length)."""
+    prompts, *answers = zip(*pairs)
     chosen, rejected = (encode(texts, args.max_completion_length).to(args.device) for texts in answers)
-    return encode_prompts(asked, args.device), chosen, rejected
+    return encode_prompts(prompts, args.device), chosen, rejected
+
+
+def write_pairs(path: Path, pairs: list[Pair]) -> None:
+    """A JSON object in each line."""
+    write_atomically(path, "".join(json.dumps(pair._asdict()) + "\n" for pair in pairs).encode())
 
 
 # ==== checks ====

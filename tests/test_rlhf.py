@@ -1,8 +1,8 @@
 """The method of rlhf_toy.py against oracles that do not share its code: slow loops in float64, from the papers."""
 
 import copy
+import json
 import math
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -114,57 +114,22 @@ def test_the_reward_model_learns_who_is_preferred_and_its_accuracy_is_that_on_he
     args = settings(num_prompts=96)
     reference, reward_model, run = network(args), GPT(args, 1).double(), a_run(tmp_path, args)
     before = copy.deepcopy(reference.state_dict())
-    asked = []
-    real = rlhf_toy.sample_preferences
-
-    def sample(*how):
-        pairs = real(*how)
-        asked.append((how[2], pairs))
-        return pairs
-
-    monkeypatch.setattr(rlhf_toy, "sample_preferences", sample)
+    asked, real = [], rlhf_toy.encode_pairs
+    monkeypatch.setattr(rlhf_toy, "encode_pairs", lambda pairs, args: asked.append(pairs) or real(pairs, args))
     rlhf_toy.train_reward_model(reward_model, reference, run)
     assert all(torch.equal(x, before[name]) for name, x in reference.state_dict().items())
-    (_, train), (held_out, test) = asked
-    assert (
-        held_out
-        and not asked[0][0]
-        and run.notes["pairs"] == len(train[0])
-        and run.notes["held_out_pairs"] == len(test[0])
-    )
-    known = {tuple(row) for row in train[0].tolist()}
-    assert not known & {tuple(row) for row in test[0].tolist()}
-    wins = rlhf_toy.model_scores(reward_model, test[0], test[1]) > rlhf_toy.model_scores(reward_model, test[0], test[2])
-    assert (
-        run.notes["reward_model_accuracy"] == pytest.approx(wins.double().mean().item()) and wins.double().mean() > 0.8
-    )
+    train, held_out = asked
+    assert run.notes["pairs"] == len(train) and run.notes["held_out_pairs"] == len(held_out) > 5
+    assert not any(rlhf_toy.is_held_out(pair.prompt) for pair in train)
+    assert all(rlhf_toy.is_held_out(pair.prompt) for pair in held_out)
+    assert (tmp_path / "pairs.jsonl").read_text().splitlines() == [json.dumps(pair._asdict()) for pair in train]
+    prompts, *answers = real(held_out, args)
+    chosen, rejected = (rlhf_toy.model_scores(reward_model, prompts, answer) for answer in answers)
+    wins = (chosen > rejected).double().mean().item()
+    assert run.notes["reward_model_accuracy"] == pytest.approx(wins) and wins > 0.8
     lines = (tmp_path / "reward_model.csv").read_text().splitlines()
-    assert lines[0] == "step,loss,accuracy" and len(lines) == 1 + 30 * math.ceil(len(train[0]) / 16)
+    assert lines[0] == "step,loss,accuracy" and len(lines) == 1 + 30 * math.ceil(len(train) / 16)
     assert float(lines[1].split(",")[1]) > 0.3 > float(lines[-1].split(",")[1])
-
-
-def test_preferences_are_right_and_wrong_samples_of_one_prompt_each_used_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(rlhf_toy, "is_right", lambda prompt, text: (len(text) + int(prompt)) % 3 == 0)
-    args = settings(num_generations=6, generation_batch_size=20)
-    torch.manual_seed(1)
-    prompts, chosen, rejected = rlhf_toy.sample_preferences(network(args), 50, False, dice(), a_run(tmp_path, args))
-    texts = {}
-    for question, *answers in zip(prompts, chosen, rejected):
-        question = "".join(rlhf_toy.TOKENS[i] for i in question[1:])
-        right, wrong = (rlhf_toy.decode(x[None], rlhf_toy.completion_mask(x[None]))[0] for x in answers)
-        assert rlhf_toy.is_right(question, right) and not rlhf_toy.is_right(question, wrong)
-        texts.setdefault(question, []).append((right, wrong))
-    drawn = Counter(rlhf_toy.sample_prompts(50, 2, dice()))
-    assert len(prompts) >= 20 and texts.keys() <= drawn.keys()
-    assert all(len(pairs) <= 3 * drawn[question] for question, pairs in texts.items())  # three of six, and three of six
-    assert max(len(pairs) / drawn[question] for question, pairs in texts.items()) > 1
-
-
-def test_no_pair_of_answers_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(rlhf_toy, "is_right", lambda prompt, text: False)
-    args = settings()
-    with pytest.raises(rlhf_toy.Failed, match="no pair of a right and a wrong answer"):
-        rlhf_toy.sample_preferences(network(args), 8, False, dice(), a_run(tmp_path, args))
 
 
 # ------------------------------------------------------------------------------------------------------- rewards

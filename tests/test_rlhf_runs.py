@@ -113,9 +113,7 @@ def test_no_pair_to_learn_from_ends_the_run_with_one_sentence(here, monkeypatch,
     monkeypatch.setattr(rlhf_toy, "is_right", lambda prompt, text: False)
     status, run = start()
     err = capsys.readouterr().err
-    assert (
-        status == 1 and "no pair of a right and a wrong answer; try other --sft-steps" in err and err.count("\n") == 1
-    )
+    assert status == 1 and "no prompt of 16 has a right and a wrong one among 4 answers" in err and err.count("\n") == 1
     assert summary(run)["status"] == "failed"
 
 
@@ -135,7 +133,7 @@ def test_a_reward_that_is_no_number_ends_the_run_with_its_iteration(here, monkey
 # ------------------------------------------------------------------------------------- kill, signals and resume
 WHERE = {
     "in the warm start": dict(function="sloppy_answer", call=2 * 128 + 5),
-    "in the preferences": dict(function="generate", call=2),
+    "in the preferences": dict(function="generate", call=1),
     "in the reward model": dict(function="reward_model_loss", call=2),
     "between the stages": dict(function="prepare", call=1),
     "after the stages": dict(function="save", call=2),

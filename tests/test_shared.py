@@ -93,8 +93,8 @@ LANGUAGE = ["shared: language run flags", "shared: command line", "shared: langu
 LANGUAGE += ["checks", "reporting", "shared: run directory", "shared: language warm start and evaluation"]
 LANGUAGE += ["shared: main"]
 ORDER = dict.fromkeys(CONTROL, SECTIONS) | {"grpo_toy": LANGUAGE}
-ORDER["rlhf_toy"] = [*LANGUAGE[:4], "preferences", *LANGUAGE[4:]]
-ORDER["dpo_toy"] = [*LANGUAGE[:5], "pairs", *LANGUAGE[5:]]
+ORDER["rlhf_toy"] = [*LANGUAGE[:4], "shared: language preferences", *LANGUAGE[4:]]
+ORDER["dpo_toy"] = [*LANGUAGE[:4], "shared: language preferences", "checks", "pairs", *LANGUAGE[5:]]
 ORDER["reinforce"] = [section.replace("shared: playing", "playing whole episodes") for section in SECTIONS]
 
 
