@@ -270,37 +270,10 @@ def preference_loss(model: GPT, reference: GPT, batch: Batch, args: Args) -> tup
     return loss, {tag: value.detach() for tag, value in stats.items()}
 
 
-def sample_pairs(model: GPT, run: Run) -> list[Pair]:
-    """Samples answers to num_prompts prompts; each right one is preferred to another wrong one of the same prompt.
-
-    So a prompt whose answers are all right, or all wrong, gives no pair.
-    """
-    args, rng = run.args, Rng(f"pairs {run.args.seed}", run.args.device)
-    prompts, size, pairs, tokens = sample_prompts(args.num_prompts, args.num_digits, rng), args.num_generations, [], 0
-    at_once = max(2048 // size, 1)
-    for start in range(0, len(prompts), at_once):
-        part = prompts[start : start + at_once]
-        completions = generate(model, encode_prompts(part, args.device), size, rng, args)
-        texts = decode(completions, completion_mask(completions))
-        for i, prompt in enumerate(part):
-            group = texts[size * i : size * (i + 1)]
-            right = [text for text in group if is_right(prompt, text)]
-            wrong = [text for text in group if not is_right(prompt, text)]
-            pairs += [Pair(prompt, *both) for both in zip(right, wrong)]
-        tokens += sum(map(len, texts))
-        run.progress.show("prompts of the pairs", start + len(part), len(prompts))
-        if run.signals:
-            raise Stopped(run.signals[0])
-    run.notes["tokens_sampled"] = tokens
-    return pairs
-
-
 @torch.no_grad()
 def tokens_of(pairs: list[Pair], reference: GPT, args: Args) -> Batch:
     """All pairs as tokens, with the log-probabilities of the reference."""
-    prompts, chosen, rejected = zip(*pairs)
-    prompts = encode_prompts(prompts, args.device)
-    answers = [encode(texts, args.max_completion_length).to(args.device) for texts in (chosen, rejected)]
+    prompts, *answers = encode_pairs(pairs, args)
     rows = torch.arange(len(pairs), device=args.device).split(args.batch_size)
     ref = [torch.cat([sequence_logprobs(reference, prompts[part], x[part], args)[0] for part in rows]) for x in answers]
     return Batch(prompts, *answers, *ref)
@@ -355,7 +328,7 @@ def train(args: RunArgs) -> Path:
             if not args.init_from:
                 warm_start(model, run)
             reference.load_state_dict(model.state_dict())
-            keep_pairs(pairs, pairs.list or sample_pairs(model, run), run)
+            keep_pairs(pairs, pairs.list or sample_pairs(model, args.num_prompts, run), run)
         data = tokens_of(pairs.list, reference, args)
         run.total = args.num_train_epochs * batches_per_epoch(len(pairs.list), args)
         if not run.iteration:
@@ -819,7 +792,8 @@ def completion_mask(completions: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    """The mean where mask is true; what it leaves out may be NaN."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -829,6 +803,59 @@ def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: 
     with torch.no_grad():
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropies
+
+
+# ==== shared: language preferences ====
+class Pair(NamedTuple):
+    """Two answers to a prompt, as text. An answer that did not end in time has no "$" at its end."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def sample_pairs(model: GPT, count: int, run: Run, held_out: bool = False) -> list[Pair]:
+    """Samples answers to count prompts; each right one is preferred to another wrong one of the same prompt.
+
+    So a prompt whose answers are all right, or all wrong, gives no pair.
+    """
+    args, size, pairs, tokens = run.args, run.args.num_generations, [], 0
+    rng = Rng(f"{'held-out ' if held_out else ''}pairs {args.seed}", args.device)
+    prompts = sample_prompts(count, args.num_digits, rng, held_out)
+    at_once = max(2048 // size, 1)
+    for start in range(0, count, at_once):
+        part = prompts[start : start + at_once]
+        completions = generate(model, encode_prompts(part, args.device), size, rng, args)
+        texts = decode(completions, completion_mask(completions))
+        for i, prompt in enumerate(part):
+            group = texts[size * i : size * (i + 1)]
+            right = [text for text in group if is_right(prompt, text)]
+            wrong = [text for text in group if not is_right(prompt, text)]
+            pairs += [Pair(prompt, *both) for both in zip(right, wrong)]
+        tokens += sum(map(len, texts))
+        run.progress.show("prompts of the pairs", start + len(part), count)
+        if run.signals:
+            raise Stopped(run.signals[0])
+    if not pairs:
+        raise Failed(
+            f"no prompt of {count} has a right and a wrong one among {size} answers, so there is nothing to prefer;"
+            " raise --num-generations, or change --sft-steps",
+            "failed",
+        )
+    run.notes["tokens_sampled"] = run.notes.get("tokens_sampled", 0) + tokens
+    return pairs
+
+
+def encode_pairs(pairs: list[Pair], args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts (pairs, prompt length), chosen and rejected answers (pairs, max_completion_length)."""
+    prompts, *answers = zip(*pairs)
+    chosen, rejected = (encode(texts, args.max_completion_length).to(args.device) for texts in answers)
+    return encode_prompts(prompts, args.device), chosen, rejected
+
+
+def write_pairs(path: Path, pairs: list[Pair]) -> None:
+    """A JSON object in each line."""
+    write_atomically(path, "".join(json.dumps(pair._asdict()) + "\n" for pair in pairs).encode())
 
 
 # ==== checks ====
@@ -859,14 +886,6 @@ def check_method(args: RunArgs) -> None:
 
 
 # ==== pairs ====
-class Pair(NamedTuple):
-    """Two answers to a prompt, as text. An answer that did not end in time has no "$" at its end."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
 class Preferences:
     """The pairs of a run. They are in its checkpoints, so that it can go on whatever happens to their files."""
 
@@ -931,16 +950,9 @@ def parse_pair(line: str, where: str, args: RunArgs) -> Pair:
 def keep_pairs(preferences: Preferences, pairs: list[Pair], run: Run) -> None:
     """Takes in the pairs of a new run, writes them to <run>/pairs.jsonl and --save-pairs, and shows some."""
     args = run.args
-    if not pairs:
-        raise Failed(
-            f"no prompt of {args.num_prompts} has a right and a wrong one among {args.num_generations} answers, so"
-            " there is nothing to prefer; raise --num-generations, or change --sft-steps",
-            "failed",
-        )
     preferences.list = pairs
-    content = "".join(json.dumps(pair._asdict()) + "\n" for pair in pairs).encode()
     for path in [run.path / "pairs.jsonl", *([Path(here(), args.save_pairs)] if args.save_pairs else [])]:
-        write_atomically(path, content)
+        write_pairs(path, pairs)
     run.notes |= {"pairs": len(pairs), "tokens_sampled": run.notes.get("tokens_sampled", 0), "tokens_trained": 0}
     table = [Pair._fields, *pairs[:4]]
     run.files.text("pairs", [[f"`{cell}`" for cell in row] for row in table], 0)

@@ -24,6 +24,10 @@ so that the rest of its group, and no critic, says what was to be expected of a 
                         differs, makes long answers cost, has no KL (arXiv 2503.14476)
     --method gspo       one ratio per sequence, the geometric mean of its tokens', clipped tightly (arXiv 2507.18071)
     --method gdpo       several rewards, each normalised in its group before they are summed (arXiv 2601.05242)
+    --method rloo       REINFORCE against the mean of the others' R_j, with the KL in the reward (arXiv 2402.14740)
+    --method cispo      clips the weight r_it of a token's A_i log pi, and not its gradient; no KL (arXiv 2506.13585)
+    --method sapo       a soft gate in the place of the clip, sharper where A_i < 0; no KL (arXiv 2511.20347)
+    --method reinforce_pp    divides R_i - mean of R by its std in the batch; KL by k2 (arXiv 2501.03262)
 
 A method is a row of METHODS, nothing but defaults: every flag wins over it.
 
@@ -36,11 +40,12 @@ and takes the wrong brackets: 630275 -> ..(765320), and now and then [023567]. T
 
 Departures. From GRPO: groups of 8, not 64, batches of 384 completions and not 1,024, two epochs over a batch, not one,
 a step size for a small model; outcome rewards only; the reference stays as it is (the iterative variant renews it);
-standard deviations divide by G - 1, and 1e-4 is added to them. Dr.GRPO, DAPO and GDPO: two epochs over one whole batch
-here, where DAPO takes 16 steps. DAPO also: a group counts as flat where its first reward is the same for all, and after
-ten rounds such groups fill the batch; the price of length is at most 1 beside a correctness of -3 or 3. GDPO: the
-penalty of GRPO stays. In the first step on a batch the ratio is 1, so nothing is clipped and the loss has nothing to do
-with how good the policy is (0 if every sequence weighs the same): that is right, its gradient is not 0.
+standard deviations divide by G - 1, and 1e-4 is added to them. All but GSPO and RLOO: two epochs over one whole batch
+here, where DAPO and CISPO take 16 steps. DAPO also: a group counts as flat where its first reward is the same for all,
+and after ten rounds such groups fill the batch; the price of length is at most 1 beside a correctness of -3 or 3. GDPO:
+the penalty of GRPO stays. CISPO: without the dynamic sampling and the price of length that its paper takes from DAPO.
+In the first step on a batch the ratio is 1, so nothing is clipped and the loss has nothing to do with how good the
+policy is (GRPO's surrogate is 0): that is right, its gradient is not 0.
 
 The upper half of this file is the method. The lower half has the sections that scripts share.
 """
@@ -89,6 +94,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams, scalar, text
 
+Method = Literal["grpo", "dr_grpo", "dapo", "gspo", "gdpo", "rloo", "cispo", "sapo", "reinforce_pp"]
+LossType = Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo", "reinforce"]
 Aggregation = Annotated[
     Literal["sum_then_normalize", "normalize_then_sum"], tyro.conf.arg(aliases=["--reward-aggregation"])
 ]
@@ -96,7 +103,7 @@ Aggregation = Annotated[
 
 @dataclass
 class Args:
-    method: Literal["grpo", "dr_grpo", "dapo", "gspo", "gdpo"] = "grpo"  # whose defaults to take for the others
+    method: Method = "grpo"  # whose defaults to take for the others
     seed: int = 1  # seed of weights, teacher, prompts and samples
     max_steps: int = 130  # iterations: sample a batch, then learn from it
     learning_rate: float = 8e-4  # step size of AdamW
@@ -105,12 +112,16 @@ class Args:
     num_generations: int = 8  # completions per prompt, a group (G)
     num_iterations: int = 2  # epochs over a batch (mu)
     steps_per_generation: int = 1  # minibatches, each an optimizer step, in an epoch
-    beta: float = 0.04  # weight of the KL divergence from the reference in the loss
+    beta: float = 0.04  # weight of the KL divergence from the reference
+    kl_in_reward: bool = False  # take the divergence off the reward, by k1, and not into the loss
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # estimate of this divergence; see the function kl_estimate
     epsilon: float = 0.2  # how far the ratio may fall below 1 before it is clipped
     epsilon_high: float | None = None  # how far the ratio may rise above 1 before it is clipped; None: as epsilon
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"  # see the function policy_loss
+    sapo_temperature_pos: float = 1.0  # sharpness of SAPO's gate where the advantage is positive
+    sapo_temperature_neg: float = 1.05  # and where it is not
+    loss_type: LossType = "grpo"  # see the function policy_loss
     importance_sampling_level: Literal["token", "sequence"] = "token"  # a ratio per token, or (GSPO) per sequence
+    leave_one_out: bool = False  # compare a completion with the mean of the others of its group, itself left out
     scale_rewards: Literal["group", "batch", "none"] = "group"  # the standard deviation that divides rewards, if any
     multi_objective_aggregation: Aggregation = "sum_then_normalize"  # or "normalize_then_sum", which is GDPO
     rewards: list[str] = field(default_factory=lambda: ["correct"])  # correct, exact, format, length, rising, overlong
@@ -143,10 +154,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0,
                  steps_per_generation=4, num_iterations=1),
     "gdpo": dict(multi_objective_aggregation="normalize_then_sum", rewards=["correct", "format", "length"]),
+    "rloo": dict(loss_type="reinforce", leave_one_out=True, scale_rewards="none", kl_in_reward=True, num_iterations=1),
+    "cispo": dict(loss_type="cispo", epsilon=1.0, epsilon_high=4.0, beta=0.0),
+    "sapo": dict(loss_type="sapo", beta=0.0),
+    "reinforce_pp": dict(multi_objective_aggregation="normalize_then_sum", scale_rewards="none", kl_estimator="k2"),
 }
 POSITIVE = ("max_steps", "learning_rate", "generation_batch_size", "num_generations", "num_iterations",
-            "steps_per_generation", "overlong_buffer", "temperature", "max_grad_norm", "num_digits",
-            "max_completion_length", "n_layer", "n_head", "n_embd", "sft_learning_rate")
+            "steps_per_generation", "sapo_temperature_pos", "sapo_temperature_neg", "overlong_buffer", "temperature",
+            "max_grad_norm", "num_digits", "max_completion_length", "n_layer", "n_head", "n_embd", "sft_learning_rate")
 AT_MOST_ONE = ()
 ANY_SIGN = ("reward_weights",)
 BATCHES = ("generation_batch_size",)
@@ -225,13 +240,16 @@ def all_equal(x: Tensor) -> Tensor:
     return x.amax(1) == x.amin(1)
 
 
-def group_advantages(rewards: Tensor, weights: Tensor, aggregation: str, scale: str) -> Tensor:
+def group_advantages(
+    rewards: Tensor, weights: Tensor, aggregation: str, scale: str, leave_one_out: bool = False
+) -> Tensor:
     """How much better than its group each completion is, (prompts, group).
 
     rewards (prompts, group, rewards), weights (rewards,). GRPO (sec. 4.1.2) sums, then normalises in the group; GDPO
     normalises each reward in the group, sums, and divides by the standard deviation of the sums over the batch (their
     mean over the batch is that of every group, 0). scale: rewards are divided by the standard deviation of their
-    "group", of the "batch", or (Dr.GRPO) by "none". A group without variance has advantages of exactly 0.
+    "group", of the "batch", or (Dr.GRPO) by "none". leave_one_out: (RLOO) the group is the others, so that the baseline
+    does not depend on the completion. A group without variance has advantages of exactly 0.
     """
 
     def normalize(x: Tensor) -> Tensor:
@@ -239,8 +257,9 @@ def group_advantages(rewards: Tensor, weights: Tensor, aggregation: str, scale: 
             deviation = 1.0
         else:
             deviation = (x.std(1, keepdim=True) if scale == "group" else x.flatten(0, 1).std(0)) + 1e-4
+        baseline = (x.sum(1, keepdim=True) - x) / (x.shape[1] - 1) if leave_one_out else x.mean(1, keepdim=True)
         # Rounding may set the mean of equal numbers apart from them, and 1e-4 would make much of that.
-        return torch.where(all_equal(x)[:, None], 0.0, (x - x.mean(1, keepdim=True)) / deviation)
+        return torch.where(all_equal(x)[:, None], 0.0, (x - baseline) / deviation)
 
     if aggregation == "sum_then_normalize":
         return normalize((rewards * weights).sum(-1))
@@ -263,13 +282,22 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.expm1() - log_r}[kind]
 
 
+def kl_reward(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """What straying from the reference costs a completion as a whole: minus the log-ratio of the sequence, (batch,).
+
+    Log-probabilities of the policy that sampled, and mask, are (batch, length). The mean is -KL(pi || pi_ref), and as
+    a reward it has the gradient of this: that is why it is k1 here, and never one of the other estimates.
+    """
+    return -torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0.0).sum(1)
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate with its KL penalty, negated (GRPO eq. 3), and statistics of it.
+    """The surrogate with its KL penalty, negated (GRPO eq. 3), and statistics of it.
 
     Log-probabilities of the sampled tokens and mask (batch, length), advantages (batch,). What the mask leaves out
-    has no part in the loss, nor in its gradient, even if it is infinite.
+    has no part in the loss, nor in its gradient, even if it is infinite. At ratio 1 all surrogates have one gradient.
     """
     mask = mask.bool()
     logprobs, old_logprobs, ref_logprobs = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, ref_logprobs))
@@ -280,22 +308,35 @@ def policy_loss(
         log_ratio = log_ratio.sum(1, keepdim=True) / lengths
     ratio = log_ratio.exp().expand(mask.shape)
     low, high = 1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)
-    surrogate = torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
+    if args.loss_type == "reinforce":
+        surrogate = advantages * logprobs
+    elif args.loss_type == "cispo":  # the weight has no gradient, and takes none from its token
+        surrogate = ratio.clamp(low, high).detach() * advantages * logprobs
+    elif args.loss_type == "sapo":  # 4 / tau, so that the slope at ratio 1 is that of the ratio
+        taus = args.sapo_temperature_pos, args.sapo_temperature_neg
+        gates = (4 / tau * (tau * (ratio - 1)).sigmoid() for tau in taus)
+        surrogate = torch.where(advantages > 0, *gates) * advantages
+    else:
+        surrogate = torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
+    beta = 0.0 if args.kl_in_reward else args.beta
     kl = {kind: kl_estimate(logprobs, ref_logprobs, kind) for kind in ("k1", "k2", "k3")}
-    token_losses = torch.where(mask, args.beta * kl[args.kl_estimator] - surrogate, 0.0)
-    if args.loss_type == "grpo":
+    token_losses = torch.where(mask, beta * kl[args.kl_estimator] - surrogate, 0.0)
+    if args.loss_type in ("grpo", "sapo"):
         loss = (token_losses.sum(1, keepdim=True) / lengths).mean()
     elif args.loss_type == "dr_grpo":
         loss = token_losses.sum() / (len(mask) * args.max_completion_length)
+    elif args.loss_type == "reinforce":  # the logarithm of a sequence's probability is the sum of its tokens'
+        loss = token_losses.sum(1).mean()
     else:
         loss = token_losses.sum() / mask.sum().clamp(min=1)
+    either_sign = args.loss_type == "cispo"  # it clips the weight wherever the advantage points
     with torch.no_grad():
         stats = {
             "loss": loss.detach(),
             "kl": masked_mean(kl[args.kl_estimator], mask),
             **{f"kl/{kind}": masked_mean(value, mask) for kind, value in kl.items()},
-            "clip_ratio/low_mean": masked_mean((ratio < low) & (advantages < 0), mask),
-            "clip_ratio/high_mean": masked_mean((ratio > high) & (advantages > 0), mask),
+            "clip_ratio/low_mean": masked_mean((ratio < low) & ((advantages < 0) | either_sign), mask),
+            "clip_ratio/high_mean": masked_mean((ratio > high) & ((advantages > 0) | either_sign), mask),
             "ratio/max": torch.where(mask, ratio, 0.0).max(),
         }
     return loss, stats
@@ -338,7 +379,7 @@ def is_flat(group: Group) -> bool:
     return all_equal(group.rewards[None, :, 0]).item()
 
 
-def rollout(model: GPT, rng: Rng, args: Args) -> tuple[list[Group], Batch]:
+def rollout(model: GPT, reference: GPT, rng: Rng, args: Args) -> tuple[list[Group], Batch]:
     """Samples groups of completions and compares each with its group; returns all groups, the batch's first."""
     num_prompts, groups = args.generation_batch_size // args.num_generations, []
     for _ in range(10):
@@ -349,40 +390,24 @@ def rollout(model: GPT, rng: Rng, args: Args) -> tuple[list[Group], Batch]:
         groups.sort(key=is_flat)  # flat groups go to the end (DAPO eq. 11)
         if not is_flat(groups[num_prompts - 1]):
             break
-    chosen, weights = groups[:num_prompts], torch.tensor(args.reward_weights)
-    rewards = condition_rewards(torch.stack([group.rewards for group in chosen]), args.rewards, args.condition)
-    advantages = group_advantages(rewards, weights, args.multi_objective_aggregation, args.scale_rewards).flatten()
+    chosen = groups[:num_prompts]
+    prompts = encode_prompts([group.prompt for group in chosen], args.device).repeat_interleave(args.num_generations, 0)
     completions = torch.cat([group.completions for group in chosen])
     mask = completion_mask(completions)
     longest = int(mask.sum(1).max())
+    completions, mask = completions[:, :longest], mask[:, :longest]
+    rewards = condition_rewards(torch.stack([group.rewards for group in chosen]), args.rewards, args.condition)
+    weights = torch.tensor(args.reward_weights)
+    if args.kl_in_reward:  # one more reward, whose weight is beta
+        with torch.no_grad():
+            logprobs, ref = (completion_logprobs(net, prompts, completions, args)[0] for net in (model, reference))
+        kl = kl_reward(logprobs, ref, mask).view(num_prompts, -1, 1).to(rewards)
+        rewards, weights = torch.cat([rewards, kl], -1), torch.tensor([*args.reward_weights, args.beta])
+    how = args.multi_objective_aggregation, args.scale_rewards, args.leave_one_out
+    advantages = group_advantages(rewards, weights, *how).flatten().to(mask.device)
     if args.mask_truncated_completions:
-        mask &= (completions == EOS).any(1, keepdim=True)
-    prompts = encode_prompts([group.prompt for group in chosen], args.device).repeat_interleave(args.num_generations, 0)
-    return groups, Batch(prompts, completions[:, :longest], mask[:, :longest], advantages.to(mask.device))
-
-
-def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]], dict[str, float]]:
-    """Reward and length of every completion, and what there is to say of them, by TRL's tags.
-
-    rewards/<name> are as the functions gave them, all else is after the conditions.
-    """
-    given = torch.stack([group.rewards for group in groups])
-    rewards = condition_rewards(given, args.rewards, args.condition)
-    returns = (rewards * torch.tensor(args.reward_weights)).sum(-1)
-    texts = [text for group in groups for text in group.texts]
-    lengths = [len(text) for text in texts]
-    values = {
-        "reward": returns.mean(),
-        "reward_std": returns.std(1).mean(),
-        "frac_reward_zero_std": all_equal(returns).float().mean(),
-        "completions/mean_length": sum(lengths) / len(texts),
-        "completions/clipped_ratio": sum(text[-1] != "$" for text in texts) / len(texts),
-    }
-    for i, name in enumerate(args.rewards):
-        values[f"rewards/{name}/mean"] = given[..., i].mean()
-        values[f"rewards/{name}/std"] = given[..., i].std()
-        values[f"frac_reward_zero_std/{name}"] = all_equal(rewards[..., i]).float().mean()
-    return list(zip(returns.flatten().tolist(), lengths)), {tag: float(value) for tag, value in values.items()}
+        mask = mask & (completions == EOS).any(1, keepdim=True)
+    return groups, Batch(prompts, completions, mask, advantages)
 
 
 def update(
@@ -440,7 +465,7 @@ def train(args: RunArgs) -> Path:
         for iteration in run.iterations():
             learning_rate = args.learning_rate * (1 - 0.9 * iteration / args.max_steps if args.anneal_lr else 1)
             clock = [time.perf_counter()]
-            groups, batch = rollout(model, rng, args)
+            groups, batch = rollout(model, reference, rng, args)
             clock.append(time.perf_counter())
             completions, values = statistics(groups, args)
             values |= update(model, reference, optimizer, batch, learning_rate, rng, args)
@@ -900,7 +925,8 @@ def completion_mask(completions: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    """The mean where mask is true; what it leaves out may be NaN."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -923,6 +949,12 @@ def check_method(args: Args) -> None:
         f"--generation-batch-size {batch} is not divisible by --num-generations {args.num_generations} and"
         f" --steps-per-generation {args.steps_per_generation}; {math.ceil(batch / unit) * unit} is.",
     )
+    off_policy = args.loss_type == "reinforce" and args.num_iterations * args.steps_per_generation > 1
+    refuse(
+        off_policy,
+        "--loss-type reinforce has no ratio, so it learns one step from a batch; use --num-iterations 1 and"
+        " --steps-per-generation 1, or another loss type.",
+    )
     known = [name.removeprefix("reward_") for name in globals() if name.startswith("reward_")]
     for name in used:
         refuse(name not in known, f"--rewards {name} is unknown; there are {', '.join(known)}.")
@@ -940,6 +972,30 @@ def check_method(args: Args) -> None:
 
 
 # ==== reporting ====
+def statistics(groups: list[Group], args: Args) -> tuple[list[tuple[float, int]], dict[str, float]]:
+    """Reward and length of every completion, and what there is to say of them, by TRL's tags.
+
+    rewards/<name> are as the functions gave them, all else is after the conditions.
+    """
+    given = torch.stack([group.rewards for group in groups])
+    rewards = condition_rewards(given, args.rewards, args.condition)
+    returns = (rewards * torch.tensor(args.reward_weights)).sum(-1)
+    texts = [text for group in groups for text in group.texts]
+    lengths = [len(text) for text in texts]
+    values = {
+        "reward": returns.mean(),
+        "reward_std": returns.std(1).mean(),
+        "frac_reward_zero_std": all_equal(returns).float().mean(),
+        "completions/mean_length": sum(lengths) / len(texts),
+        "completions/clipped_ratio": sum(text[-1] != "$" for text in texts) / len(texts),
+    }
+    for i, name in enumerate(args.rewards):
+        values[f"rewards/{name}/mean"] = given[..., i].mean()
+        values[f"rewards/{name}/std"] = given[..., i].std()
+        values[f"frac_reward_zero_std/{name}"] = all_equal(rewards[..., i]).float().mean()
+    return list(zip(returns.flatten().tolist(), lengths)), {tag: float(value) for tag, value in values.items()}
+
+
 def table_of(groups: list[Group], batch: Batch, args: Args) -> list[list[str]]:
     """The first group of the batch in which something differs, if any, to look at."""
     advantages = batch.advantages.view(-1, args.num_generations)

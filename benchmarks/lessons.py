@@ -8,6 +8,11 @@
     conditions   easy rewards with and without a condition
     hacking      two proxies, beta 0 and 0.1
     collapse     the advantages of (0, 1) and of (0, 2), printed by group_advantages
+    scores       rlhf_toy.py: what the reward model says and what is true, beta 0, 0.05 and 0.2
+    road         RLHF-PPO, GRPO, RLOO and best-of-n against the verifier, by completions sampled
+    margins      dpo_toy.py: the log-probabilities of both answers while their margin rises
+    preferences  every --loss and several beta, from a weak and from the default warm start
+    offline      preferences offline against GRPO online, by tokens sampled
 
 Starts the runs, one thread each, two at a time. A run is known by the script's text, its flags and its seed: a complete
 one is kept, one that was cut off goes on. Prints a table, and writes FILE.png and FILE.csv (default:
@@ -20,6 +25,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from math import comb
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -38,8 +44,9 @@ Results = dict[str, list[Series]]  # by arm, one for each seed
 @dataclass(frozen=True)
 class Lesson:
     arms: dict[str, Flags]
+    """flags of each arm; "script" is no flag, but names another script than the lesson's"""
     panels: tuple[str, ...]
-    """the quantities of the figure, which are values of COLUMNS"""
+    """the quantities of the figure, of read_run, against iterations, or like "accuracy against seconds" """
     goals: bool = False
     """whether the table has the iterations to the GOALS, and not the first and last values of the panels"""
     seeds: int = 3
@@ -47,6 +54,8 @@ class Lesson:
     env_id: str = ""
     model_of: str = ""
     """the lesson whose first arm has trained the models that the runs begin with, seed by seed"""
+    best_of_n: str = ""
+    """the arm whose warm starts also answer many times, and are judged by the best answer"""
 
 
 OFTEN = {"eval-interval": 2}
@@ -58,6 +67,7 @@ NO_DEVIATION = {"scale-rewards": "none"}
 WEIGHTED = EQUAL | GDPO | {"reward-weights": [1, 2, 2]}
 PROXY = {"max-steps": 120, "rewards": ["format", "length"]}
 RISING = {"max-steps": 120, "rewards": "rising"}
+BETAS = (0.0, 0.05, 0.2)
 SHARES = ("right format", "right answer", "short enough")
 LESSONS = {
     "variance": Lesson(
@@ -105,6 +115,21 @@ LESSONS = {
         panels=("reward", "accuracy", "KL from the start"),
         model_of="accuracy",
     ),
+    "scores": Lesson(
+        {f"beta {beta:g}": OFTEN | {"reward": "model", "beta": beta} for beta in BETAS},
+        panels=("score", "accuracy", "KL of a completion", "accuracy against root of the KL"),
+        script="rlhf_toy",
+    ),
+    "road": Lesson(
+        {
+            "RLHF-PPO": OFTEN | {"reward": "verifier"},
+            "GRPO": OFTEN | {"script": "grpo_toy", "method": "grpo"},
+            "RLOO": OFTEN | {"script": "grpo_toy", "method": "rloo"},
+        },
+        panels=("accuracy against completions sampled", "accuracy against seconds", "accuracy, greedy"),
+        script="rlhf_toy",
+        best_of_n="RLHF-PPO",
+    ),
 }
 GOALS = {"90% right format": ("right format", 0.9), "80% right answers": ("right answer", 0.8)}
 COLUMNS = {  # of progress.csv
@@ -112,6 +137,9 @@ COLUMNS = {  # of progress.csv
     "reward": "reward",
     "completions/mean_length": "tokens per completion",
     "kl/k1": "KL from the start",
+    "objective/scores": "score",
+    "objective/kl": "KL of a completion",
+    "wall_time": "seconds",
     "eval/accuracy": "accuracy",
     "eval/accuracy_greedy": "accuracy, greedy",
     "eval/pass@8": "pass@8",
@@ -124,7 +152,13 @@ COLUMNS = {  # of progress.csv
     "losses/grad_snr": "its signal-to-noise ratio",
     "charts/episodic_return": "return",
 }
-UNBOUNDED = ("tokens per completion", "KL from the start", "reward")  # all other panels of grpo_toy.py are shares
+UNBOUNDED = (
+    "tokens per completion",
+    "KL from the start",
+    "reward",
+    "score",
+    "KL of a completion",
+)  # all other panels of grpo_toy.py are shares
 EDGES = (15, 20, 30, 45, 70, 100, 150, 220, 300, 400, 475)  # of mean returns; at 500 all arms are equal
 BASELINES = {"none": PALETTE[1], "mean": PALETTE[2], "value": PALETTE[0]}
 
@@ -132,7 +166,6 @@ BASELINES = {"none": PALETTE[1], "mean": PALETTE[2], "value": PALETTE[0]}
 # --------------------------------------------------------------------------------------------------------- runs
 def jobs_of(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> dict[str, list[Job]]:
     """The runs of each arm. Arms of two lessons that have the same flags share their runs."""
-    path = ROOT / f"{lesson.script}.py"
     jobs: dict[str, list[Job]] = {arm: [] for arm in lesson.arms}
     for seed in seeds:
         models: Flags = {}
@@ -140,6 +173,8 @@ def jobs_of(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> dict[str, l
             (trained, *_) = jobs_of(LESSONS[lesson.model_of], [seed], runs_dir).values()
             models = {"init-from": runs_dir / trained[0].name}
         for arm, flags in lesson.arms.items():
+            path = ROOT / f"{flags.get('script', lesson.script)}.py"
+            flags = {name: value for name, value in flags.items() if name != "script"}
             jobs[arm].append(
                 Job(
                     algo=" ".join(as_flags(flags)).replace("--", ""),
@@ -165,19 +200,59 @@ def run_lesson(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> tuple[in
     by_seed = [job for row in zip(*jobs.values()) for job in row]
     if status := run_all(by_seed, runs_dir, Options(suite=lesson.script, workers=2, retry=True)):
         return status, {}
-    return 0, {arm: [read_run(runs_dir / job.name) for job in row] for arm, row in jobs.items()}
+    results = {arm: [read_run(runs_dir / job.name) for job in row] for arm, row in jobs.items()}
+    if lesson.best_of_n:
+        results["best of n"] = [best_of_n(runs_dir / job.name) for job in jobs[lesson.best_of_n]]
+    return 0, results
 
 
 def read_run(run: Path) -> Series:
-    """COLUMNS of each iteration, under their names there; what was not measured in one is missing."""
-    series = []
+    """COLUMNS of each iteration, under their names there; what was not measured in one is missing.
+
+    With them come the completions and tokens that were sampled in training until then.
+    """
+    lengths: dict[float, list[int]] = {}
+    with open(run / "episodes.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            lengths.setdefault(float(row["global_step"]), []).append(int(float(row["length"])))
+    series, completions, tokens = [], 0, 0
     with open(run / "progress.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             point = {COLUMNS[name]: float(value) for name, value in row.items() if value and name in COLUMNS}
             if row.get("rewards/correct/mean"):
                 point["right answer"] = (point["right answer"] + 3) / 6
+            completions += len(lengths.get(point["step"], []))
+            tokens += sum(lengths.get(point["step"], []))
+            point |= {"completions sampled": completions, "tokens sampled": tokens}
+            if "KL of a completion" in point:
+                point["root of the KL"] = max(point["KL of a completion"], 0) ** 0.5
             series.append(point)
     return series
+
+
+def best_of_n(run: Path, most: int = 128) -> Series:
+    """Accuracy if the verifier picks the best of n answers of a run's warm start, n = 1, 2, 4 ... most, per held-out
+    prompt. All n are counted as sampled. Each point is the mean over all choices of n among most answers.
+    """
+    import rlhf_toy as toy
+
+    args = toy.read_config(run)[0]
+    model, rng = toy.GPT(args), toy.Rng(toy.EVAL_SEED, "cpu")
+    model.load_state_dict(toy.load_checkpoint(run)["reference"])
+    prompts = toy.sample_prompts(args.eval_prompts, args.num_digits, rng, held_out=True)
+    answers = toy.generate(model, toy.encode_prompts(prompts, "cpu"), most, rng, args)
+    texts = toy.decode(answers, toy.completion_mask(answers))
+    wrong = [
+        sum(not toy.is_right(prompt, text) for text in texts[i * most :][:most]) for i, prompt in enumerate(prompts)
+    ]
+    return [
+        {
+            "step": n,
+            "completions sampled": n * len(prompts),
+            "accuracy": mean(1 - comb(count, n) / comb(most, n) for count in wrong),
+        }
+        for n in (2**k for k in range(most.bit_length()))
+    ]
 
 
 # ------------------------------------------------------------------------------------------- curves of grpo_toy
@@ -195,23 +270,26 @@ def print_table(lesson: Lesson, results: Results) -> None:
                 steps = [first(series, name, threshold) for series in seeds]
                 cells[f"iterations to {goal}"] = ["never" if step is None else f"{step:g}" for step in steps]
         else:
-            for name in lesson.panels:
+            for name in dict.fromkeys(panel.partition(" against ")[0] for panel in lesson.panels):
                 curves = [[point[name] for point in series if name in point] for series in seeds]
-                cells[name] = [f"{values[0]:.3f} -> {values[-1]:.3f}" for values in curves]
+                cells[name] = [f"{values[0]:.3f} -> {values[-1]:.3f}" for values in curves if values]
         print(f"{arm}: " + "; ".join(f"{name} {', '.join(row)}" for name, row in cells.items()))
 
 
 def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray) -> None:
-    """A panel per quantity: a thin line per seed, and the mean."""
-    for axis, name in zip(axes, lesson.panels):
+    """A panel per quantity: a thin line per seed, and the mean at equal iterations."""
+    for axis, panel in zip(axes, lesson.panels):
+        name, _, x = panel.partition(" against ")
+        x = x or "step"
         for (arm, seeds), color in zip(results.items(), PALETTE):
-            curves = [[(point["step"], point[name]) for point in series if name in point] for series in seeds]
+            curves = [[(point[x], point[name]) for point in series if name in point and x in point] for series in seeds]
+            if not all(curves):
+                continue
             for curve in curves:
                 axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
-            steps = [step for step, _ in curves[0]]
-            means = [mean(values) for values in zip(*([value for _, value in curve] for curve in curves))]
-            axis.plot(steps, means, color=color, label=arm)
-        axis.set_xlabel(f"iterations ({len(seeds)} seeds)")
+            axis.plot(*np.mean(list(zip(*curves)), 1).T, color=color, label=arm)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(f"{'iterations' if x == 'step' else x} ({len(seeds)} seeds)")
         if name not in UNBOUNDED:
             axis.set_ylim(-0.03, 1.03)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
@@ -298,8 +376,9 @@ def main(argv: list[str] | None = None) -> int:
     status, results = run_lesson(lesson, range(1, number + 1), asked.runs_dir)
     if status:
         return status
-    size = (12.6, 3.6) if asked.lesson == "variance" else (11, 3.2)
-    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained")
+    count = len(lesson.panels)
+    size = (12.6, 3.6) if asked.lesson == "variance" else (11 / 3 * count, 3.2)
+    figure, axes = plt.subplots(1, count, figsize=size, layout="constrained")
     for axis, name in zip(axes, lesson.panels):
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.25)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 METHODS = {"ppo": "ppo", "a2c": "a2c", "trpo": "trpo", "reinforce": "reinforce", "grpo": "grpo_toy"}
-METHODS |= {"dpo": "dpo_toy", "runs": "ppo"}
+METHODS |= {"rlhf": "rlhf_toy", "dpo": "dpo_toy", "runs": "ppo"}
 
 
 def text_of(page: Path) -> str:

@@ -476,7 +476,7 @@ def test_a_right_answer_is_preferred_to_another_wrong_one_of_its_prompt(monkeypa
     texts = [text for group in answers.values() for text in group]
     monkeypatch.setattr(dpo_toy, "generate", lambda *_: dpo_toy.encode(texts, 7))
     run = FakeRun(args)
-    pairs = dpo_toy.sample_pairs(None, run)
+    pairs = dpo_toy.sample_pairs(None, run.args.num_prompts, run)
     assert pairs == [("12", "12$", "21$"), ("12", "[12]$", "1$"), ("55", "55$", "$")]
     assert run.notes["tokens_sampled"] == sum(map(len, texts)) and run.shown[-1][1:] == (3, 3)
 
@@ -487,12 +487,12 @@ def test_pairs_are_of_training_prompts_and_do_not_depend_on_the_loss():
     for loss in LOSSES:
         random.seed(len(found)), torch.manual_seed(len(found))  # nor on what happened before in the process
         args = settings(loss=loss, num_prompts=700, num_generations=8, beta=float(len(found)))
-        found[loss] = dpo_toy.sample_pairs(model, FakeRun(args))
+        found[loss] = dpo_toy.sample_pairs(model, args.num_prompts, FakeRun(args))
     assert len(found["dpo"]) > 3 and all(pairs == found["dpo"] for pairs in found.values())
     for prompt, chosen, rejected in found["dpo"]:
         assert not dpo_toy.is_held_out(prompt) and len(chosen) <= 7
         assert dpo_toy.is_right(prompt, chosen) and not dpo_toy.is_right(prompt, rejected)
-    assert dpo_toy.sample_pairs(model, FakeRun(settings(seed=2, num_prompts=700))) != found["dpo"]
+    assert dpo_toy.sample_pairs(model, 700, FakeRun(settings(seed=2, num_prompts=700))) != found["dpo"]
 
 
 def test_a_checkpoint_gives_the_pairs_back():

@@ -1,6 +1,7 @@
 """The method of grpo_toy.py against oracles that do not share its code: slow loops in float64, from the papers."""
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -13,8 +14,10 @@ import torch
 import grpo_toy
 
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-LOSS_TYPES, LEVELS, ESTIMATORS = ("grpo", "dr_grpo", "dapo"), ("token", "sequence"), ("k1", "k2", "k3")
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "reinforce")
+LEVELS, ESTIMATORS = ("token", "sequence"), ("k1", "k2", "k3")
 every_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS)
+every_baseline = pytest.mark.parametrize("leave_one_out", [False, True])
 every_scale = pytest.mark.parametrize("scale", ["group", "batch", "none"])
 every_loss_type = pytest.mark.parametrize("loss_type", LOSS_TYPES)
 every_level = pytest.mark.parametrize("level", LEVELS)
@@ -57,22 +60,26 @@ def close(actual, expected, tolerance: float = 1e-9) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------- advantages
-def advantages_of(rewards, *how: str, weights=None) -> torch.Tensor:
+def advantages_of(rewards, *how: str | bool, weights=None) -> torch.Tensor:
     """From nested lists or a tensor, (prompts, group, rewards)."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     weights = torch.ones(rewards.shape[-1]) if weights is None else weights
     return grpo_toy.group_advantages(rewards, weights, *how)
 
 
-def slow_advantages(rewards: list, weights: list[float], aggregation: str, scale: str) -> list[list[float]]:
+def slow_advantages(
+    rewards: list, weights: list[float], aggregation: str, scale: str, leave_one_out: bool = False
+) -> list[list[float]]:
     def normalized(groups: list[list[float]]) -> list[list[float]]:
         result, everything = [], [x for group in groups for x in group]
         for group in groups:
-            mean, divisor = statistics.fmean(group), 1.0
+            divisor, means = 1.0, [statistics.fmean(group)] * len(group)
+            if leave_one_out:
+                means = [statistics.fmean(group[:i] + group[i + 1 :]) for i in range(len(group))]
             if scale != "none":
                 divisor = statistics.stdev(group if scale == "group" else everything) + 1e-4
             same = all(x == group[0] for x in group)
-            result.append([0.0 if same else (x - mean) / divisor for x in group])
+            result.append([0.0 if same else (x - mean) / divisor for x, mean in zip(group, means)])
         return result
 
     kinds = range(len(weights))
@@ -127,24 +134,42 @@ def test_opposite_rewards_of_equal_weight_cancel_under_gdpo():
 
 @every_aggregation
 @every_scale
+@every_baseline
 @pytest.mark.parametrize("shape", [(1, 2, 1), (2, 3, 2), (5, 4, 3), (7, 8, 1), (3, 16, 4)])
-def test_advantages_are_those_of_a_brute_force(shape, aggregation, scale):
+def test_advantages_are_those_of_a_brute_force(shape, aggregation, scale, leave_one_out):
     for _ in range(5):
         rewards, weights = random_rewards(*shape), 2.0 ** torch.randint(-2, 3, shape[-1:])
-        expected = slow_advantages(rewards.tolist(), weights.tolist(), aggregation, scale)
-        assert close(advantages_of(rewards, aggregation, scale, weights=weights), expected)
+        expected = slow_advantages(rewards.tolist(), weights.tolist(), aggregation, scale, leave_one_out)
+        assert close(advantages_of(rewards, aggregation, scale, leave_one_out, weights=weights), expected)
+
+
+def test_rloo_compares_a_completion_with_the_mean_of_the_others():
+    advantages = advantages_of([[[3], [-3], [-3], [6]], [[1], [1], [1], [1]]], "sum_then_normalize", "none", True)
+    assert close(advantages, [[3 - 0, -3 - 2, -3 - 2, 6 + 1], [0, 0, 0, 0]])
+
+
+def test_reinforce_pp_divides_what_is_left_of_the_rewards_by_its_deviation_in_the_batch():
+    args = grpo_toy.parse_args(["--method", "reinforce_pp"])
+    rewards = torch.tensor([[[0.0], [2.0]], [[10.0], [16.0]], [[5.0], [5.0]]])
+    left = [-1, 1, -3, 3, 0, 0]
+    advantages = advantages_of(rewards, args.multi_objective_aggregation, args.scale_rewards, args.leave_one_out)
+    assert close(advantages.flatten(), [x / (statistics.stdev(left) + 1e-4) for x in left])
+    # Not the deviation of the rewards themselves, most of which is between the groups.
+    assert advantages[1, 1] > 2 * advantages_of(rewards, "sum_then_normalize", "batch")[1, 1]
 
 
 @every_aggregation
 @every_scale
-def test_a_group_without_variance_has_advantages_of_exactly_zero(aggregation, scale):
+@every_baseline
+def test_a_group_without_variance_has_advantages_of_exactly_zero(aggregation, scale, leave_one_out):
     for size in (2, 3, 7, 8, 33):
         same = torch.tensor([0.1, 0.2, 0.7]).expand(size, 3)  # the mean of such sums is not always one of them
         weights = torch.tensor([1.0, 1.3, 0.1])
-        alone = grpo_toy.group_advantages(same[None], weights, aggregation, scale)
+        how = weights, aggregation, scale, leave_one_out
+        alone = grpo_toy.group_advantages(same[None], *how)
         assert alone.shape == (1, size) and alone.eq(0).all()
         varied = torch.randn(2, size, 3)
-        among_others = grpo_toy.group_advantages(torch.stack([varied[0], same, varied[1]]), weights, aggregation, scale)
+        among_others = grpo_toy.group_advantages(torch.stack([varied[0], same, varied[1]]), *how)
         assert among_others[1].eq(0).all() and among_others[[0, 2]].ne(0).all()
 
 
@@ -252,17 +277,34 @@ def slow_loss(new, old, ref, advantages, mask, args: grpo_toy.Args) -> torch.Ten
         for t in tokens:
             bounded = low if ratios[t] < low else high if ratios[t] > high else ratios[t]
             plain, clipped = ratios[t] * advantage, bounded * advantage
+            surrogate = clipped if clipped < plain else plain
+            if args.loss_type == "reinforce":
+                surrogate = advantage * new[i, t]
+            elif args.loss_type == "cispo":  # MiniMax-M1 eq. 4
+                surrogate = torch.as_tensor(bounded, dtype=torch.float64).detach() * advantage * new[i, t]
+            elif args.loss_type == "sapo":  # SAPO eq. 5 and 6
+                tau = args.sapo_temperature_pos if advantage > 0 else args.sapo_temperature_neg
+                surrogate = advantage * 4 / (tau * (1 + (-tau * (ratios[t] - 1)).exp()))
             r = ref[i, t].exp() / new[i, t].exp()
             kl = {"k1": -r.log(), "k2": 0.5 * r.log() ** 2, "k3": r - r.log() - 1}[args.kl_estimator]
-            terms.append((clipped if clipped < plain else plain) - args.beta * kl)
+            terms.append(surrogate - args.beta * kl)
         rows.append(terms)
-    if args.loss_type == "grpo":
+    if args.loss_type in ("grpo", "sapo"):
         objective = sum(sum(terms) / len(terms) for terms in rows) / len(rows)
+    elif args.loss_type == "reinforce":
+        objective = sum(sum(terms) for terms in rows) / len(rows)
     elif args.loss_type == "dr_grpo":
         objective = sum(sum(terms) / args.max_completion_length for terms in rows) / len(rows)
     else:
         objective = sum(sum(terms) for terms in rows) / sum(len(terms) for terms in rows)
     return -objective
+
+
+def share(loss_type: str, length: int, mask: torch.Tensor, longest: int) -> int:
+    """What the term of a token is divided by, in a sequence of this length."""
+    per_sequence = len(mask) * length
+    known = {"grpo": per_sequence, "sapo": per_sequence, "dr_grpo": len(mask) * longest, "reinforce": len(mask)}
+    return known.get(loss_type, mask.sum().item())
 
 
 def gradient(loss: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -352,8 +394,7 @@ def test_the_first_step_is_that_of_reinforce(loss_type, level):
     assert stats["ratio/max"] == 1 and stats["clip_ratio/low_mean"] == stats["clip_ratio/high_mean"] == 0
     expected = torch.zeros_like(new)
     for i, t in mask.nonzero().tolist():
-        share = {"grpo": len(mask) * mask[i].sum(), "dr_grpo": len(mask) * args.max_completion_length}
-        expected[i, t] = -advantages[i] / share.get(loss_type, mask.sum())
+        expected[i, t] = -advantages[i] / share(loss_type, mask[i].sum().item(), mask, args.max_completion_length)
     assert close(gradient(loss, new), expected)
 
 
@@ -402,6 +443,54 @@ def test_clip_ratios_are_shares_of_the_tokens():
     assert close(stats["clip_ratio/low_mean"], 2 / 9, 1e-6)  # 0.5 and 0.7 in the second row
     assert close(stats["clip_ratio/high_mean"], 2 / 9, 1e-6)  # 1.5 in the first, 1.35 in the third
     assert close(stats["ratio/max"], 1.5)
+    args = settings(epsilon=0.2, epsilon_high=0.3, loss_type="cispo")  # clips the weight, whatever the sign
+    _, stats = grpo_toy.policy_loss(ratios.log(), zeros, zeros, advantages, mask, args)
+    assert close(stats["clip_ratio/low_mean"], 3 / 9, 1e-6) and close(stats["clip_ratio/high_mean"], 3 / 9, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, weight",
+    [(9.0, 2.0, 5.0), (9.0, -2.0, 5.0), (1.3, 2.0, 1.3), (0.7, -2.0, 0.7), (1e-3, -2.0, 1e-3), (1e-3, 2.0, 1e-3)],
+)
+def test_cispo_clips_the_weight_and_leaves_every_token_its_gradient(ratio, advantage, weight):
+    """Its row of defaults, where PPO's gradient is 0 for the first, third, fourth and fifth of these tokens."""
+    row = grpo_toy.METHODS["cispo"]
+    loss, slope = loss_at_ratio(ratio, advantage, **row)
+    assert close(loss, weight * advantage)  # minus the weight times A times a log-probability of -1
+    assert close(slope, [[-weight * advantage / 3] * 3])  # any gradient of the weight would add to this
+    _, ppo = loss_at_ratio(ratio, advantage)
+    assert ppo.eq(0).all() == ((ratio > 1) == (advantage > 0))
+
+
+@pytest.mark.parametrize("tau_pos, tau_neg", [(1.0, 1.05), (0.5, 4.0)])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_sapo_weighs_a_token_by_the_gate_of_its_paper(advantage, tau_pos, tau_neg):
+    tau = tau_pos if advantage > 0 else tau_neg
+    for ratio in (1e-3, 0.3, 0.9, 1.0, 1.1, 2.0, 7.0):
+        how = dict(loss_type="sapo", sapo_temperature_pos=tau_pos, sapo_temperature_neg=tau_neg)
+        loss, slope = loss_at_ratio(ratio, advantage, **how)
+        p = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        assert close(loss, -4 / tau * p * advantage)
+        assert close(slope, [[-4 * p * (1 - p) * ratio * advantage / 3] * 3])  # the weight is 4 p (1 - p), 1 at ratio 1
+        assert ratio != 1 or close(slope, [[-advantage / 3] * 3])
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 2.0, 5.0])
+def test_sapo_lets_go_of_a_negative_advantage_sooner(ratio):
+    row = grpo_toy.METHODS["sapo"]
+    (_, up), (_, down) = (loss_at_ratio(ratio, advantage, **row) for advantage in (1.0, -1.0))
+    assert up.lt(0).all() and down.gt(0).all() and (down < -up).all()
+
+
+def test_a_kl_in_the_reward_is_not_in_the_loss():
+    new, *rest = ragged()
+    for loss_type in LOSS_TYPES:
+        losses = [
+            grpo_toy.policy_loss(new, *rest, settings(loss_type=loss_type, beta=beta, kl_in_reward=inside))
+            for beta, inside in ((0.0, False), (0.3, True), (0.3, False))
+        ]
+        assert torch.equal(losses[0][0], losses[1][0]) and not torch.equal(losses[0][0], losses[2][0])
+        assert losses[0][1]["kl"] == losses[1][1]["kl"] > 0  # but it is logged
 
 
 @every_loss_type
@@ -420,7 +509,8 @@ def test_beta_weighs_the_kl(loss_type, estimator):
     assert close(stats["kl"], kinds[estimator][mask].mean())
     assert all(close(stats[f"kl/{kind}"], value[mask].mean()) for kind, value in kinds.items())
     expected = {"grpo": sum(kl[m].mean() for kl, m in zip(kinds[estimator], mask)) / len(mask)}
-    expected |= {"dr_grpo": kinds[estimator][mask].sum() / len(mask) / 9, "dapo": stats["kl"]}
+    expected |= {"sapo": expected["grpo"], "dapo": stats["kl"], "cispo": stats["kl"]}
+    expected |= {name: kinds[estimator][mask].sum() / len(mask) / n for name, n in (("dr_grpo", 9), ("reinforce", 1))}
     assert close(much - none, 0.4 * expected[loss_type])
 
 
@@ -478,6 +568,54 @@ def test_samples_agree_with_the_exact_kl_and_its_gradient(estimator):
     for sampled, mean in [(slopes, exact)] + [(values, kl)] * (estimator != "k2"):
         error = sampled.std(0) / len(tokens) ** 0.5
         assert (sampled.mean(0) - mean).abs().le(4 * error).all() and error.max() < 0.02
+
+
+# ------------------------------------------------------------------------------------------------ RLOO, exactly
+@pytest.mark.parametrize("fill", [0.0, math.inf, -math.inf, math.nan])
+def test_the_kl_reward_of_a_sequence_is_its_log_ratio_and_nothing_after_its_end_matters(fill):
+    new, _, ref, _, mask = ragged()
+    expected = []
+    for logprobs, ref_logprobs, counts in zip(new.tolist(), ref.tolist(), mask.tolist()):
+        pairs = [pair for *pair, counted in zip(logprobs, ref_logprobs, counts) if counted]
+        expected.append(math.log(math.prod(math.exp(r) for _, r in pairs) / math.prod(math.exp(p) for p, _ in pairs)))
+    new, ref = (x.detach().masked_fill(~mask, fill) for x in (new, ref))
+    assert close(grpo_toy.kl_reward(new, ref, mask), expected)
+    assert grpo_toy.kl_reward(new, ref, torch.zeros_like(mask)).eq(0).all()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_rloo_is_unbiased_with_the_kl_in_the_reward(size, beta):
+    """Three sequences, (0), (1, 0) and (1, 1): the mean over all groups is the exact gradient."""
+    logits = torch.tensor([[0.4, -0.7], [1.1, 0.2]]).double().requires_grad_()
+    ref = torch.tensor([[-0.3, 0.5], [0.9, -1.4]]).double().log_softmax(1)
+    tokens, mask = torch.tensor([[0, 0], [1, 0], [1, 1]]), torch.tensor([[1, 0], [1, 1], [1, 1]]).bool()
+    rewards, weights = (torch.tensor(x, dtype=torch.float64) for x in ([2, -3, 5], [1, beta]))
+
+    def scores(table: torch.Tensor) -> torch.Tensor:
+        return torch.stack([table[0, tokens[:, 0]], table[1, tokens[:, 1]]], 1)
+
+    odds = [scores(logits.softmax(1))[i][mask[i]].prod() for i in range(3)]
+    ref_odds = [scores(ref.exp())[i][mask[i]].prod() for i in range(3)]
+    objective = sum(p * (r - beta * (p / q).log()) for p, q, r in zip(odds, ref_odds, rewards))
+    exact = torch.autograd.grad(objective, logits, retain_graph=True)[0]
+    args = settings(**grpo_toy.METHODS["rloo"] | dict(beta=beta))
+    found = {}
+    for leave_one_out in (True, False):
+        mean = 0
+        for group in itertools.product(range(3), repeat=size):
+            group = list(group)
+            logprobs, ref_logprobs = (scores(table)[group] for table in (logits.log_softmax(1), ref))
+            kl = grpo_toy.kl_reward(logprobs.detach(), ref_logprobs, mask[group])
+            both = torch.stack([rewards[group], kl], -1)[None]
+            how = args.multi_objective_aggregation, args.scale_rewards, leave_one_out
+            advantages = grpo_toy.group_advantages(both, weights, *how)[0]
+            loss, _ = grpo_toy.policy_loss(logprobs, logprobs.detach(), ref_logprobs, advantages, mask[group], args)
+            chance = math.prod(odds[i].item() for i in group)
+            mean = mean - chance * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        found[leave_one_out] = mean
+    assert exact.abs().min() > 0.01 and close(found[True], exact)
+    assert close(found[False], exact * (1 - 1 / size))  # a mean that a completion is part of takes its share away
 
 
 # --------------------------------------------------------------------------------------------------- the verifier
@@ -726,7 +864,7 @@ def own_rewards(monkeypatch):
 
 def a_batch(model, args: grpo_toy.Args) -> grpo_toy.Batch:
     """A rollout whose advantages are all different."""
-    batch = grpo_toy.rollout(model, dice(), args)[1]
+    batch = grpo_toy.rollout(model, None, dice(), args)[1]
     return batch._replace(advantages=torch.randn(len(batch.mask)).double())
 
 
@@ -737,13 +875,13 @@ def take_a_step(model, reference, batch, args: grpo_toy.Args, kind=torch.optim.A
 def reinforce_gradient(model, batch: grpo_toy.Batch, args: grpo_toy.Args) -> dict[str, torch.Tensor]:
     """Of the sum of -A log pi with the weights of the loss type, tokens one by one."""
     model = copy.deepcopy(model)
-    loss, total = 0, batch.mask.sum().item()
+    loss = 0
     for prompt, row, counts, advantage in zip(*batch):
         logprobs = model(torch.cat([prompt, row])[None])[0].log_softmax(-1)
         length = counts.sum().item()
         for t in range(length):
-            share = {"grpo": length * len(batch.mask), "dr_grpo": args.max_completion_length * len(batch.mask)}
-            loss = loss - advantage * logprobs[len(prompt) - 1 + t, row[t]] / share.get(args.loss_type, total)
+            weight = advantage / share(args.loss_type, length, batch.mask, args.max_completion_length)
+            loss = loss - weight * logprobs[len(prompt) - 1 + t, row[t]]
     loss.backward()
     return {name: weight.grad for name, weight in model.named_parameters()}
 
@@ -860,7 +998,7 @@ def test_an_advantage_that_is_no_number_ends_the_run():
 )
 def test_a_rollout_compares_the_completions_of_each_prompt(own_rewards, how):
     args = settings(rewards=["digits", "ended"], max_completion_length=8, **how)
-    groups, batch = grpo_toy.rollout(small_model(args), dice(), args)
+    groups, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     assert len(groups) == 6 and batch.advantages.shape == (24,)
     texts = grpo_toy.decode(batch.completions, grpo_toy.completion_mask(batch.completions))
     assert texts == [text for group in groups for text in group.texts]
@@ -875,6 +1013,24 @@ def test_a_rollout_compares_the_completions_of_each_prompt(own_rewards, how):
     assert batch.advantages.ne(0).any()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_rollout_takes_the_kl_of_whole_completions_off_their_rewards(own_rewards, masked):
+    how = dict(kl_in_reward=True, leave_one_out=True, scale_rewards="none", beta=0.3, reward_weights=[2.0])
+    args = settings(rewards=["digits"], max_completion_length=8, mask_truncated_completions=masked, **how)
+    model, reference = small_model(args), small_model(args)
+    groups, batch = grpo_toy.rollout(model, reference, dice(), args)
+    mask = grpo_toy.completion_mask(batch.completions)
+    assert (batch.mask.sum() < mask.sum()) == masked  # but in the rewards all tokens count
+    with torch.no_grad():
+        one, other = (slow_logprobs(net, batch.prompts, batch.completions, 1.0) for net in (model, reference))
+    kl = [(x - y)[m].sum().item() for x, y, m in zip(one, other, mask)]
+    rewards = [2.0 * sum(map(str.isdigit, text)) for group in groups for text in group.texts]
+    rewards = [[[r - 0.3 * k] for r, k in zip(rewards, kl)][i : i + 4] for i in range(0, 24, 4)]
+    expected = slow_advantages(rewards, [1.0], "sum_then_normalize", "none", True)
+    assert close(batch.advantages, [x for group in expected for x in group], 1e-4)
+    assert groups[0].rewards.shape == (4, 1)  # what is logged is what the functions said
+
+
 def test_dynamic_sampling_replaces_groups_whose_first_reward_does_not_vary(monkeypatch):
     def mine(prompt: str, completion: str, args: grpo_toy.Args) -> float:
         return random.random() if int(prompt) % 4 == 0 else 1.0
@@ -882,14 +1038,14 @@ def test_dynamic_sampling_replaces_groups_whose_first_reward_does_not_vary(monke
     monkeypatch.setattr(grpo_toy, "reward_mine", mine, raising=False)
     monkeypatch.setattr(grpo_toy, "reward_noise", lambda prompt, text, args: random.random(), raising=False)
     args = settings(rewards=["mine", "noise"], dynamic_sampling=True, max_completion_length=3)
-    groups, batch = grpo_toy.rollout(small_model(args), dice(), args)
+    groups, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     prompts = ["".join(grpo_toy.TOKENS[i] for i in row[1:]) for row in batch.prompts.tolist()]
     assert len(prompts) == 24 and all(int(prompt) % 4 == 0 for prompt in prompts)
     assert 12 <= len(groups) < 60 and len(groups) % 6 == 0
     varied = sum(int(group.prompt) % 4 == 0 for group in groups)
     assert 6 <= varied < 12  # it stops as soon as there are enough
     groups, batch = grpo_toy.rollout(
-        small_model(args), dice(), settings(rewards=["mine", "noise"], max_completion_length=3)
+        small_model(args), None, dice(), settings(rewards=["mine", "noise"], max_completion_length=3)
     )
     assert len(groups) == 6 and len(batch.mask) == 24
 
@@ -897,13 +1053,13 @@ def test_dynamic_sampling_replaces_groups_whose_first_reward_does_not_vary(monke
 def test_dynamic_sampling_gives_up_after_ten_rounds(monkeypatch):
     monkeypatch.setattr(grpo_toy, "reward_mine", lambda prompt, completion, args: 0.1, raising=False)
     args = settings(rewards=["mine"], dynamic_sampling=True, max_completion_length=3)
-    groups, batch = grpo_toy.rollout(small_model(args), dice(), args)
+    groups, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     assert len(groups) == 60 and len(batch.mask) == 24 and batch.advantages.eq(0).all()
 
 
 def test_masking_truncated_completions_leaves_exactly_them_out(own_rewards):
     args = settings(rewards=["digits"], mask_truncated_completions=True, max_completion_length=8)
-    _, batch = grpo_toy.rollout(small_model(args), dice(), args)
+    _, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     ended = torch.tensor([grpo_toy.EOS in row for row in batch.completions.tolist()])
     assert 0 < ended.sum() < 24
     assert not batch.mask[~ended].any()
@@ -931,7 +1087,7 @@ def test_a_reward_of_ones_own_is_found_by_its_name(monkeypatch):
     args = grpo_toy.parse_args(["--rewards", "mine", "--num-digits", "2", "--device", "cpu"])
     grpo_toy.check_method(args)
     args = settings(rewards=["mine"])
-    groups, batch = grpo_toy.rollout(small_model(args), dice(), args)
+    groups, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     assert calls == [(group.prompt, text) for group in groups for text in group.texts]
     assert [reward for group in groups for reward in group.rewards[:, 0].tolist()] == list(range(1, 25))
     assert close(batch.advantages.view(6, 4), [[-1.1618, -0.3873, 0.3873, 1.1618]] * 6, 2e-4)
@@ -955,7 +1111,7 @@ def test_a_reward_that_raises_or_says_no_number_is_named(monkeypatch, reward, sa
     monkeypatch.setattr(grpo_toy, "reward_mine", reward, raising=False)
     args = settings(rewards=["correct", "mine"])
     with pytest.raises(grpo_toy.Failed, match=f"reward_mine.*{says}"):
-        grpo_toy.rollout(small_model(args), dice(), args)
+        grpo_toy.rollout(small_model(args), None, dice(), args)
 
 
 # ------------------------------------------------------------------------------------------- methods and a small run
@@ -966,6 +1122,13 @@ PAPERS = {
     "dapo": dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.28, dynamic_sampling=True, beta=0.0),
     "gspo": dict(importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
     "gdpo": dict(multi_objective_aggregation="normalize_then_sum", scale_rewards="group"),
+    "rloo": dict(loss_type="reinforce", leave_one_out=True, scale_rewards="none", kl_in_reward=True)
+    | dict(num_iterations=1, steps_per_generation=1),
+    "cispo": dict(loss_type="cispo", epsilon=1.0, epsilon_high=4.0, beta=0.0, scale_rewards="group"),  # 0 to 5
+    "sapo": dict(loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, beta=0.0)
+    | dict(scale_rewards="group", importance_sampling_level="token"),
+    "reinforce_pp": dict(multi_objective_aggregation="normalize_then_sum", scale_rewards="none", kl_estimator="k2")
+    | dict(loss_type="grpo", kl_in_reward=False, epsilon=0.2),
 }
 
 
@@ -974,7 +1137,10 @@ def test_a_method_sets_what_its_paper_sets(method):
     args = grpo_toy.parse_args(["--method", method])
     assert {name: getattr(args, name) for name in PAPERS[method]} == PAPERS[method]
     assert ("overlong" in args.rewards) == (method == "dapo") and (len(args.rewards) > 2) == (method == "gdpo")
-    assert args.method == method
+    assert args.method == method and PAPERS.keys() == grpo_toy.METHODS.keys()
+    assert args.kl_in_reward == args.leave_one_out == (method == "rloo")
+    assert method == "rloo" or args.loss_type != "reinforce"
+    assert (args.beta > 0) == (method in ("grpo", "gdpo", "rloo", "reinforce_pp"))
     assert method != "grpo" or (args.beta > 0 and args == grpo_toy.parse_args([]))
     grpo_toy.check_args(args), grpo_toy.check_method(args)
 
@@ -988,6 +1154,10 @@ def test_a_method_sets_what_its_paper_sets(method):
         ("--method gspo --epsilon 0.1", "epsilon", 0.1),
         ("--method dr_grpo --scale-rewards batch", "scale_rewards", "batch"),
         ("--method gdpo --rewards correct", "rewards", ["correct"]),
+        ("--method rloo --no-leave-one-out", "leave_one_out", False),
+        ("--no-kl-in-reward --method rloo", "kl_in_reward", False),
+        ("--method cispo --epsilon-high 1", "epsilon_high", 1.0),
+        ("--sapo-temperature-neg 2 --method sapo", "sapo_temperature_neg", 2.0),
     ],
 )
 def test_a_flag_wins_over_its_method_and_leaves_the_rest(flags, name, value):
@@ -995,6 +1165,19 @@ def test_a_flag_wins_over_its_method_and_leaves_the_rest(flags, name, value):
     plain = grpo_toy.parse_args(["--method", args.method])
     assert getattr(args, name) == value != getattr(plain, name)
     assert vars(args) == vars(plain) | {name: value}
+
+
+@pytest.mark.parametrize("flag", ["--multi-objective-aggregation", "--reward-aggregation"])
+def test_the_aggregation_has_an_old_name_as_well(flag):
+    args = grpo_toy.parse_args([flag, "normalize_then_sum"])
+    assert vars(args) == vars(grpo_toy.parse_args([])) | {"multi_objective_aggregation": "normalize_then_sum"}
+
+
+def test_help_names_the_aggregation_by_its_new_name(capsys):
+    with pytest.raises(SystemExit):
+        grpo_toy.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "--multi-objective-aggregation" in text and "reward_aggregation" not in text
 
 
 def test_an_evaluation_is_always_the_same_and_takes_no_random_numbers_from_training():
@@ -1012,7 +1195,8 @@ def test_an_evaluation_is_always_the_same_and_takes_no_random_numbers_from_train
 def test_a_small_run_learns_to_sort_two_digits(method, tmp_path):
     flags = "--num-digits 2 --max-completion-length 6 --n-layer 1 --n-head 2 --n-embd 32 --sft-steps 150 --seed 1"
     flags += " --sft-learning-rate 1e-2 --max-steps 50 --generation-batch-size 128 --num-generations 8"
-    flags += " --num-iterations 2 --steps-per-generation 1 --learning-rate 2e-3 --anneal-lr --temperature 1"
+    flags += " --steps-per-generation 1 --learning-rate 2e-3 --anneal-lr --temperature 1"
+    flags += f" --num-iterations {1 if method == 'rloo' else 2}"
     flags += " --eval-prompts 64 --eval-interval 50 --checkpoint-interval 50 --num-threads 1 --no-cache-warm-start"
     args = grpo_toy.parse_args([*flags.split(), "--method", method, "--device", "cpu", "--runs-dir", str(tmp_path)])
     summary = json.loads((grpo_toy.train(args) / "summary.json").read_text())

@@ -80,6 +80,11 @@ BAD_ARGUMENTS = {
     "--epsilon nan": "must be a finite number",
     "--epsilon-high=-1": "0 or more",
     "--beta=-0.1": "0 or more",
+    "--method rloo --num-iterations 2": "use --num-iterations 1 and --steps-per-generation 1, or another loss type",
+    "--method rloo --steps-per-generation 2": "--loss-type reinforce has no ratio",
+    "--method sapo --sapo-temperature-neg 0": "--sapo-temperature-neg is 0.0, but must be greater than 0",
+    "--sapo-temperature-pos nan": "must be a finite number",
+    "--loss-type ppo": "Expected one of ('grpo', 'dr_grpo', 'dapo', 'cispo', 'sapo', 'reinforce')",
     "--beta nan": "must be a finite number",
     "--beta inf": "must be a finite number",
     "--learning-rate 0": "greater than 0",
@@ -255,7 +260,7 @@ EXACT = [
     "--method dapo --rewards length overlong",
     "--no-cache-warm-start --method gspo --rewards length",
 ]
-EXACT += ["--method gdpo --steps-per-generation 2 --condition length:correct>=-3"]
+EXACT += ["--method gdpo --steps-per-generation 2 --condition length:correct>=-3", "--method rloo --rewards length"]
 
 
 @pytest.mark.parametrize("flags", EXACT)

@@ -5,7 +5,9 @@ import importlib
 import json
 import re
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -80,6 +82,46 @@ def test_a_lesson_may_begin_with_the_models_of_another(lesson, monkeypatch):
     assert config["args"]["init_from"] == str(Path("runs/lessons") / trained.name)
 
 
+ROAD = {name: value for name, value in TINY.items() if name not in ("rewards", "num-generations")}
+
+
+def test_the_road_is_drawn_against_what_was_sampled(lesson, capsys):
+    """Two scripts in one lesson, and the best of n answers of the warm start of the first arm."""
+    arms = {"RLHF-PPO": ROAD | {"reward": "verifier"}, "GRPO": ROAD | {"script": "grpo_toy", "num-generations": 4}}
+    status, table = lesson(name="road", seeds=1, **arms)
+    assert status == 0 and Path("figure.png").stat().st_size > 1000
+    by_arm = {arm: [row for row in table if row["arm"] == arm] for arm in (*arms, "best of n")}
+    for arm in arms:
+        assert [float(row["completions sampled"]) for row in by_arm[arm]] == [0, 16, 32, 48]
+        assert float(by_arm[arm][-1]["tokens sampled"]) > 48
+    jobs = lessons.jobs_of(replace(lessons.LESSONS["road"], arms=arms), [1], Path("runs/lessons"))
+    assert [Path(job.command[1]).stem for (job,) in jobs.values()] == ["rlhf_toy", "grpo_toy"]
+    assert [float(row["completions sampled"]) for row in by_arm["best of n"]] == [8 * 2**k for k in range(8)]
+
+
+def test_the_best_of_n_is_a_mean_over_all_choices(lesson, monkeypatch):
+    import rlhf_toy
+
+    lesson(name="road", seeds=1, **{"RLHF-PPO": ROAD | {"reward": "verifier"}})
+    ((job,),) = lessons.jobs_of(lessons.LESSONS["road"], [1], Path("runs/lessons")).values()
+    judged = []
+
+    def is_right(prompt, text):
+        judged.append((prompt, len(text) % 3 == 0))
+        return judged[-1][1]
+
+    monkeypatch.setattr(rlhf_toy, "is_right", is_right)
+    points = lessons.best_of_n(Path("runs/lessons") / job.name, most=8)
+    prompts = [judged[i : i + 8] for i in range(0, len(judged), 8)]
+    assert len(prompts) == 8 and all(len({prompt for prompt, _ in group}) == 1 for group in prompts)
+    for point in points:
+        best = [
+            mean(any(right for _, right in some) for some in combinations(group, point["step"])) for group in prompts
+        ]
+        assert point["accuracy"] == pytest.approx(mean(best)) and point["completions sampled"] == 8 * point["step"]
+    assert 0 < points[0]["accuracy"] < points[-1]["accuracy"]
+
+
 def test_variances_are_compared_at_equal_return():
     variance, ratio, returns = lessons.LESSONS["variance"].panels
     rows = [(16, 1, 9), (18, 100, 1), (17, 10, 3), (25, 5, 5), (50, 2, 2), (60, 2, 2), (45, 2, 2), (69.9, 2, 2)]
@@ -119,11 +161,13 @@ def test_run_that_fails_ends_the_lesson_with_its_error(lesson, capsys):
 @pytest.mark.parametrize("name", lessons.LESSONS)
 def test_the_scripts_take_the_flags_of_every_lesson(name, tmp_path):
     lesson = lessons.LESSONS[name]
-    script = importlib.import_module(lesson.script)
     for arm in lessons.jobs_of(lesson, [1], tmp_path).values():
-        args = script.parse_args(arm[0].start(tmp_path)[2:])
+        _, path, *flags = arm[0].start(tmp_path)
+        args = importlib.import_module(Path(path).stem).parse_args(flags)
         assert (args.seed, args.run_name, args.num_threads) == (1, arm[0].name, 1)
-    assert set(lesson.panels) <= set(lessons.COLUMNS.values())
+    derived = {"completions sampled", "tokens sampled", "root of the KL"}
+    quantities = {name for panel in lesson.panels for name in panel.split(" against ")}
+    assert quantities <= {*lessons.COLUMNS.values(), *derived}
 
 
 def test_first_iteration_of_a_threshold():

@@ -39,6 +39,6 @@ def test_grpo_learns_to_sort_with_five_seeds(tmp_path):
     assert 0.15 < np.mean(before) < 0.25 and np.mean(after) >= 0.93 and min(after) >= 0.88, (before, after)
 
 
-@pytest.mark.parametrize("method", ["dr_grpo", "dapo", "gspo", "gdpo"])
+@pytest.mark.parametrize("method", ["dr_grpo", "dapo", "gspo", "gdpo", "rloo", "cispo", "sapo", "reinforce_pp"])
 def test_every_method_learns_to_sort(method, tmp_path):
-    assert accuracy(tmp_path, "--method", method)[1] >= 0.8
+    assert accuracy(tmp_path, "--method", method)[1] >= 0.9

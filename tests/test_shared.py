@@ -17,7 +17,7 @@ else:
 
 ROOT = Path(__file__).parent.parent
 CONTROL = ("ppo", "a2c", "trpo", "reinforce")
-SCRIPTS = (*CONTROL, "grpo_toy", "dpo_toy")
+SCRIPTS = (*CONTROL, "grpo_toy", "rlhf_toy", "dpo_toy")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -93,7 +93,8 @@ LANGUAGE = ["shared: language run flags", "shared: command line", "shared: langu
 LANGUAGE += ["checks", "reporting", "shared: run directory", "shared: language warm start and evaluation"]
 LANGUAGE += ["shared: main"]
 ORDER = dict.fromkeys(CONTROL, SECTIONS) | {"grpo_toy": LANGUAGE}
-ORDER["dpo_toy"] = [*LANGUAGE[:5], "pairs", *LANGUAGE[5:]]
+ORDER["rlhf_toy"] = [*LANGUAGE[:4], "shared: language preferences", *LANGUAGE[4:]]
+ORDER["dpo_toy"] = [*LANGUAGE[:4], "shared: language preferences", "checks", "pairs", *LANGUAGE[5:]]
 ORDER["reinforce"] = [section.replace("shared: playing", "playing whole episodes") for section in SECTIONS]
 
 

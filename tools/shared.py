@@ -1,8 +1,9 @@
 """Keeps the shared sections of the scripts the same text: python tools/shared.py [--check]
 
 A section begins with a heading like "# ==== shared: environments ====" and ends before the next one, or at the end of
-the file. It is edited in ppo.py, or in grpo_toy.py if ppo.py does not have it. This tool copies it into every other
-script that has the heading. With --check it changes nothing, names each section that differs, and exits with 1.
+the file. It is edited in ppo.py, in grpo_toy.py if ppo.py does not have it, or in dpo_toy.py if neither has. This tool
+copies it into every other script that has the heading. With --check it changes nothing, names each section that
+differs, and exits with 1.
 """
 
 import re
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("ppo.py", "grpo_toy.py")
+SOURCES = ("ppo.py", "grpo_toy.py", "dpo_toy.py")
 HEADING = re.compile(r"^# ==== (?!The machine room).+ ====\n", re.MULTILINE)
 
 
