@@ -470,15 +470,16 @@ class FakeRun:
 
 
 def test_a_right_answer_is_preferred_to_another_wrong_one_of_its_prompt(monkeypatch):
-    args = settings(num_prompts=3, num_generations=4)
+    args = settings(num_generations=4)
     answers = {"12": ["12$", "21$", "[12]$", "1$"], "30": ["03$"] * 4, "55": ["$", "55$", ".......", "5$"]}
+    answers |= {"64": ["46$", "(46)$", "64$", ".46$"]}
     monkeypatch.setattr(dpo_toy, "sample_prompts", lambda *_: list(answers))
     texts = [text for group in answers.values() for text in group]
     monkeypatch.setattr(dpo_toy, "generate", lambda *_: dpo_toy.encode(texts, 7))
     run = FakeRun(args)
-    pairs = dpo_toy.sample_pairs(None, run.args.num_prompts, run)
-    assert pairs == [("12", "12$", "21$"), ("12", "[12]$", "1$"), ("55", "55$", "$")]
-    assert run.notes["tokens_sampled"] == sum(map(len, texts)) and run.shown[-1][1:] == (3, 3)
+    pairs = dpo_toy.sample_pairs(None, 4, run)
+    assert pairs == [("12", "12$", "21$"), ("12", "[12]$", "1$"), ("55", "55$", "$"), ("64", "46$", "64$")]
+    assert run.notes["tokens_sampled"] == sum(map(len, texts)) and run.shown[-1][1:] == (4, 4)
 
 
 def test_pairs_are_of_training_prompts_and_do_not_depend_on_the_loss():
