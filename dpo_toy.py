@@ -101,7 +101,7 @@ class Args:
     beta: float = 2.0  # how much a log-ratio counts, so how close the reference is; in ORPO weight of the odds ratio
     desirable_weight: float = 1.0  # weight of the good answers in KTO
     undesirable_weight: float = 1.0  # weight of the bad answers in KTO
-    num_prompts: int = 3072  # prompts whose answers are compared to make pairs
+    num_prompts: int = 4096  # prompts whose answers are compared to make pairs
     num_generations: int = 8  # completions per prompt
     pairs: str = ""  # file with a JSON object in each line, of prompt, chosen, rejected, to learn from instead
     save_pairs: str = ""  # file to write the pairs to, in this form
