@@ -954,12 +954,7 @@ def keep_pairs(preferences: Preferences, pairs: list[Pair], run: Run) -> None:
     for path in [run.path / "pairs.jsonl", *([Path(here(), args.save_pairs)] if args.save_pairs else [])]:
         write_pairs(path, pairs)
     run.notes |= {"pairs": len(pairs), "tokens_sampled": run.notes.get("tokens_sampled", 0), "tokens_trained": 0}
-    table = [Pair._fields, *pairs[:4]]
-    run.files.text("pairs", [[f"`{cell}`" for cell in row] for row in table], 0)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    run.progress.end()
-    for row in table:
-        say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+    show_table(run, "pairs", [Pair._fields, *pairs[:4]])
     say(f"{len(pairs):,} pairs")
 
 
@@ -1961,6 +1956,15 @@ def write_stage(run: Run, stage: str, curves: dict[str, list[float]]) -> None:
     write_atomically(run.path / f"{stage}.csv", text.encode())
     for i, values in enumerate(steps, 1):
         run.files.waiting += [(f"{stage}/{name}", value, i) for name, value in zip(curves, values)]
+
+
+def show_table(run: Run, tag: str, table: list[list[str]]) -> None:
+    """A table, its head first: in TensorBoard, and the top of it on the terminal."""
+    run.files.text(tag, [[f"`{cell}`" for cell in row] for row in table], run.iteration)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    run.progress.end()
+    for row in table[:9]:
+        say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
 def evaluate_before(model: GPT, run: Run, **values: float) -> None:

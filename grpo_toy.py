@@ -1022,12 +1022,7 @@ def report(run: Run, groups: list[Group], batch: Batch, values: dict[str, float]
     run.notes["tokens"] = run.notes.get("tokens", 0) + sum(len(text) for group in groups for text in group.texts)
     run.notes["tokens_per_second"] = run.notes["tokens"] / run.wall_time()
     if run.iteration == 1 or last or run.iteration % math.ceil(run.args.max_steps / 4) == 0:
-        table = table_of(groups, batch, run.args)
-        run.files.text("completions", [[f"`{cell}`" for cell in row] for row in table], run.iteration)
-        widths = [max(map(len, column)) for column in zip(*table)]
-        run.progress.end()
-        for row in table[:9]:
-            say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+        show_table(run, "completions", table_of(groups, batch, run.args))
 
 
 # ==== shared: run directory ====
@@ -2019,6 +2014,15 @@ def write_stage(run: Run, stage: str, curves: dict[str, list[float]]) -> None:
     write_atomically(run.path / f"{stage}.csv", text.encode())
     for i, values in enumerate(steps, 1):
         run.files.waiting += [(f"{stage}/{name}", value, i) for name, value in zip(curves, values)]
+
+
+def show_table(run: Run, tag: str, table: list[list[str]]) -> None:
+    """A table, its head first: in TensorBoard, and the top of it on the terminal."""
+    run.files.text(tag, [[f"`{cell}`" for cell in row] for row in table], run.iteration)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    run.progress.end()
+    for row in table[:9]:
+        say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
 def evaluate_before(model: GPT, run: Run, **values: float) -> None:

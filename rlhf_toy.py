@@ -980,7 +980,6 @@ def report(run: Run, batch: Batch, values: dict[str, float]) -> None:
     report_accuracy(run, values)
     run.notes["completions"] = run.notes.get("completions", 0) + len(batch.mask)
     run.notes["tokens"] = run.notes.get("tokens", 0) + int(batch.mask.sum())
-    run.headline = f"  score {values['objective/scores']:.2f}  KL {values['objective/kl']:.1f}{run.headline}"
     if run.iteration == 1 or last or run.iteration % math.ceil(args.max_steps / 4) == 0:
         prompts = [text[1:] for text in decode(batch.prompts[:8], batch.prompts[:8] >= 0)]
         texts, scores = decode(batch.completions[:8], batch.mask[:8]), batch.scores[:8].tolist()
@@ -989,11 +988,9 @@ def report(run: Run, batch: Batch, values: dict[str, float]) -> None:
             for prompt, text, score in zip(prompts, texts, scores)
         ]
         table = [["prompt", "completion", "score", "in truth"], *rows]
-        run.files.text("completions", [[f"`{cell}`" for cell in row] for row in table], run.iteration)
-        widths = [max(map(len, column)) for column in zip(*table)]
         run.progress.end()
-        for row in table:
-            say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+        say("mean score {objective/scores:.2f}, KL {objective/kl:.1f}, beta {objective/beta:.3g}".format(**values))
+        show_table(run, "completions", table)
 
 
 # ==== shared: run directory ====
@@ -1985,6 +1982,15 @@ def write_stage(run: Run, stage: str, curves: dict[str, list[float]]) -> None:
     write_atomically(run.path / f"{stage}.csv", text.encode())
     for i, values in enumerate(steps, 1):
         run.files.waiting += [(f"{stage}/{name}", value, i) for name, value in zip(curves, values)]
+
+
+def show_table(run: Run, tag: str, table: list[list[str]]) -> None:
+    """A table, its head first: in TensorBoard, and the top of it on the terminal."""
+    run.files.text(tag, [[f"`{cell}`" for cell in row] for row in table], run.iteration)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    run.progress.end()
+    for row in table[:9]:
+        say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
 def evaluate_before(model: GPT, run: Run, **values: float) -> None:

@@ -21,6 +21,7 @@ benchmarks/results/SCRIPT_LESSON).
 
 import argparse
 import csv
+import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ WEIGHTED = EQUAL | GDPO | {"reward-weights": [1, 2, 2]}
 PROXY = {"max-steps": 120, "rewards": ["format", "length"]}
 RISING = {"max-steps": 120, "rewards": "rising"}
 BETAS = (0.0, 0.05, 0.2)
+LOSSES = ("dpo", "ipo", "kto", "orpo")
+WARM_STARTS = {"weak": 140, "default": 300}  # steps of --sft-steps
 SHARES = ("right format", "right answer", "short enough")
 LESSONS = {
     "variance": Lesson(
@@ -130,6 +133,29 @@ LESSONS = {
         script="rlhf_toy",
         best_of_n="RLHF-PPO",
     ),
+    "margins": Lesson(
+        {f"beta {beta:g}": OFTEN | {"loss": "dpo", "beta": beta} for beta in (0.03, 0.1, 0.3, 1.0)},
+        panels=("log-probability of the chosen", "log-probability of the rejected", "margin", "accuracy"),
+        script="dpo_toy",
+    ),
+    "preferences": Lesson(
+        {
+            f"{loss}, beta {beta:g}, {start} start": {"loss": loss, "beta": beta, "sft-steps": WARM_STARTS[start]}
+            for start in WARM_STARTS
+            for loss, beta in (*product(LOSSES, (0.1, 0.5, 2.0)), ("sft", 1.0))
+        },
+        panels=("accuracy", "accuracy, greedy"),
+        script="dpo_toy",
+    ),
+    "offline": Lesson(
+        {
+            f"{loss}, {prompts} prompts": {"loss": loss, "num-prompts": prompts}
+            for loss, prompts in product(("dpo", "sft"), (256, 1024, 4096))
+        }
+        | {"grpo": OFTEN | {"script": "grpo_toy", "method": "grpo"}},
+        panels=("accuracy", "accuracy, greedy"),
+        script="dpo_toy",
+    ),
 }
 GOALS = {"90% right format": ("right format", 0.9), "80% right answers": ("right answer", 0.8)}
 COLUMNS = {  # of progress.csv
@@ -139,6 +165,9 @@ COLUMNS = {  # of progress.csv
     "kl/k1": "KL from the start",
     "objective/scores": "score",
     "objective/kl": "KL of a completion",
+    "logps/chosen": "log-probability of the chosen",
+    "logps/rejected": "log-probability of the rejected",
+    "rewards/margins": "margin",
     "wall_time": "seconds",
     "eval/accuracy": "accuracy",
     "eval/accuracy_greedy": "accuracy, greedy",
@@ -152,13 +181,7 @@ COLUMNS = {  # of progress.csv
     "losses/grad_snr": "its signal-to-noise ratio",
     "charts/episodic_return": "return",
 }
-UNBOUNDED = (
-    "tokens per completion",
-    "KL from the start",
-    "reward",
-    "score",
-    "KL of a completion",
-)  # all other panels of grpo_toy.py are shares
+BOUNDED = {*SHARES, "accuracy", "accuracy, greedy", "pass@8", "right format, held out"}  # between 0 and 1
 EDGES = (15, 20, 30, 45, 70, 100, 150, 220, 300, 400, 475)  # of mean returns; at 500 all arms are equal
 BASELINES = {"none": PALETTE[1], "mean": PALETTE[2], "value": PALETTE[0]}
 
@@ -209,13 +232,14 @@ def run_lesson(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> tuple[in
 def read_run(run: Path) -> Series:
     """COLUMNS of each iteration, under their names there; what was not measured in one is missing.
 
-    With them come the completions and tokens that were sampled in training until then.
+    With them come the completions that were sampled in training until then, and all tokens that were sampled.
     """
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     lengths: dict[float, list[int]] = {}
     with open(run / "episodes.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             lengths.setdefault(float(row["global_step"]), []).append(int(float(row["length"])))
-    series, completions, tokens = [], 0, 0
+    series, completions, tokens = [], 0, summary.get("tokens_sampled", 0)
     with open(run / "progress.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             point = {COLUMNS[name]: float(value) for name, value in row.items() if value and name in COLUMNS}
@@ -290,9 +314,52 @@ def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray)
             axis.plot(*np.mean(list(zip(*curves)), 1).T, color=color, label=arm)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(f"{'iterations' if x == 'step' else x} ({len(seeds)} seeds)")
-        if name not in UNBOUNDED:
+        if name in BOUNDED:
             axis.set_ylim(-0.03, 1.03)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
+
+
+def draw_preferences(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray) -> None:
+    """Accuracy at the end against beta, a panel for each warm start; fine-tuning on the chosen is a dashed line."""
+    for axis, (start, steps) in zip(axes, WARM_STARTS.items()):
+        for loss, color in zip((*LOSSES, "sft"), PALETTE):
+            arms = [arm for arm, flags in lesson.arms.items() if flags["loss"] == loss and flags["sft-steps"] == steps]
+            betas = [lesson.arms[arm]["beta"] for arm in arms]
+            ends = np.array([[series[-1]["accuracy"] for series in results[arm]] for arm in arms])
+            if loss == "sft":
+                axis.axhline(ends.mean(), color=color, linestyle="--", label=loss)
+                continue
+            axis.plot(betas, ends.mean(1), color=color, marker="o", label=loss)
+            axis.plot(betas, ends, color=color, marker=".", linestyle="", alpha=0.4)
+        before = np.mean([series[0]["accuracy"] for arm in arms for series in results[arm]])
+        axis.axhline(before, color="#888888", linestyle=":", label="before")
+        axis.set(title=f"{start} warm start ({steps} steps)", xscale="log", xlabel="beta", ylabel="accuracy")
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_xticks((0.1, 0.5, 2.0), labels=["0.1", "0.5", "2"])
+        axis.minorticks_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+
+
+def draw_offline(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray) -> None:
+    """The end of the offline runs, a point for each number of prompts, beside the curves of the online ones."""
+    for axis, name in zip(axes, lesson.panels):
+        ends: dict[str, list[list[tuple[float, float]]]] = {}
+        for arm, seeds in results.items():
+            curves = [[(point["tokens sampled"], point[name]) for point in series if name in point] for series in seeds]
+            if "loss" in lesson.arms[arm]:
+                ends.setdefault(lesson.arms[arm]["loss"], []).append([curve[-1] for curve in curves])
+                continue
+            for curve in curves:
+                axis.plot(*zip(*curve), color=PALETTE[0], alpha=0.3, linewidth=0.8)
+            axis.plot(*np.mean(list(zip(*curves)), 1).T, color=PALETTE[0], label=f"{arm}, online")
+        for (loss, points), color in zip(ends.items(), PALETTE[1:]):
+            axis.plot(*np.mean(points, 1).T, color=color, marker="o", label=f"{loss}, offline")
+            axis.plot(*np.reshape(points, (-1, 2)).T, color=color, marker=".", linestyle="", alpha=0.4)
+        axis.set(title=name, xlabel="tokens sampled", xscale="log", ylim=(-0.03, 1.03))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+
+
+DRAW = {"preferences": draw_preferences, "offline": draw_offline}  # all others are curves
 
 
 def rows_of(results: Results) -> list[dict[str, Any]]:
@@ -386,7 +453,7 @@ def main(argv: list[str] | None = None) -> int:
         table = draw_variance(lesson, results, axes)
     else:
         print_table(lesson, results)
-        draw_curves(lesson, results, figure, axes)
+        DRAW.get(asked.lesson, draw_curves)(lesson, results, figure, axes)
         table = rows_of(results)
     out = asked.out or ROOT / "benchmarks" / "results" / f"{lesson.script.removesuffix('_toy')}_{asked.lesson}"
     out.parent.mkdir(parents=True, exist_ok=True)
