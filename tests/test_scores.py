@@ -25,11 +25,10 @@ def test_halfcheetah_is_above_the_published_mean(tmp_path):
     assert train_last100("ppo", "HalfCheetah-v4", 1, tmp_path) > 1443
 
 
-def accuracy(runs_dir, *flags):
-    """Before and after, of a run of grpo_toy.py."""
-    import grpo_toy
-
-    run = grpo_toy.train(grpo_toy.parse_args(["--runs-dir", str(runs_dir), *flags]))
+def accuracy(runs_dir, *flags, name="grpo_toy"):
+    """Before and after, of a run of a language script."""
+    script = importlib.import_module(name)
+    run = script.train(script.parse_args(["--runs-dir", str(runs_dir), *flags]))
     summary = json.loads((run / "summary.json").read_text())
     return summary["accuracy_before"], summary["accuracy"]
 
@@ -42,3 +41,22 @@ def test_grpo_learns_to_sort_with_five_seeds(tmp_path):
 @pytest.mark.parametrize("method", ["dr_grpo", "dapo", "gspo", "gdpo", "rloo", "cispo", "sapo", "reinforce_pp"])
 def test_every_method_learns_to_sort(method, tmp_path):
     assert accuracy(tmp_path, "--method", method)[1] >= 0.9
+
+
+def accuracies(runs_dir, name, *flags):
+    """After training, of three seeds."""
+    return [accuracy(runs_dir, "--seed", seed, *flags, name=name)[1] for seed in "123"]
+
+
+def test_rlhf_learns_to_sort_from_a_verifier(tmp_path):
+    assert min(accuracies(tmp_path, "rlhf_toy", "--reward", "verifier")) >= 0.88
+
+
+def test_rlhf_learns_to_sort_from_a_reward_model_and_forgets_it_without_the_kl_penalty(tmp_path):
+    assert min(accuracies(tmp_path, "rlhf_toy")) >= 0.55
+    assert max(accuracies(tmp_path, "rlhf_toy", "--beta", "0")) < 0.1
+
+
+@pytest.mark.parametrize("loss, mean", [("dpo", 0.75), ("ipo", 0.75), ("kto", 0.9), ("orpo", 0.9), ("sft", 0.9)])
+def test_every_loss_learns_to_sort_from_preferences(loss, mean, tmp_path):
+    assert np.mean(accuracies(tmp_path, "dpo_toy", "--loss", loss)) >= mean
