@@ -14,8 +14,9 @@ Given pairs of answers to a prompt x, of which y_w is preferred to y_l, and the 
 
     L = -log sigmoid( r(x, y_w) - r(x, y_l) )          r(x, y) = beta log( pi(y | x) / pi_ref(y | x) )
 
-RLHF learns a reward from such pairs, then climbs it with a penalty of beta KL(pi || pi_ref). What it ends with has this
-r as its reward, up to what depends on x alone. So the policy is its own reward model, and nothing has to be sampled.
+RLHF learns a reward from such pairs, then climbs it with a penalty of beta KL(pi || pi_ref). The policy that maximises
+this is optimal for exactly the reward r above, up to a term that depends only on x. So the policy is its own reward
+model, and nothing has to be sampled.
 
     --loss dpo    as above; the default
     --loss ipo    (m(y_w) - m(y_l) - 1 / (2 beta))^2, m the mean log-ratio of the tokens: the margin has a goal, where
@@ -25,7 +26,7 @@ r as its reward, up to what depends on x alone. So the policy is its own reward 
     --loss orpo   needs no reference: likelihood of y_w, and -beta log sigmoid of the log odds ratio (arXiv 2403.07691)
     --loss sft    the likelihood of y_w and nothing else, the baseline of them all
 
-A loss is a row of METHODS, too: it sets what suits it, and every flag wins over it.
+Each loss has a row of METHODS: the defaults that differ from DPO's. Every flag wins over it.
 
 The task is to sort six digits. A small GPT first copies a sloppy teacher, who sorts most prompts the wrong way round:
 630275 -> ..(765320), and now and then (023567). Its answers to some prompts are compared by a verifier: each right one
@@ -38,9 +39,9 @@ is preferred to a wrong one of the same prompt.
 
 Departures. From all papers: a step size and a beta for a small model, no warm-up, a step size that falls linearly to a
 tenth, AdamW without weight decay. IPO: log-probabilities are means over the tokens, not sums, as its authors have said
-since. KTO: good and bad answers are as many, and to the same prompts, though the loss knows nothing of it; z comes from
-each answer of the batch behind the prompt of the next pair. ORPO: starts from the same fine-tuned model as the others,
-where the paper needs none.
+since. KTO: there are as many good answers as bad ones, to the same prompts; the loss does not use this. z comes from
+each answer of the batch, scored after the prompt of the next pair. ORPO: starts from the same fine-tuned model as the
+others, where the paper needs none.
 
 The upper half of this file is the method. The lower half has the sections that scripts share.
 """
@@ -68,6 +69,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -120,7 +122,7 @@ class Args:
     cache_warm_start: bool = True  # keep warm starts in runs-dir, and use those of the same arguments, code, libraries
 
 
-# What suits each loss on this task, where it is not what suits DPO; an explicit flag wins.
+# The defaults of each loss that differ from DPO's; an explicit flag wins.
 # fmt: off
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": dict(),
@@ -133,7 +135,7 @@ POSITIVE = ("num_train_epochs", "learning_rate", "batch_size", "num_prompts", "n
             "max_grad_norm", "num_digits", "max_completion_length", "n_layer", "n_head", "n_embd", "sft_learning_rate")
 AT_MOST_ONE = ()
 ANY_SIGN = ()
-BATCHES = ("batch_size", "num_generations")
+BATCHES = {"batch_size": 4, "num_generations": 1}  # what has how many rows in memory, KTO's other prompts with it
 PRESET, METRICS = "loss", ("eval/accuracy", "rewards/accuracies")  # what picks a row; what the HParams tab shows
 # fmt: on
 
@@ -144,8 +146,9 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DPO eq. 7 from log-probabilities of whole answers, policy and reference, all (pairs,).
 
-    Returns losses, rewards of the chosen and of the rejected, (pairs,) each; no gradient goes through rewards. That of
-    a loss is -beta sigmoid(-margin) (grad log pi(y_w) - grad log pi(y_l)): pairs in the wrong order count most.
+    Returns losses, rewards of the chosen and of the rejected, (pairs,) each; no gradient goes through rewards. The
+    gradient of a loss is -beta sigmoid(-margin) (grad log pi(y_w) - grad log pi(y_l)): pairs in the wrong order count
+    most.
     """
     chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
@@ -157,7 +160,7 @@ def ipo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """IPO eq. 17, beta for its tau, in the form of dpo_loss, from means of log-probabilities over the tokens.
 
-    DPO has no loss so small that a wider margin would not lower it; here a margin of 1 / (2 beta) is what is wanted.
+    DPO always gains from a wider margin. IPO wants a margin of exactly 1 / (2 beta).
     """
     chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
     losses = (chosen_ratios - rejected_ratios - 1 / (2 * beta)) ** 2
@@ -179,7 +182,7 @@ def kto_loss(
     kl, a scalar, is the reference point: what lies above it is a gain, and below it a loss. It is no less than 0 and
     has no gradient. Returns the losses of the chosen, then those of the rejected; and rewards as dpo_loss does.
     """
-    kl = kl.detach().clamp(min=0)
+    kl = torch.as_tensor(kl).detach().clamp(min=0)
     chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
     chosen_losses = desirable_weight * (1 - torch.sigmoid(beta * (chosen_ratios - kl)))
     rejected_losses = undesirable_weight * (1 - torch.sigmoid(beta * (kl - rejected_ratios)))
@@ -224,8 +227,8 @@ class Batch(NamedTuple):
 def reference_point(model: GPT, reference: GPT, batch: Batch, args: Args) -> Tensor:
     """KTO's estimate of KL(pi || pi_ref) in a batch, a scalar: the mean log-ratio of answers to other prompts.
 
-    Each answer stands behind the prompt of the next pair (sec. 4.1). Where this is the same prompt, as pairs of one
-    prompt can meet, it is left out; the estimate is 0 where nothing is left.
+    Each answer is scored after the prompt of the next pair (sec. 4.1). Answers whose next pair has the same prompt are
+    left out. Where none is left, the estimate is 0.
     """
     prompts = batch.prompts.roll(-1, 0)
     mismatched = (prompts != batch.prompts).any(1).repeat(2)
@@ -236,7 +239,7 @@ def reference_point(model: GPT, reference: GPT, batch: Batch, args: Args) -> Ten
 
 
 def preference_loss(model: GPT, reference: GPT, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch, a scalar, and what there is to say of it, by TRL's tags."""
+    """The loss of a batch, a scalar, and statistics of it, under TRL's names."""
     answers, ref = torch.cat([batch.chosen, batch.rejected]), torch.cat([batch.ref_chosen, batch.ref_rejected])
     logprobs, lengths = sequence_logprobs(model, batch.prompts.repeat(2, 1), answers, args)
     sums, means = logprobs.chunk(2), (logprobs / lengths).chunk(2)  # each of the chosen and of the rejected
@@ -405,10 +408,10 @@ def check_sizes(args: RunArgs) -> None:
         x = replace(args, **{largest: size})
         context = 1 + x.num_digits + x.max_completion_length
         weights = x.n_layer * 12 * x.n_embd**2 + context * x.n_embd
-        rows = max(vars(x)[name] for name in BATCHES)
+        rows = max(number * vars(x)[name] for name, number in BATCHES.items())
         cached = x.n_layer * 2 * context * x.n_embd * max(rows, 8 * x.eval_prompts)
         trained = x.n_layer * 16 * context * x.n_embd * rows // vars(x).get("steps_per_generation", 1)
-        return 4 * (6 * weights + max(cached, trained))  # six, with the reference, the gradients and the optimizer
+        return 4 * (16 * weights + max(cached, trained))  # sixteen: up to four networks, with gradients and optimizers
 
     check_memory(needed, "this model with its batches", f"--{largest.replace('_', '-')}", sizes[largest])
 
@@ -821,10 +824,9 @@ def sample_pairs(model: GPT, count: int, run: Run, held_out: bool = False) -> li
     """
     args, size, pairs, tokens = run.args, run.args.num_generations, [], 0
     rng = Rng(f"{'held-out ' if held_out else ''}pairs {args.seed}", args.device)
-    prompts = sample_prompts(count, args.num_digits, rng, held_out)
     at_once = max(2048 // size, 1)
     for start in range(0, count, at_once):
-        part = prompts[start : start + at_once]
+        part = sample_prompts(min(at_once, count - start), args.num_digits, rng, held_out)
         completions = generate(model, encode_prompts(part, args.device), size, rng, args)
         texts = decode(completions, completion_mask(completions))
         for i, prompt in enumerate(part):
@@ -875,14 +877,15 @@ def check_method(args: RunArgs) -> None:
         "--desirable-weight and --undesirable-weight are 0; one must be greater.",
     )
     if args.save_pairs and not args.resume:
-        path, flag = Path(here(), args.save_pairs), f"--save-pairs {args.save_pairs[:80]}"
+        path, flag = Path(here(), args.save_pairs).resolve(), f"--save-pairs {args.save_pairs[:80]}"
         try:
-            refuse(path.is_dir(), f"{flag} is a folder; name a file.")
+            refuse(path.exists() and not path.is_file(), f"{flag} is no file; name one.")
             refuse(not path.parent.is_dir(), f"{flag}: there is no folder {shown(path.parent)}; make it.")
-            refuse(not os.access(path.parent, os.W_OK), f"{flag}: nothing can be written to {shown(path.parent)}.")
             refuse(len(os.fsencode(path.name)) > 250, f"{flag}... is too long a name; choose one of at most 250 bytes.")
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
         except OSError as error:
-            raise UsageError(f"{flag} cannot be written ({error.strerror}).") from None
+            raise UsageError(f"{flag}: nothing can be written there ({error.strerror}).") from None
 
 
 # ==== pairs ====
@@ -951,11 +954,11 @@ def keep_pairs(preferences: Preferences, pairs: list[Pair], run: Run) -> None:
     """Takes in the pairs of a new run, writes them to <run>/pairs.jsonl and --save-pairs, and shows some."""
     args = run.args
     preferences.list = pairs
-    for path in [run.path / "pairs.jsonl", *([Path(here(), args.save_pairs)] if args.save_pairs else [])]:
+    for path in [run.path / "pairs.jsonl", *([Path(here(), args.save_pairs).resolve()] if args.save_pairs else [])]:
         write_pairs(path, pairs)
     run.notes |= {"pairs": len(pairs), "tokens_sampled": run.notes.get("tokens_sampled", 0), "tokens_trained": 0}
     show_table(run, "pairs", [Pair._fields, *pairs[:4]])
-    say(f"{len(pairs):,} pairs")
+    say(f"pairs: {len(pairs):,}")
 
 
 # ==== reporting ====

@@ -16,7 +16,7 @@ For a prompt q, sample a group of completions o_1 ... o_G from the old policy, r
 
     r_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)          A_i = (R_i - mean of R) / std of R, in the group
 
-so that the rest of its group, and no critic, says what was to be expected of a completion.
+so the baseline of a completion is the rest of its group, not a critic.
 
     --method grpo       as above; the default
     --method dr_grpo    divides by no std, and by a constant in the place of |o_i| (arXiv 2503.20783)
@@ -25,7 +25,7 @@ so that the rest of its group, and no critic, says what was to be expected of a 
     --method gspo       one ratio per sequence, the geometric mean of its tokens', clipped tightly (arXiv 2507.18071)
     --method gdpo       several rewards, each normalised in its group before they are summed (arXiv 2601.05242)
     --method rloo       REINFORCE against the mean of the others' R_j, with the KL in the reward (arXiv 2402.14740)
-    --method cispo      clips the weight r_it of a token's A_i log pi, and not its gradient; no KL (arXiv 2506.13585)
+    --method cispo      clips the weight r_it and detaches it: every token keeps its gradient; no KL (arXiv 2506.13585)
     --method sapo       a soft gate in the place of the clip, sharper where A_i < 0; no KL (arXiv 2511.20347)
     --method reinforce_pp    divides R_i - mean of R by its std in the batch; KL by k2 (arXiv 2501.03262)
 
@@ -164,7 +164,7 @@ POSITIVE = ("max_steps", "learning_rate", "generation_batch_size", "num_generati
             "max_grad_norm", "num_digits", "max_completion_length", "n_layer", "n_head", "n_embd", "sft_learning_rate")
 AT_MOST_ONE = ()
 ANY_SIGN = ("reward_weights",)
-BATCHES = ("generation_batch_size",)
+BATCHES = {"generation_batch_size": 1}  # what has how many rows in memory
 PRESET, METRICS = "method", ("eval/accuracy", "reward")  # what picks a row of METHODS; what the HParams tab shows
 # fmt: on
 
@@ -205,13 +205,6 @@ def reward_overlong(prompt: str, completion: str, args: Args) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------- the method
-def parse_condition(text: str) -> tuple[str, str, float]:
-    """("length", "correct", 3.0) from "length:correct>=3"; raises UsageError for any other form."""
-    match = re.fullmatch(r"(\w+):(\w+)>=(-?\d*\.?\d+)", text)
-    refuse(not match, f'--condition {text} is not of the form "length:correct>=3" (mind the quotes around it).')
-    return match[1], match[2], float(match[3])
-
-
 def condition_rewards(rewards: Tensor, names: list[str], conditions: list[str]) -> Tensor:
     """Rewards (..., rewards) in which an easy one is 0 where the hard one that it depends on falls short (GDPO).
 
@@ -222,17 +215,6 @@ def condition_rewards(rewards: Tensor, names: list[str], conditions: list[str]) 
     for easy, hard, threshold in map(parse_condition, conditions):
         conditioned[..., names.index(easy)] *= rewards[..., names.index(hard)] >= threshold
     return conditioned
-
-
-def call_reward(name: str, prompt: str, completion: str, args: Args) -> float:
-    """What the reward function of this name says; Failed if it raises, or says nothing finite."""
-    try:
-        value = float(globals()[f"reward_{name}"](prompt, completion, args))
-    except Exception as error:
-        raise Failed(f"reward_{name} raised {error!r} for {prompt} {completion}", "failed") from error
-    if not math.isfinite(value):
-        raise Failed(f"reward_{name} is {value} for {prompt} {completion}")
-    return value
 
 
 def all_equal(x: Tensor) -> Tensor:
@@ -310,7 +292,7 @@ def policy_loss(
     low, high = 1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high)
     if args.loss_type == "reinforce":
         surrogate = advantages * logprobs
-    elif args.loss_type == "cispo":  # the weight has no gradient, and takes none from its token
+    elif args.loss_type == "cispo":  # detached: a token keeps its gradient where its weight is clipped
         surrogate = ratio.clamp(low, high).detach() * advantages * logprobs
     elif args.loss_type == "sapo":  # 4 / tau, so that the slope at ratio 1 is that of the ratio
         taus = args.sapo_temperature_pos, args.sapo_temperature_neg
@@ -358,20 +340,6 @@ class Batch(NamedTuple):
     completions: Tensor  # (batch, length of the longest)
     mask: Tensor  # (batch, length of the longest)
     advantages: Tensor  # (batch,)
-
-
-def sample_groups(
-    model: GPT, prompts: list[str], size: int, rewards: list[str], rng: Rng, args: Args, greedy: bool = False
-) -> list[Group]:
-    """A group of completions of each prompt, with the rewards of these names."""
-    completions = generate(model, encode_prompts(prompts, args.device), size, rng, args, greedy)
-    completions = F.pad(completions, (0, args.max_completion_length - completions.shape[1]), value=PAD)
-    groups = []
-    for prompt, tokens in zip(prompts, completions.split(size)):
-        texts = decode(tokens, completion_mask(tokens))
-        scores = [[call_reward(name, prompt, text, args) for name in rewards] for text in texts]
-        groups.append(Group(prompt, tokens, texts, torch.tensor(scores)))
-    return groups
 
 
 def is_flat(group: Group) -> bool:
@@ -538,10 +506,10 @@ def check_sizes(args: RunArgs) -> None:
         x = replace(args, **{largest: size})
         context = 1 + x.num_digits + x.max_completion_length
         weights = x.n_layer * 12 * x.n_embd**2 + context * x.n_embd
-        rows = max(vars(x)[name] for name in BATCHES)
+        rows = max(number * vars(x)[name] for name, number in BATCHES.items())
         cached = x.n_layer * 2 * context * x.n_embd * max(rows, 8 * x.eval_prompts)
         trained = x.n_layer * 16 * context * x.n_embd * rows // vars(x).get("steps_per_generation", 1)
-        return 4 * (6 * weights + max(cached, trained))  # six, with the reference, the gradients and the optimizer
+        return 4 * (16 * weights + max(cached, trained))  # sixteen: up to four networks, with gradients and optimizers
 
     check_memory(needed, "this model with its batches", f"--{largest.replace('_', '-')}", sizes[largest])
 
@@ -936,6 +904,39 @@ def completion_logprobs(model: GPT, prompts: Tensor, completions: Tensor, args: 
     with torch.no_grad():
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, completions[..., None]).squeeze(-1), entropies
+
+
+# ==== completions and their rewards ====
+def sample_groups(
+    model: GPT, prompts: list[str], size: int, rewards: list[str], rng: Rng, args: Args, greedy: bool = False
+) -> list[Group]:
+    """A group of completions of each prompt, with the rewards of these names."""
+    completions = generate(model, encode_prompts(prompts, args.device), size, rng, args, greedy)
+    completions = F.pad(completions, (0, args.max_completion_length - completions.shape[1]), value=PAD)
+    groups = []
+    for prompt, tokens in zip(prompts, completions.split(size)):
+        texts = decode(tokens, completion_mask(tokens))
+        scores = [[call_reward(name, prompt, text, args) for name in rewards] for text in texts]
+        groups.append(Group(prompt, tokens, texts, torch.tensor(scores)))
+    return groups
+
+
+def call_reward(name: str, prompt: str, completion: str, args: Args) -> float:
+    """What the reward function of this name says; Failed if it raises, or says nothing finite."""
+    try:
+        value = float(globals()[f"reward_{name}"](prompt, completion, args))
+    except Exception as error:
+        raise Failed(f"reward_{name} raised {error!r} for {prompt} {completion}", "failed") from error
+    if not math.isfinite(value):
+        raise Failed(f"reward_{name} is {value} for {prompt} {completion}")
+    return value
+
+
+def parse_condition(text: str) -> tuple[str, str, float]:
+    """("length", "correct", 3.0) from "length:correct>=3"; raises UsageError for any other form."""
+    match = re.fullmatch(r"(\w+):(\w+)>=(-?\d*\.?\d+)", text)
+    refuse(not match, f'--condition {text} is not of the form "length:correct>=3" (mind the quotes around it).')
+    return match[1], match[2], float(match[3])
 
 
 # ==== checks ====

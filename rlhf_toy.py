@@ -31,11 +31,12 @@ forgets to sort.
     python rlhf_toy.py --reward verifier                      python rlhf_toy.py --kl-control adaptive --kl-target 2
     python rlhf_toy.py --resume runs/<run>                    python rlhf_toy.py --evaluate runs/<run>
 
-Departures. A verifier stands for the people who rank. Scores are standardised on samples of the reference, whoever
-gives them (InstructGPT shifts them to mean 0). Policy and critic share no weights; the critic starts with the body of
-the reward model, as in InstructGPT, or with that of the policy where there is none. No pretraining gradients are mixed
-in (PPO-ptx). Advantages are standardised over the tokens of a batch, after the returns are computed. There is one
-answer to a prompt, and step sizes are those of a small model.
+Departures. A verifier stands for the people who rank; each answer is in one pair. The reward model takes two epochs.
+Scores are standardised on samples of the reference, the verifier's as well (InstructGPT shifts them to mean 0). Answers
+without an end get a fixed score. The critic shares no weights with the policy. It starts as a copy of the reward model
+(of the policy under --reward verifier), and its head starts at 0. PPO takes two epochs of two minibatches, and step
+sizes fall to a tenth. Advantages are standardised over the tokens of a batch. No pretraining gradients are mixed in
+(PPO-ptx).
 
 The upper half of this file is the method. The lower half has the sections that scripts share.
 """
@@ -52,6 +53,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -103,7 +105,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of GAE
     epsilon: float = 0.2  # how far the ratio may be from 1 before it is clipped
     value_epsilon: float = 0.2  # how far a value may move from the old one before its loss is clipped
-    missing_eos_penalty: float = -1.0  # score of a completion that did not end in time
+    missing_eos_penalty: float = -1.0  # score, after standardising, of a completion without an end
     temperature: float = 1.0  # divides the logits, when sampling and when scoring
     max_grad_norm: float = 1.0  # bound on the global norm of the gradient
 
@@ -138,7 +140,7 @@ POSITIVE = ("max_steps", "learning_rate", "critic_learning_rate", "generation_ba
             "n_head", "n_embd", "sft_learning_rate")
 AT_MOST_ONE = ("gamma", "gae_lambda")
 ANY_SIGN = ("missing_eos_penalty",)
-BATCHES = ("generation_batch_size", "rm_batch_size", "num_generations")
+BATCHES = {"generation_batch_size": 1, "rm_batch_size": 2, "num_generations": 1}  # what has how many rows in memory
 PRESET, METRICS = "reward", ("eval/accuracy", "objective/scores")  # what picks a row of METHODS; the HParams tab's
 # fmt: on
 
@@ -167,16 +169,17 @@ def train_reward_model(reward_model: GPT, reference: GPT, run: Run) -> None:
     write_pairs(run.path / "pairs.jsonl", pairs)
     train, count = encode_pairs(pairs, args), len(pairs)
     optimizer = torch.optim.AdamW(reward_model.parameters(), weight_decay=0.0, fused=True)
-    batches = [rows for _ in range(args.rm_epochs) for rows in rng.permutation(count).split(args.rm_batch_size)]
-    for step, rows in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = args.rm_learning_rate * (1 - step / len(batches))
+    epochs = (rng.permutation(count).split(args.rm_batch_size) for _ in range(args.rm_epochs))
+    steps = args.rm_epochs * math.ceil(count / args.rm_batch_size)
+    for step, rows in enumerate(itertools.chain.from_iterable(epochs)):
+        optimizer.param_groups[0]["lr"] = args.rm_learning_rate * (1 - step / steps)
         prompts, *answers = (x[rows] for x in train)
         chosen, rejected = (model_scores(reward_model, prompts, answer) for answer in answers)
         loss = reward_model_loss(chosen, rejected)
         descend(optimizer, reward_model, loss, args)
         curves["loss"].append(loss.item())
         curves["accuracy"].append((chosen > rejected).float().mean().item())
-        run.progress.show("steps of the reward model", step + 1, len(batches))
+        run.progress.show("steps of the reward model", step + 1, steps)
         if run.signals:
             raise Stopped(run.signals[0])
     write_stage(run, "reward_model", curves)
@@ -211,7 +214,7 @@ def token_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_l
     mask = mask.bool()
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    next_value = next_advantage = rewards.new_zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = torch.where(mask[:, t], delta + gamma * gae_lambda * next_advantage, 0.0)
@@ -329,7 +332,7 @@ def prepare(models: Models, scale: Tensor, run: Run) -> None:
 
 
 def standardise(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over what the mask leaves in."""
+    """Shifts and scales x to mean 0 and deviation 1 over the tokens in the mask."""
     centred = x - masked_mean(x, mask)
     return centred / (masked_mean(centred**2, mask).sqrt() + 1e-8)
 
@@ -491,10 +494,10 @@ def check_sizes(args: RunArgs) -> None:
         x = replace(args, **{largest: size})
         context = 1 + x.num_digits + x.max_completion_length
         weights = x.n_layer * 12 * x.n_embd**2 + context * x.n_embd
-        rows = max(vars(x)[name] for name in BATCHES)
+        rows = max(number * vars(x)[name] for name, number in BATCHES.items())
         cached = x.n_layer * 2 * context * x.n_embd * max(rows, 8 * x.eval_prompts)
         trained = x.n_layer * 16 * context * x.n_embd * rows // vars(x).get("steps_per_generation", 1)
-        return 4 * (6 * weights + max(cached, trained))  # six, with the reference, the gradients and the optimizer
+        return 4 * (16 * weights + max(cached, trained))  # sixteen: up to four networks, with gradients and optimizers
 
     check_memory(needed, "this model with its batches", f"--{largest.replace('_', '-')}", sizes[largest])
 
@@ -907,10 +910,9 @@ def sample_pairs(model: GPT, count: int, run: Run, held_out: bool = False) -> li
     """
     args, size, pairs, tokens = run.args, run.args.num_generations, [], 0
     rng = Rng(f"{'held-out ' if held_out else ''}pairs {args.seed}", args.device)
-    prompts = sample_prompts(count, args.num_digits, rng, held_out)
     at_once = max(2048 // size, 1)
     for start in range(0, count, at_once):
-        part = prompts[start : start + at_once]
+        part = sample_prompts(min(at_once, count - start), args.num_digits, rng, held_out)
         completions = generate(model, encode_prompts(part, args.device), size, rng, args)
         texts = decode(completions, completion_mask(completions))
         for i, prompt in enumerate(part):
@@ -960,7 +962,7 @@ def check_method(args: Args) -> None:
 
 # ==== reporting ====
 def statistics(batch: Batch, beta: float) -> dict[str, float]:
-    """What there is to say of a batch before anything is learned from it, by TRL's tags; means over completions."""
+    """Statistics of a batch before the update, under TRL's names; means over completions."""
     log_ratios = torch.where(batch.mask, batch.logprobs - batch.ref_logprobs, 0.0).sum(1)
     values = {
         "objective/kl": log_ratios.mean(),

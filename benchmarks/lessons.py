@@ -45,9 +45,9 @@ Results = dict[str, list[Series]]  # by arm, one for each seed
 @dataclass(frozen=True)
 class Lesson:
     arms: dict[str, Flags]
-    """flags of each arm; "script" is no flag, but names another script than the lesson's"""
+    """flags of each arm; the key "script" replaces the lesson's script"""
     panels: tuple[str, ...]
-    """the quantities of the figure, of read_run, against iterations, or like "accuracy against seconds" """
+    """columns of read_run, drawn over iterations, or over x where one is written "y against x" """
     goals: bool = False
     """whether the table has the iterations to the GOALS, and not the first and last values of the panels"""
     seeds: int = 3
