@@ -41,7 +41,7 @@ CASES = {  # what is trained, besides --compile on and off
     "grpo_toy gdpo": "grpo_toy --method gdpo --max-steps 4 --sft-steps 40 --no-cache-warm-start",
     "rlhf_toy model": "rlhf_toy --max-steps 4 --sft-steps 150 --num-prompts 256 --no-cache-warm-start",
     "rlhf_toy verifier": "rlhf_toy --reward verifier --max-steps 4 --sft-steps 150 --no-cache-warm-start",
-    "dpo_toy dpo": "dpo_toy --num-prompts 256 --sft-steps 40 --no-cache-warm-start",
+    "dpo_toy dpo": "dpo_toy --num-prompts 256 --sft-steps 150 --no-cache-warm-start",
 }
 
 
