@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.figures import PALETTE, plt
+from benchmarks.figures import OTHERS, PALETTE, plt
 from benchmarks.jobs import ROOT, Job, as_flags, out_of_range
 from benchmarks.run import Options, run_all
 
@@ -69,6 +69,7 @@ WEIGHTED = EQUAL | GDPO | {"reward-weights": [1, 2, 2]}
 PROXY = {"max-steps": 120, "rewards": ["format", "length"]}
 RISING = {"max-steps": 120, "rewards": "rising"}
 BETAS = (0.0, 0.05, 0.2)
+METHODS = ("grpo", "dr_grpo", "dapo", "gspo", "gdpo", "rloo", "cispo", "sapo", "reinforce_pp")
 LOSSES = ("dpo", "ipo", "kto", "orpo")
 WARM_STARTS = {"weak": 140, "default": 300}  # steps of --sft-steps
 SHARES = ("right format", "right answer", "short enough")
@@ -87,7 +88,7 @@ LESSONS = {
         {"GRPO": OFTEN | {"method": "grpo"}}, panels=("accuracy", "accuracy, greedy", "pass@8"), seeds=5
     ),
     "methods": Lesson(
-        {name: OFTEN | {"method": name} for name in ("grpo", "dr_grpo", "dapo", "gspo", "gdpo")},
+        {name: OFTEN | {"method": name} for name in METHODS},
         panels=("accuracy", "accuracy, greedy", "tokens per completion"),
     ),
     "gdpo": Lesson(
@@ -305,7 +306,7 @@ def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray)
     for axis, panel in zip(axes, lesson.panels):
         name, _, x = panel.partition(" against ")
         x = x or "step"
-        for (arm, seeds), color in zip(results.items(), PALETTE):
+        for (arm, seeds), color in zip(results.items(), (*PALETTE, *OTHERS)):
             curves = [[(point[x], point[name]) for point in series if name in point and x in point] for series in seeds]
             if not all(curves):
                 continue
@@ -316,7 +317,9 @@ def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray)
         axis.set_xlabel(f"{'iterations' if x == 'step' else x} ({len(seeds)} seeds)")
         if name in BOUNDED:
             axis.set_ylim(-0.03, 1.03)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(results), 5), fontsize=8
+    )
 
 
 def draw_preferences(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray) -> None:
