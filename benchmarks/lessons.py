@@ -306,7 +306,7 @@ def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray)
     for axis, panel in zip(axes, lesson.panels):
         name, _, x = panel.partition(" against ")
         x = x or "step"
-        for (arm, seeds), color in zip(results.items(), (*PALETTE, *OTHERS)):
+        for (arm, seeds), color in zip(results.items(), (*PALETTE, *OTHERS[1:])):
             curves = [[(point[x], point[name]) for point in series if name in point and x in point] for series in seeds]
             if not all(curves):
                 continue
