@@ -71,6 +71,7 @@ RISING = {"max-steps": 120, "rewards": "rising"}
 BETAS = (0.0, 0.05, 0.2)
 METHODS = ("grpo", "dr_grpo", "dapo", "gspo", "gdpo", "rloo", "cispo", "sapo", "reinforce_pp")
 LOSSES = ("dpo", "ipo", "kto", "orpo")
+HALF = {"num-prompts": 2048}  # of the default, which sets the losses further apart
 WARM_STARTS = {"weak": 140, "default": 300}  # steps of --sft-steps
 SHARES = ("right format", "right answer", "short enough")
 LESSONS = {
@@ -141,7 +142,8 @@ LESSONS = {
     ),
     "preferences": Lesson(
         {
-            f"{loss}, beta {beta:g}, {start} start": {"loss": loss, "beta": beta, "sft-steps": WARM_STARTS[start]}
+            f"{loss}, beta {beta:g}, {start} start": HALF
+            | {"loss": loss, "beta": beta, "sft-steps": WARM_STARTS[start]}
             for start in WARM_STARTS
             for loss, beta in (*product(LOSSES, (0.1, 0.5, 2.0)), ("sft", 1.0))
         },
