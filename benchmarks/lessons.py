@@ -142,7 +142,7 @@ LESSONS = {
     ),
     "preferences": Lesson(
         {
-            f"{loss}, beta {beta:g}, {start} start": HALF
+            f"{loss}, beta {beta:g}, {start} start": QUARTER
             | {"loss": loss, "beta": beta, "sft-steps": WARM_STARTS[start]}
             for start in WARM_STARTS
             for loss, beta in (*product(LOSSES, (0.1, 0.5, 2.0)), ("sft", 1.0))
