@@ -493,7 +493,7 @@ def test_pairs_are_of_training_prompts_and_do_not_depend_on_the_loss():
     for prompt, chosen, rejected in found["dpo"]:
         assert not dpo_toy.is_held_out(prompt) and len(chosen) <= 7
         assert dpo_toy.is_right(prompt, chosen) and not dpo_toy.is_right(prompt, rejected)
-    assert dpo_toy.sample_pairs(model, 700, FakeRun(settings(seed=2, num_prompts=700))) != found["dpo"]
+    assert dpo_toy.sample_pairs(model, 700, FakeRun(settings(seed=2, num_generations=8))) != found["dpo"]
 
 
 def test_a_checkpoint_gives_the_pairs_back():

@@ -116,6 +116,10 @@ def test_the_reward_model_learns_who_is_preferred_and_its_accuracy_is_that_on_he
     before = copy.deepcopy(reference.state_dict())
     asked, real = [], rlhf_toy.encode_pairs
     monkeypatch.setattr(rlhf_toy, "encode_pairs", lambda pairs, args: asked.append(pairs) or real(pairs, args))
+    steps, descend = [], rlhf_toy.descend
+    monkeypatch.setattr(
+        rlhf_toy, "descend", lambda *given: steps.append(dict(given[0].param_groups[0])) or descend(*given)
+    )
     rlhf_toy.train_reward_model(reward_model, reference, run)
     assert all(torch.equal(x, before[name]) for name, x in reference.state_dict().items())
     train, held_out = asked
@@ -130,6 +134,9 @@ def test_the_reward_model_learns_who_is_preferred_and_its_accuracy_is_that_on_he
     lines = (tmp_path / "reward_model.csv").read_text().splitlines()
     assert lines[0] == "step,loss,accuracy" and len(lines) == 1 + 30 * math.ceil(len(train) / 16)
     assert float(lines[1].split(",")[1]) > 0.3 > float(lines[-1].split(",")[1])
+    count = len(steps)
+    assert [step["lr"] for step in steps] == pytest.approx([3e-3 * (1 - i / count) for i in range(count)])
+    assert all(step["weight_decay"] == 0 for step in steps)
 
 
 # ------------------------------------------------------------------------------------------------------- rewards
@@ -285,17 +292,19 @@ def test_a_rollout_scores_completions_standardised_and_punishes_those_without_an
     for network_, logprobs in ((models.policy, batch.logprobs), (models.reference, batch.ref_logprobs)):
         mine = rlhf_toy.completion_logprobs(network_, batch.prompts, batch.completions, args)[0]
         assert close(logprobs, mine.detach())
+    values = rlhf_toy.token_values(models.critic, batch.prompts, batch.completions)[:, :-1]
+    assert close(batch.values, values.detach())
     assert not batch.values.requires_grad and not batch.logprobs.requires_grad
 
 
 def test_returns_are_computed_before_the_advantages_are_standardised():
     torch.manual_seed(0)
-    args = settings()
+    args = settings(gamma=0.9, gae_lambda=0.8)
     batch = a_batch(four(args), args)
     raw, returns = [], []
     for i, n in enumerate(batch.mask.sum(1).tolist()):
         values = batch.values[i, :n].tolist()
-        raw += (mine := slow_gae(batch.rewards[i, :n].tolist(), values, 1.0, 0.95))
+        raw += (mine := slow_gae(batch.rewards[i, :n].tolist(), values, 0.9, 0.8))
         returns += [a + v for a, v in zip(mine, values)]
     assert close(batch.returns[batch.mask], returns)
     raw = tensor(raw, dtype=torch.float64)
@@ -351,6 +360,30 @@ def test_every_epoch_sees_each_completion_once(monkeypatch):
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
+def test_each_step_is_as_long_as_the_annealed_step_size_times_the_bound_on_the_gradient(monkeypatch):
+    """And the advantages of a minibatch are those of the batch, not standardised again."""
+    torch.manual_seed(0)
+    args = settings(steps_per_generation=2, learning_rate=0.5, critic_learning_rate=0.2, max_grad_norm=1e-2)
+    models = four(args)
+    batch = a_batch(models, args)
+    seen, weights, real = [], [], rlhf_toy.policy_loss
+
+    def now():
+        return [torch.nn.utils.parameters_to_vector(x.parameters()).detach() for x in (models.policy, models.critic)]
+
+    def spy(*given):
+        seen.extend(given[2].tolist())
+        weights.append(now())
+        return real(*given)
+
+    monkeypatch.setattr(rlhf_toy, "policy_loss", spy)
+    rlhf_toy.update(models, *optimizers_of(models), batch, 0.3, dice(), args)
+    assert sorted(seen) == sorted(batch.advantages.tolist())
+    for before, after in zip(weights, [*weights[1:], now()]):
+        moved = [(x - y).norm().item() for x, y in zip(before, after)]
+        assert moved == pytest.approx([0.5 * 0.3 * 1e-2, 0.2 * 0.3 * 1e-2], rel=1e-3)
+
+
 def test_the_critic_fits_the_returns_of_a_batch():
     torch.manual_seed(0)
     args = settings(num_iterations=150, value_epsilon=1e9, learning_rate=0.0, critic_learning_rate=3e-3)
@@ -377,12 +410,20 @@ def test_the_scores_of_the_reference_are_standardised(reward, tmp_path, monkeypa
     models, run = four(args), a_run(tmp_path, args)
     monkeypatch.setattr(rlhf_toy, "warm_start", lambda model, run: None)
     scale = tensor([0.0, 1.0]).double()
+    untrained, real = [], rlhf_toy.train_reward_model
+    monkeypatch.setattr(
+        rlhf_toy, "train_reward_model", lambda *given: untrained.append(copy.deepcopy(given[0])) or real(*given)
+    )
     rlhf_toy.prepare(models, scale, run)
     assert all(torch.equal(x, models.policy.state_dict()[name]) for name, x in models.reference.state_dict().items())
     prompts = rlhf_toy.encode_prompts(rlhf_toy.sample_prompts(4000, 2, dice(5)), "cpu")
     completions = rlhf_toy.generate(models.reference, prompts, 1, dice(6), args)
     scores = (rlhf_toy.raw_scores(models.reward_model, prompts, completions, args) - scale[0]) / scale[1]
     assert abs(scores.mean()) < 0.1 and abs(scores.std() - 1) < 0.1
+    assert len(untrained) == (reward == "model")
+    for network_ in untrained:
+        for name, weights in network_.state_dict().items():
+            assert name == "head.weight" or torch.equal(weights, models.policy.state_dict()[name])
     body = models.reward_model if reward == "model" else models.policy
     for name, weights in models.critic.state_dict().items():
         assert torch.equal(weights, body.state_dict()[name]) if name != "head.weight" else not weights.any()

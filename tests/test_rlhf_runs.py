@@ -117,6 +117,13 @@ def test_no_pair_to_learn_from_ends_the_run_with_one_sentence(here, monkeypatch,
     assert summary(run)["status"] == "failed"
 
 
+def test_a_verifier_that_finds_nothing_right_gives_scores_of_0(here, monkeypatch):
+    monkeypatch.setattr(rlhf_toy, "is_right", lambda prompt, text: False)
+    status, run = start("--reward", "verifier")
+    assert status == 0 and newest(run)["scale"].tolist() == [0, 1]
+    assert "nan" not in (run / "progress.csv").read_text().lower()
+
+
 def test_a_reward_that_is_no_number_ends_the_run_with_its_iteration(here, monkeypatch, capsys):
     real = rlhf_toy.rollout
 
@@ -227,6 +234,39 @@ def test_csv_tensorboard_and_summary_agree(here, capsys):
         f"reward model: {final['pairs']} pairs; {final['reward_model_accuracy']:.1%} of {final['held_out_pairs']}"
         in out
     )
+
+
+@pytest.mark.parametrize("control", ["adaptive", "fixed"])
+def test_beta_follows_the_divergence_of_each_iteration_or_stays(control, here):
+    _, run = start("--kl-control", control, "--kl-target", "0.1", "--beta", "0.5", "--learning-rate", "0.01")
+    table = [{tag: float(row[tag]) for tag in row if "objective/" in tag} for row in rows(run, "progress")[1:]]
+    beta = 0.5
+    for row in table:
+        kl = row["objective/kl"]
+        assert row["objective/beta"] == pytest.approx(beta, rel=1e-6)
+        assert row["objective/non_score_reward"] == pytest.approx(-beta * kl, rel=1e-4, abs=1e-6)
+        paid = row["objective/rlhf_reward"] - row["objective/scores"]
+        assert paid == pytest.approx(-beta * kl, rel=1e-3, abs=1e-6)  # beta is in the rewards, too
+        if control == "adaptive":
+            beta *= 1 + 0.1 * min(max(kl / 0.1 - 1, -0.2), 0.2)
+    assert max(row["objective/kl"] for row in table) > 0.1
+
+
+@pytest.mark.parametrize("flag, last", [("--anneal-lr", 0.1), ("--no-anneal-lr", 1)])
+def test_step_sizes_fall_to_a_tenth_or_stay_and_no_weight_decays(flag, last, here):
+    _, run = start(flag, "--learning-rate", "0.002", "--critic-learning-rate", "0.003")
+    logged = [float(row["learning_rate"]) for row in rows(run, "progress")[1:]]
+    assert logged == pytest.approx([0.002 * (1 - (1 - last) * i / 6) for i in range(1, 7)], rel=1e-4)
+    for name, step_size in (("optimizer", 0.002), ("critic_optimizer", 0.003)):
+        (used,) = newest(run)[name]["param_groups"]
+        assert used["lr"] == pytest.approx(last * step_size) and used["weight_decay"] == 0
+
+
+def test_the_reference_of_a_finished_run_is_the_warm_start(here):
+    _, run = start()
+    (cached,) = Path("runs/warm_starts").iterdir()
+    warm, state = torch.load(cached, weights_only=True)["model"], newest(run)
+    assert same(state["reference"], warm) and not same(state["model"], warm)
 
 
 def test_the_first_step_on_a_batch_has_a_ratio_of_one(here):
