@@ -136,7 +136,7 @@ LESSONS = {
         best_of_n="RLHF-PPO",
     ),
     "margins": Lesson(
-        {f"beta {beta:g}": OFTEN | {"loss": "dpo", "beta": beta} for beta in (0.03, 0.1, 0.3, 1.0)},
+        {f"beta {beta:g}": {"loss": "dpo", "beta": beta} for beta in (0.03, 0.1, 0.3, 1.0)},
         panels=("log-probability of the chosen", "log-probability of the rejected", "margin", "accuracy"),
         script="dpo_toy",
     ),
