@@ -379,7 +379,7 @@ def killed_in(function, call, *flags):
     return process("-c", code, *SMALL, "--run-name", "killed", *flags, cwd=".").returncode
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto", "sft"])
+@pytest.mark.parametrize("loss", ["kto", pytest.param("dpo", marks=pytest.mark.slow), "sft"])
 def test_run_that_was_killed_and_resumed_equals_one_that_was_not(loss, here, capsys):
     write_pairs()
     flags = ["--loss", loss] + (["--pairs", "mine.jsonl"] if loss == "sft" else [])
@@ -411,7 +411,10 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+OFTEN = ("warm start", "pairs", "before the pairs are saved")  # the others are slow, and rarely another story
+
+
+@pytest.mark.parametrize("stage", [pytest.param(x, marks=[] if x in OFTEN else pytest.mark.slow) for x in STAGES])
 def test_run_that_was_killed_in_any_stage_goes_on_exactly(stage, here, capsys):
     function, call, *flags = STAGES[stage]
     write_pairs()

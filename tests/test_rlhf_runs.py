@@ -149,7 +149,10 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize("where", WHERE)
+OFTEN = ("in the preferences", "in the reward model", "after the stages", "in iteration 5")  # the others are slow
+
+
+@pytest.mark.parametrize("where", [pytest.param(x, marks=[] if x in OFTEN else pytest.mark.slow) for x in WHERE])
 def test_run_that_was_killed_and_resumed_equals_one_that_was_not(where, here, capsys):
     flags = ["--no-cache-warm-start", "--kl-control", "adaptive", "--kl-target", "0.1"]
     start(*flags, name="whole")
