@@ -1495,8 +1495,7 @@ class Rng:
             self.torch.set_state(state["torch"])
 
 
-# What of a run is in every checkpoint.
-KEPT = ("iteration", "global_step", "total", "last_returns", "best", "notes", "gathered", "episodes")
+KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
 
 
 class Run:
@@ -1594,6 +1593,7 @@ class Run:
             **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
             **{name: getattr(self, name) for name in KEPT},
             "wall_time": self.wall_time(),
+            "total": self.total,
             "conditions": self.conditions,
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
@@ -1623,6 +1623,7 @@ class Run:
         numbers = [self.last_returns, self.episodes, *(list(values.values()) for values in self.gathered)]
         for some in numbers:
             np.array(some, dtype=float)  # raises where they are none
+        self.total = self.total or state["total"]  # it may be known only after the start
         self.earlier_time = state["wall_time"]
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] and self.args.device == "cuda":
