@@ -326,7 +326,7 @@ def train(args: RunArgs) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
 
     # Its total is not known before the pairs are.
-    with Run(args, 1, started, model=model, reference=reference, optimizer=optimizer, pairs=pairs) as run:
+    with Run(args, 0, started, model=model, reference=reference, optimizer=optimizer, pairs=pairs) as run:
         if not run.iteration:
             if not args.init_from:
                 warm_start(model, run)
