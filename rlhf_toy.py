@@ -141,7 +141,8 @@ POSITIVE = ("max_steps", "learning_rate", "critic_learning_rate", "generation_ba
 AT_MOST_ONE = ("gamma", "gae_lambda")
 ANY_SIGN = ("missing_eos_penalty",)
 BATCHES = {"generation_batch_size": 1, "rm_batch_size": 2, "num_generations": 1}  # what has how many rows in memory
-PRESET, METRICS = "reward", ("eval/accuracy", "objective/scores")  # what picks a row of METHODS; the HParams tab's
+PRESET = "reward"  # what picks a row of METHODS
+METRICS = ("eval/accuracy", "objective/scores")  # what the HParams tab shows
 # fmt: on
 
 
@@ -414,7 +415,7 @@ def train(args: RunArgs) -> Path:
     learner |= dict(optimizer=optimizer, critic_optimizer=critic_optimizer, scale=scale, controller=controller, rng=rng)
 
     with Run(args, args.max_steps, started, **learner) as run:
-        if not run.notes:
+        if not run.notes:  # prepare leaves some
             prepare(models, scale, run)
             run.save(best=False)
         if not run.iteration:

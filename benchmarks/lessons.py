@@ -282,7 +282,7 @@ def best_of_n(run: Path, most: int = 128) -> Series:
     ]
 
 
-# ------------------------------------------------------------------------------------------- curves of grpo_toy
+# ------------------------------------------------------------------------------------------- the language scripts
 def first(series: Series, name: str, threshold: float) -> float | None:
     """The first iteration in which something is that high."""
     return next((point["step"] for point in series if point.get(name, -1.0) >= threshold), None)
@@ -315,7 +315,6 @@ def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray)
             for curve in curves:
                 axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
             axis.plot(*np.mean(list(zip(*curves)), 1).T, color=color, label=arm)
-        axis.set_title(name, fontsize=10)
         axis.set_xlabel(f"{'iterations' if x == 'step' else x} ({len(seeds)} seeds)")
         if name in BOUNDED:
             axis.set_ylim(-0.03, 1.03)
@@ -360,7 +359,7 @@ def draw_offline(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray
         for (loss, points), color in zip(ends.items(), PALETTE[1:]):
             axis.plot(*np.mean(points, 1).T, color=color, marker="o", label=f"{loss}, offline")
             axis.plot(*np.reshape(points, (-1, 2)).T, color=color, marker=".", linestyle="", alpha=0.4)
-        axis.set(title=name, xlabel="tokens sampled", xscale="log", ylim=(-0.03, 1.03))
+        axis.set(xlabel="tokens sampled", xscale="log", ylim=(-0.03, 1.03))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 
 
@@ -451,8 +450,8 @@ def main(argv: list[str] | None = None) -> int:
     count = len(lesson.panels)
     size = (12.6, 3.6) if asked.lesson == "variance" else (11 / 3 * count, 3.2)
     figure, axes = plt.subplots(1, count, figsize=size, layout="constrained")
-    for axis, name in zip(axes, lesson.panels):
-        axis.set_title(name, fontsize=10)
+    for axis, panel in zip(axes, lesson.panels):
+        axis.set_title(panel.partition(" against ")[0], fontsize=10)
         axis.grid(alpha=0.25)
     if asked.lesson == "variance":
         table = draw_variance(lesson, results, axes)
