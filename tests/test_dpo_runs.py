@@ -634,7 +634,7 @@ def test_normal_run_prints_plain_lines_and_no_warning(tmp_path):
     assert re.fullmatch(r"completed after 6 steps, accuracy [\d.]+ -> [\d.]+: runs/run", last)
     assert any(re.fullmatch(r" +6 steps +100% +[\d,]+/s  return +-  0:00:00 left  accuracy [\d.]+", x) for x in middle)
     assert any(re.fullmatch(r"prompt +chosen +rejected", line) for line in middle)
-    assert any(re.fullmatch(r"\d+ pairs", line) for line in middle)
+    assert any(re.fullmatch(r"pairs: \d+", line) for line in middle)
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
     assert json.loads((tmp_path / "runs/run/config.json").read_text())["args"]["exp_name"] == "mine"
 

@@ -250,6 +250,8 @@ class Closing(Toy):
 
 
 def test_second_signal_ends_the_iteration_and_the_summary_says_interrupted(here, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+
     def two_signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -260,7 +262,7 @@ def test_second_signal_ends_the_iteration_and_the_summary_says_interrupted(here,
         status, run = start()
     assert status == 143 and summary(run)["status"] == "interrupted" and "error" not in summary(run)
     assert newest(run)["iteration"] == 2 and not list(run.rglob("*.tmp"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     start(name="whole")
     assert ppo.main(["--resume", str(run)]) == 0
     assert_same_run(Path("runs/whole"), run)
@@ -622,6 +624,8 @@ RAISED += [
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
 def test_whatever_is_raised_ends_the_run_with_one_sentence(error, here, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGINT)
+
     def fail():
         raise error
 
@@ -639,7 +643,7 @@ def test_whatever_is_raised_ends_the_run_with_one_sentence(error, here, monkeypa
     if not expected:
         told = (run / "error.txt").read_text(encoding="utf-8")
         assert told.startswith("Traceback") and "in fail\n" in told
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_environment_that_raises_has_its_traceback_in_a_file(here, capsys):
