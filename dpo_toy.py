@@ -365,6 +365,7 @@ class RunArgs(Args):
     eval_interval: int = 10  # iterations from an evaluation to the next
     eval_prompts: int = 256  # held-out prompts of an evaluation, answered once greedily and eight times by sampling
     checkpoint_interval: int = 0  # iterations from a checkpoint to the next (0: about a twentieth of the run)
+    keep_checkpoints: bool = False  # keep all checkpoints, not only the newest two, to evaluate along the run
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "lineage"  # project of --track
     wandb_entity: str | None = None  # team of --track
@@ -454,7 +455,7 @@ class Stopped(BaseException):
 
 # Arguments that may differ from those of the run when it is resumed or evaluated.
 MACHINE = ("device", "num_threads", "compile")
-MAY_DIFFER = ("resume", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
+MAY_DIFFER = ("resume", "keep_checkpoints", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
 
 
 def parse_args(argv: list[str] | None = None) -> RunArgs:
@@ -1735,7 +1736,7 @@ class Run:
         if better:  # first, because the other one says that it is done
             write_atomically(folder / "best.pt", buffer.getbuffer())
         write_atomically(folder / f"step_{self.global_step:012}.pt", buffer.getbuffer())
-        for old in sorted(folder.glob("step_*.pt"))[:-2]:
+        for old in [] if self.args.keep_checkpoints else sorted(folder.glob("step_*.pt"))[:-2]:
             old.unlink(missing_ok=True)
         self.files.tell()
 

@@ -488,6 +488,7 @@ class RunArgs(Args):
     eval_max_steps: int = 100_000  # steps after which --evaluate takes an episode for one that never ends
     capture_video: bool = False  # film the first environment of --evaluate, or of an evaluation after the training
     checkpoint_interval: int = 0  # iterations from a checkpoint to the next (0: about a twentieth of the run)
+    keep_checkpoints: bool = False  # keep all checkpoints, not only the newest two, to evaluate along the run
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "lineage"  # project of --track
     wandb_entity: str | None = None  # team of --track
@@ -495,7 +496,7 @@ class RunArgs(Args):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu for the MLP; for the CNN cuda, where there is one
     num_threads: int = 0  # CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the gradient (auto: MLP, in runs long enough to win)
-    bf16: Literal["auto", "on", "off"] = "auto"  # run the CNN in bfloat16 (auto: where the processor multiplies it)
+    bf16: Literal["auto", "on", "off"] = "auto"  # run the CNN, or SAC, in bfloat16 (auto: where that is native)
 
 
 METRICS = ("charts/train_last100", "eval/episodic_return")  # of the HParams tab
@@ -528,7 +529,7 @@ class Stopped(BaseException):
 
 # Arguments that may differ from those of the run when it is resumed or evaluated.
 MACHINE = ("device", "num_threads", "compile")
-MAY_DIFFER = ("resume", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
+MAY_DIFFER = ("resume", "keep_checkpoints", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
 
 
 def parse_args(argv: list[str] | None = None) -> RunArgs:
@@ -1093,6 +1094,31 @@ def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.Vecto
     return gym.make_vec(game, num_envs, **settings | options)
 
 
+def prepare(args: RunArgs, image: bool) -> Rng:
+    """Decides device and threads, and sets the seeds. Returns the run's random numbers."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
+    if args.capture_video and importlib.util.find_spec("moviepy") is None:
+        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
+    if args.device == "auto":
+        args.device = "cuda" if image and torch.cuda.is_available() else "cpu"
+    if not args.num_threads:
+        args.num_threads = cores() if image else 1
+    torch.set_num_threads(args.num_threads)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    return Rng(args.seed, args.device)
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether it multiplies bfloat16 natively."""
+    if device == "cpu":
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+# ==== shared: settling ====
 def check_batch(args: RunArgs) -> None:
     """Raises UsageError unless the budget has a batch, cut in equal minibatches that can be standardised."""
     batch, parts = args.num_envs * args.num_steps, vars(args).get("num_minibatches", 1)
@@ -1109,25 +1135,16 @@ def check_batch(args: RunArgs) -> None:
 
 
 def settle(args: RunArgs, envs: Environments) -> Rng:
-    """Decides what is "auto" for this network and machine, and sets threads and seeds.
+    """Decides what is "auto" for this network and machine. Returns the run's random numbers.
 
-    Returns the run's random numbers. Raises UsageError for what cannot be.
+    Raises UsageError for what cannot be.
     """
     image = is_image(envs.single_observation_space)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
     if args.norm_obs and (image or not isinstance(envs.single_observation_space, gym.spaces.Box)):
         raise UsageError(f"--norm-obs is for vector observations, not those of {args.env_id}; use --no-norm-obs.")
-    if args.capture_video and importlib.util.find_spec("moviepy") is None:
-        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
-    if args.device == "auto":
-        args.device = "cuda" if image and torch.cuda.is_available() else "cpu"
+    rng = prepare(args, image)
     if args.bf16 == "auto":
-        if args.device == "cpu":
-            native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        else:
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        args.bf16 = "on" if image and native else "off"
+        args.bf16 = "on" if image and multiplies_bf16(args.device) else "off"
     if args.scale_actions == "auto":
         args.scale_actions = "on" if is_far(envs.single_action_space) else "off"
     if args.scale_actions == "on":
@@ -1138,13 +1155,7 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
     row = 2000 + 8 * (numbers_of(space) + numbers_of(envs.single_action_space))  # bytes; CartPole took 900 to 3,000
     what = f"a rollout of {args.num_envs} x {args.num_steps} steps"
     check_memory(lambda num_steps: row * args.num_envs * num_steps, what, "--num-steps", args.num_steps)
-    if not args.num_threads:
-        args.num_threads = cores() if image else 1
-    torch.set_num_threads(args.num_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    return Rng(args.seed, args.device)
+    return rng
 
 
 # ==== shared: networks and policies ====
@@ -1282,7 +1293,7 @@ def choices_of(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> tuple[t
     return (len(nvec), most), lacking if lacking.any() else None
 
 
-# ==== shared: acting ====
+# ==== shared: episodes ====
 LONGEST = 1_000_000  # steps of an episode whose actions a checkpoint still holds
 UNBOUNDED = 1e9  # a bound beyond this is none: it is the largest number of a dtype
 
@@ -1387,61 +1398,6 @@ class Episodes:
                     raise Failed(f"environment {n} does not repeat its rewards")
 
 
-def obs_dtype(agent: Agent) -> torch.dtype:
-    """What raw observations are stored as."""
-    if agent.image:
-        return torch.uint8
-    if agent.one_hot:
-        return torch.int64
-    return agent.obs_norm.shift.dtype if agent.obs_norm else torch.float32
-
-
-def example_obs(agent: Agent, *batch: int) -> Tensor:
-    """Valid observations (*batch, *space.shape), to try or compile something on."""
-    space = agent.observation_space
-    start = agent.start if agent.one_hot else 0
-    return torch.full((*batch, *space.shape), start, dtype=obs_dtype(agent), device=agent.device)
-
-
-def action_noise(agent: Agent, rng: Rng, *batch: int) -> Tensor:
-    """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
-    if agent.continuous:
-        shape = (*batch, len(agent.log_std))
-        noise = torch.randn(shape, generator=rng.torch, dtype=torch.float32, device=agent.device)
-        return noise * agent.log_std.exp()
-    noise = torch.empty(*batch, *agent.choices, dtype=torch.float32, device=agent.device)
-    return -noise.exponential_(generator=rng.torch).log_()
-
-
-def act(agent: Agent, features: Tensor, noise: Tensor) -> Tensor:
-    """A sample of the policy, (batch, dims or components). It is the mode where the noise is zero."""
-    noisy = agent.actor_head(features) + noise
-    return noisy if agent.continuous else noisy.argmax(-1)
-
-
-def numpy_actor(agent: Agent) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-    """act(agent, features(obs), noise) in numpy, for an MLP on the CPU. None where there is no such shortcut.
-
-    It takes a quarter of the time of torch for a few rows. Weights and normaliser are read in place.
-    """
-    if agent.image or agent.one_hot or agent.device.type != "cpu" or getattr(agent, "impossible", None) is not None:
-        return None
-    layers = [agent.actor.first, agent.actor.second, agent.actor.last]
-    (w1, b1), (w2, b2), (w3, b3) = ((x.weight.detach().numpy().T, x.bias.detach().numpy()) for x in layers)
-    norm = agent.obs_norm
-    shift, scale = (norm.shift.numpy(), norm.scale.numpy()) if norm else (0.0, 1.0)
-
-    def actor(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        if norm:
-            x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0).astype(np.float32, copy=False)
-        x = np.tanh(x.reshape(len(x), -1) @ w1 + b1)
-        x = np.tanh(x @ w2 + b2)
-        noisy = (x @ w3 + b3).reshape(noise.shape) + noise
-        return noisy if agent.continuous else noisy.argmax(-1)
-
-    return actor
-
-
 def to_env(space: gym.Space, actions: np.ndarray, scale: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
     """Actions (batch, ...) as environments take them, in the space and of its dtype.
 
@@ -1525,6 +1481,62 @@ def check_finite(observations: Tensor, rewards: np.ndarray, final_obs: dict[tupl
     for (step, env), x in final_obs.items():
         if not np.isfinite(x).all():
             raise Failed(f"the last observation of environment {env} in step {step} of the rollout is NaN or infinite")
+
+
+# ==== shared: acting ====
+def obs_dtype(agent: Agent) -> torch.dtype:
+    """What raw observations are stored as."""
+    if agent.image:
+        return torch.uint8
+    if agent.one_hot:
+        return torch.int64
+    return agent.obs_norm.shift.dtype if agent.obs_norm else torch.float32
+
+
+def example_obs(agent: Agent, *batch: int) -> Tensor:
+    """Valid observations (*batch, *space.shape), to try or compile something on."""
+    space = agent.observation_space
+    start = agent.start if agent.one_hot else 0
+    return torch.full((*batch, *space.shape), start, dtype=obs_dtype(agent), device=agent.device)
+
+
+def action_noise(agent: Agent, rng: Rng, *batch: int) -> Tensor:
+    """What makes actions random: normal noise of the policy's deviation, or Gumbel noise for logits."""
+    if agent.continuous:
+        shape = (*batch, len(agent.log_std))
+        noise = torch.randn(shape, generator=rng.torch, dtype=torch.float32, device=agent.device)
+        return noise * agent.log_std.exp()
+    noise = torch.empty(*batch, *agent.choices, dtype=torch.float32, device=agent.device)
+    return -noise.exponential_(generator=rng.torch).log_()
+
+
+def act(agent: Agent, features: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the policy, (batch, dims or components). It is the mode where the noise is zero."""
+    noisy = agent.actor_head(features) + noise
+    return noisy if agent.continuous else noisy.argmax(-1)
+
+
+def numpy_actor(agent: Agent) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """act(agent, features(obs), noise) in numpy, for an MLP on the CPU. None where there is no such shortcut.
+
+    It takes a quarter of the time of torch for a few rows. Weights and normaliser are read in place.
+    """
+    if agent.image or agent.one_hot or agent.device.type != "cpu" or getattr(agent, "impossible", None) is not None:
+        return None
+    layers = [agent.actor.first, agent.actor.second, agent.actor.last]
+    (w1, b1), (w2, b2), (w3, b3) = ((x.weight.detach().numpy().T, x.bias.detach().numpy()) for x in layers)
+    norm = agent.obs_norm
+    shift, scale = (norm.shift.numpy(), norm.scale.numpy()) if norm else (0.0, 1.0)
+
+    def actor(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        if norm:
+            x = np.minimum(np.maximum((x - shift) * scale, -10.0), 10.0).astype(np.float32, copy=False)
+        x = np.tanh(x.reshape(len(x), -1) @ w1 + b1)
+        x = np.tanh(x @ w2 + b2)
+        noisy = (x @ w3 + b3).reshape(noise.shape) + noise
+        return noisy if agent.continuous else noisy.argmax(-1)
+
+    return actor
 
 
 def scale_rewards(
@@ -2517,7 +2529,7 @@ class Run:
         if better:  # first, because the other one says that it is done
             write_atomically(folder / "best.pt", buffer.getbuffer())
         write_atomically(folder / f"step_{self.global_step:012}.pt", buffer.getbuffer())
-        for old in sorted(folder.glob("step_*.pt"))[:-2]:
+        for old in [] if self.args.keep_checkpoints else sorted(folder.glob("step_*.pt"))[:-2]:
             old.unlink(missing_ok=True)
         self.files.tell()
 
