@@ -79,7 +79,8 @@ TAGS = {
 }
 # Flags that ppo.py has, too. Their defaults are the same, but for a few.
 FLAGS = ("env_id", "total_timesteps", "seed", "exp_name", "runs_dir", "run_name", "resume", "evaluate", "eval_episodes",
-         "eval_seed", "eval_stochastic", "eval_max_steps", "checkpoint_interval", "device", "num_threads")
+         "eval_seed", "eval_stochastic", "eval_max_steps", "checkpoint_interval", "keep_checkpoints", "device",
+         "num_threads")
 RUNNING = ("obs_rms", "ret_rms")  # what the library's normaliser keeps
 CHOICES = {"device": ["auto", "cpu", "cuda"], "hyperparameters": ["theirs", "ours"]}
 # fmt: on

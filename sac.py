@@ -1,0 +1,2627 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.13",
+#     "gymnasium[classic-control,mujoco]>=1.4",
+#     "mujoco>=3.11,<3.16",
+#     "ale-py>=0.12",
+#     "tyro>=1.0",
+#     "tensorboard>=2.20",
+#     "wandb>=0.27",
+#     "numpy>=2.0",
+# ]
+# ///
+"""SAC: Soft Actor-Critic (Haarnoja et al. 2018, arXiv 1801.01290 and 1812.05905), in one file.
+
+Learn off policy, from a replay buffer D of everything that was played, a policy that earns much and stays random:
+maximise E[ sum_t gamma^t (r_t + alpha H(pi(.|s_t))) ]. Each update of Algorithm 1 takes a batch of D and one step on
+
+    J_Q     = E[ (Q_i(s, a) - y)^2 / 2 ],  y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(.|s')
+    J_pi    = E[ alpha log pi(a|s) - min_i Q_i(s, a) ],  a = tanh(mean(s) + std(s) noise)
+    J_alpha = E[ -log alpha (log pi(a|s) + H) ],  H = -dim(A)
+
+Q'_1 and Q'_2 follow Q_1 and Q_2 by Polyak averages.
+
+    python sac.py --env-id Pendulum-v1
+    python sac.py --env-id HalfCheetah-v5 --seed 2          python sac.py --help --env-id HalfCheetah-v5
+    python sac.py --resume runs/<run>                       python sac.py --evaluate runs/<run>
+
+Departures from the papers:
+- J_alpha has log alpha where eq. 18 has alpha, as in the authors' code.
+- An episode that a time limit cuts did not end there: only a termination keeps y from looking at s'.
+- The first actions are uniform, as in the authors' code, and nothing is learned from before there are learning_starts.
+- Hidden layers may multiply in bfloat16 (--bf16), where the processor does it natively.
+
+The upper half of this file is the method. From the lower half it uses `Player`, which plays environments, `Replay`, the
+buffer D, `Network`, layers side by side, `compile_for`, and `Run`, which logs, saves and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import difflib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+if __name__ == "__main__" and "__file__" in globals():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds, without a traceback
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor, nn
+from torch.utils.tensorboard.summary import hparams, scalar, text
+
+
+@dataclass
+class Args:
+    """The arguments of the method and the environment. RunArgs, below, adds those of a run: device, resume, ..."""
+
+    env_id: str = "Pendulum-v1"  # any registered environment with Box actions; package:Env-v0 imports the package first
+    seed: int = 1  # seed of weights, actions, batches and environments
+    total_timesteps: int = 20_000  # environment steps of the whole run, rounded down to whole steps of all environments
+    num_envs: int = 1  # environments played side by side
+    buffer_size: int = 1_000_000  # newest steps that batches are drawn from
+    learning_starts: int = 1_000  # steps of uniform actions, before the first update
+    batch_size: int = 256  # steps of the buffer in an update
+    updates_per_step: float = 1.0  # updates for each step of an environment
+    policy_lr: float = 3e-4  # step size of Adam for the policy
+    q_lr: float = 3e-4  # step size of Adam for both Q, and for alpha
+    policy_frequency: int = 1  # every so many updates the policy takes that many steps
+    target_network_frequency: int = 1  # updates between two steps of the targets
+    tau: float = 0.005  # part of the way to Q that the targets go
+    gamma: float = 0.99  # discount factor
+    alpha: float = 1.0  # entropy temperature; with --autotune the first one
+    autotune: bool = True  # learn alpha, so that the entropy goes to -dim(A)
+    buffer_in_memory: bool = False  # keep the buffer out of the run directory; then a resumed run begins an empty one
+    log_interval: int = 500  # steps whose means make a row of progress.csv and a point in TensorBoard
+
+
+# Where a family of environments departs from the defaults above; an explicit flag wins over both. "continuous" is
+# classic control with real-valued actions. The others are there for the sentence that names another script.
+# fmt: off
+FAMILIES: dict[str, dict[str, Any]] = {
+    "classic": dict(),
+    "continuous": dict(),
+    "box2d": dict(total_timesteps=500_000, learning_starts=5_000),
+    "mujoco": dict(total_timesteps=1_000_000, learning_starts=5_000),
+    "atari": dict(),
+}
+# Bounds of numbers. One in none of the three must be 0 or more.
+POSITIVE = ("total_timesteps", "num_envs", "buffer_size", "learning_starts", "batch_size", "updates_per_step",
+            "policy_lr", "q_lr", "policy_frequency", "target_network_frequency", "tau", "gamma", "alpha",
+            "log_interval")
+AT_MOST_ONE = ("gamma", "tau")
+ANY_SIGN = ()
+# fmt: on
+LOG_STD = (-20.0, 2.0)  # bounds of the policy's log standard deviation
+
+
+class Agent(nn.Module):
+    """Policy, both Q, their targets and alpha for a pair of spaces. Observations come raw, (batch, *space.shape)."""
+
+    image = one_hot = False
+    obs_norm = None
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.spaces.Box, args: RunArgs):
+        super().__init__()
+        self.observation_space = observation_space
+        self.action_space = action_space
+        observed, acted = math.prod(observation_space.shape), math.prod(action_space.shape)
+        bf16 = args.bf16 == "on"
+        self.actor = Network(1, observed, 2 * acted, bf16)
+        self.q = Network(2, observed + acted, 1, bf16)
+        self.q_target = Network(2, observed + acted, 1, bf16)
+        self.q_target.load_state_dict(self.q.state_dict())
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_alpha.device
+
+    def features(self, obs: Tensor) -> Tensor:
+        """What the networks see of raw observations."""
+        return obs.reshape(len(obs), -1)
+
+    def policy(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of the action before tanh, (batch, dims)."""
+        mean, log_std = self.actor(features).squeeze(0).chunk(2, dim=-1)
+        return mean, log_std.clamp(*LOG_STD)
+
+    def q_values(self, q: Network, features: Tensor, actions: Tensor) -> Tensor:
+        """Both Q(s, a), (2, batch), of self.q or self.q_target."""
+        return q(torch.cat([features, actions], dim=-1)).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------- the method
+class Batch(NamedTuple):
+    """Steps of the buffer, drawn uniformly, (batch, ...)."""
+
+    obs: Tensor  # flat
+    actions: Tensor  # from -1 to 1
+    rewards: Tensor
+    next_obs: Tensor  # the last observation of an episode that ended, not the one after the reset
+    terminations: Tensor  # 1 where the episode ended, 0 where it went on or a time limit cut it
+
+
+def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """a = tanh(u), u = mean + std noise (batch, dims), and log pi(a|s) (batch,), by the change of variables (eq. 21).
+
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) is finite for every u, where tanh(u)^2 rounds to 1.
+    """
+    u = mean + log_std.exp() * noise
+    gaussian = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return torch.tanh(u), (gaussian - log_slope).sum(-1)
+
+
+def soft_q_target(
+    rewards: Tensor, terminations: Tensor, next_q: Tensor, next_logprob: Tensor, alpha: Tensor | float, gamma: float
+) -> Tensor:
+    """y of J_Q, (batch,), from both targets Q'(s', a') (2, batch). A terminated state has no future."""
+    soft_value = next_q.min(0).values - alpha * next_logprob  # V(s'), eq. 3
+    return rewards + gamma * torch.where(terminations.bool(), 0.0, soft_value)  # not a product: 0 * NaN is NaN
+
+
+def q_loss(q: Tensor, target: Tensor) -> Tensor:
+    """J_Q, eq. 5, summed over both Q (2, batch)."""
+    assert q.shape[1:] == target.shape
+    return 0.5 * ((q - target) ** 2).mean(-1).sum()
+
+
+def actor_loss(logprob: Tensor, q: Tensor, alpha: Tensor | float) -> Tensor:
+    """J_pi, eq. 7, from log pi(a|s) (batch,) and both Q(s, a) (2, batch) of the policy's own actions."""
+    return (alpha * logprob - q.min(0).values).mean()
+
+
+def temperature_loss(log_alpha: Tensor, logprob: Tensor, target_entropy: float) -> Tensor:
+    """J_alpha, eq. 18: alpha rises while the entropy is below its target."""
+    return -(log_alpha * (logprob.detach() + target_entropy)).mean()
+
+
+class Learner:
+    """The optimizers of an agent, and the gradients that they follow."""
+
+    def __init__(self, agent: Agent, replay: Replay, args: RunArgs):
+        self.agent = agent
+        self.targets = flatten_parameters(agent.q_target.parameters())
+        self.q_optimizer = Adam(flatten_parameters(agent.q.parameters()), eps=1e-8)
+        self.actor_optimizer = Adam(flatten_parameters(agent.actor.parameters()), eps=1e-8)
+        self.alpha_optimizer = Adam(flatten_parameters([agent.log_alpha]), eps=1e-8)
+        self.q_gradient, self.actor_gradient = make_gradients(agent, replay, args)
+
+
+def make_gradients(agent: Agent, replay: Replay, args: RunArgs) -> tuple[Callable, Callable]:
+    """q_gradient(batch, noise) and actor_gradient(obs, noise), each with what to log.
+
+    The first returns the gradient of J_Q (parameters,), the second those of J_pi (parameters,) and J_alpha (1,).
+    """
+    q_parameters, actor_parameters = list(agent.q.parameters()), list(agent.actor.parameters())
+    target_entropy = -float(math.prod(agent.action_space.shape))
+
+    def q_gradient(batch: Batch, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            next_actions, next_logprob = squash(*agent.policy(batch.next_obs), noise)
+            next_q = agent.q_values(agent.q_target, batch.next_obs, next_actions)
+            alpha = agent.log_alpha.exp()
+            target = soft_q_target(batch.rewards, batch.terminations, next_q, next_logprob, alpha, args.gamma)
+        q = agent.q_values(agent.q, batch.obs, batch.actions)
+        loss = q_loss(q, target)
+        grad = flat_grad(loss, q_parameters)
+        return grad, {"qf_loss": loss.detach(), "qf_values": q.detach().mean()}
+
+    def actor_gradient(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        alpha = agent.log_alpha.detach().exp()
+        actions, logprob = squash(*agent.policy(obs), noise)
+        loss = actor_loss(logprob, agent.q_values(agent.q, obs, actions), alpha)
+        grad = flat_grad(loss, actor_parameters)
+        alpha_grad = flat_grad(temperature_loss(agent.log_alpha, logprob, target_entropy), [agent.log_alpha])
+        stats = {"actor_loss": loss, "entropy": -logprob.mean(), "alpha": alpha}
+        return grad, alpha_grad, {name: value.detach() for name, value in stats.items()}
+
+    def example() -> tuple[Batch, Tensor]:
+        return example_batch(agent, replay, args.batch_size)
+
+    def example_actor() -> tuple[Tensor, Tensor]:
+        batch, noise = example()
+        return batch.obs, noise
+
+    worth_it = args.total_timesteps * args.updates_per_step > 5_000
+    return compile_for(example, q_gradient, args, worth_it), compile_for(example_actor, actor_gradient, args, worth_it)
+
+
+def update(learner: Learner, batch: Batch, number: int, rng: Rng, args: Args) -> dict[str, Tensor]:
+    """The update of Algorithm 1, number counts from 1. Returns what to log."""
+    noise = action_noise(learner.agent, rng, len(batch.obs))
+    grad, stats = learner.q_gradient(batch, noise)
+    learner.q_optimizer.step(grad, args.q_lr)
+    if number % args.policy_frequency == 0:
+        for _ in range(args.policy_frequency):  # it lags behind Q, but takes as many steps
+            noise = action_noise(learner.agent, rng, len(batch.obs))
+            grad, alpha_grad, actor_stats = learner.actor_gradient(batch.obs, noise)
+            learner.actor_optimizer.step(grad, args.policy_lr)
+            if args.autotune:
+                learner.alpha_optimizer.step(alpha_grad, args.q_lr)
+        stats = stats | actor_stats
+    if number % args.target_network_frequency == 0:
+        learner.targets.lerp_(learner.q_optimizer.parameters, args.tau)
+    return stats
+
+
+def steps_of_iteration(taken: int, replay: Replay, total: int, args: Args) -> range:
+    """Counts the steps of an iteration, after taken: until the buffer can be learned from, and log_interval more."""
+    missing = max(args.learning_starts - len(replay), 0)
+    rounds = math.ceil((missing + args.log_interval) / args.num_envs)
+    return range(taken + args.num_envs, min(taken + rounds * args.num_envs, total) + 1, args.num_envs)
+
+
+def updates_due(steps: int, args: Args) -> range:
+    """The numbers of the updates that the newest step of every environment brings, where there were steps by now."""
+    before = steps - args.num_envs
+    return range(int(before * args.updates_per_step) + 1, int(steps * args.updates_per_step) + 1)
+
+
+def make_agent(envs: Environments, args: RunArgs) -> Agent:
+    """Policy and both Q have networks of their own."""
+    return Agent(envs.single_observation_space, envs.single_action_space, args).to(args.device)
+
+
+def train(args: RunArgs) -> Path:
+    """Trains for total_timesteps, or goes on with the run args.resume. Returns the run directory.
+
+    Raises UsageError before anything is created; later Failed, OSError, and Stopped for a signal.
+    """
+    started = Start()
+    check_args(args)
+    check_budget(args)
+    with make_envs(args, args.num_envs, args.seed) as envs:
+        rng = settle(args, envs)
+        agent = make_agent(envs, args)
+        player = Player(envs, args, rng)
+        total = args.total_timesteps // args.num_envs * args.num_envs
+        replay = Replay(agent, args, total, Path(started.folder, args.resume))
+        learner = Learner(agent, replay, args)
+        parts = {"agent": agent, "player": player, "replay": replay, "rng": rng}
+        parts |= {name: getattr(learner, name) for name in ("q_optimizer", "actor_optimizer", "alpha_optimizer")}
+        with Run(args, total, started, **parts) as run:
+            replay.folder = run.path
+            for _ in run.iterations():
+                taken = run.global_step
+                stats: list[dict[str, Tensor]] = []
+                for steps in steps_of_iteration(taken, replay, total, args):
+                    player.step(agent, replay)
+                    if len(replay) >= args.learning_starts:
+                        for number in updates_due(steps, args):
+                            batch = replay.sample(args.batch_size, rng)
+                            stats.append(update(learner, batch, number, rng, args))
+                charts = {"learning_rate": args.policy_lr}
+                run.log(steps - taken, player.finished(), losses=means(stats), charts=charts)
+            replay.discard()
+        return run.path
+
+
+# ==== The machine room: "shared" sections are the same text in every script that has them ====
+# ==== shared: run flags ====
+SCRIPT = Path(os.path.abspath(globals().get("__file__", "notebook")))
+
+
+@dataclass
+class RunArgs(Args):
+    """All arguments of the command line: those of the method and the environment, and those of the run."""
+
+    exp_name: str = SCRIPT.stem  # name of the experiment, a part of the run's name
+    runs_dir: str = "runs"  # folder of all runs
+    run_name: str = ""  # folder of this run in runs-dir (default: {env_id}__{exp_name}__{seed}__{time})
+    resume: str = ""  # run directory to go on with, from its newest good checkpoint, with its own arguments
+    evaluate: str = ""  # run directory, or one of its checkpoints, to load and play instead of training
+    eval_episodes: int = 10  # episodes that --evaluate plays
+    eval_seed: int = 1_000_000  # seed of environments and actions in --evaluate
+    eval_stochastic: bool = False  # let --evaluate sample actions instead of taking the most likely ones
+    eval_max_steps: int = 100_000  # steps after which --evaluate takes an episode for one that never ends
+    capture_video: bool = False  # film the first environment of --evaluate, or of an evaluation after the training
+    checkpoint_interval: int = 0  # iterations from a checkpoint to the next (0: about a twentieth of the run)
+    keep_checkpoints: bool = False  # keep all checkpoints, not only the newest two, to evaluate along the run
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+    wandb_project_name: str = "lineage"  # project of --track
+    wandb_entity: str | None = None  # team of --track
+    scale_actions: Literal["auto", "on", "off"] = "auto"  # from -1..1 to the box (auto: where it is far from -1..1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu for the MLP; for the CNN cuda, where there is one
+    num_threads: int = 0  # CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the gradient (auto: MLP, in runs long enough to win)
+    bf16: Literal["auto", "on", "off"] = "auto"  # run the CNN, or SAC, in bfloat16 (auto: where that is native)
+
+
+METRICS = ("charts/train_last100", "eval/episodic_return")  # of the HParams tab
+PRESET = "env_id"  # the argument that picks a row of FAMILIES
+
+
+def preset(env_id: str) -> dict[str, Any]:
+    """An environment and its row of FAMILIES."""
+    return {"env_id": env_id, **FAMILIES[environment_family(env_id)]}
+
+
+# ==== shared: command line ====
+class UsageError(Exception):
+    """The configuration is wrong: one sentence, exit status 2, nothing created."""
+
+
+class Failed(Exception):
+    """A number is NaN or infinite (status "diverged"), or something raised ("failed"): exit status 1."""
+
+    def __init__(self, message: str, status: str = "diverged"):
+        super().__init__(message)
+        self.status = status
+
+
+class Stopped(BaseException):
+    """A signal ends the run: exit status 128 + signal. No environment may take it for an error of its own."""
+
+    status = "interrupted"
+
+
+# Arguments that may differ from those of the run when it is resumed or evaluated.
+MACHINE = ("device", "num_threads", "compile")
+MAY_DIFFER = ("resume", "keep_checkpoints", "capture_video", "track", "wandb_project_name", "wandb_entity", *MACHINE)
+
+
+def parse_args(argv: list[str] | None = None) -> RunArgs:
+    """The command line, over the defaults of its preset. With --resume or --evaluate, over the arguments of the run."""
+    argv = own_arguments() if argv is None else argv
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    default = vars(RunArgs())[PRESET]
+    peek.add_argument(f"--{PRESET.replace('_', '-')}", f"--{PRESET}", nargs="?", default=default, const=default)
+    peek.add_argument("--resume", nargs="?", type=Path)
+    peek.add_argument("--evaluate", nargs="?", type=Path)
+    asked = vars(peek.parse_known_args(argv)[0])
+    if asked["resume"] and asked["evaluate"]:
+        raise UsageError("--resume trains and --evaluate plays; give one of them.")
+    if asked["resume"] and asked["resume"].is_file():
+        raise UsageError(f"--resume takes a run directory, here {run_dir_of(asked['resume'])}.")
+    run = asked["resume"] or asked["evaluate"]
+    if not run:
+        return parse_flags(argv, RunArgs(**preset(asked[PRESET])))
+    saved = read_config(run)[0]
+    args = parse_flags(argv, saved)
+    changed = [name for name, value in vars(saved).items() if value != vars(args)[name] and name not in MAY_DIFFER]
+    if asked["evaluate"]:
+        changed = [name for name in changed if not name.startswith("eval")]
+    if changed:
+        difference = ", ".join(f"{name} {vars(saved)[name]!r} -> {vars(args)[name]!r}" for name in changed)
+        goes_on = "--resume goes on with" if asked["resume"] else "--evaluate goes by"
+        raise UsageError(f"{goes_on} the arguments of the run, and these differ: {difference}.")
+    return args
+
+
+def own_arguments() -> list[str]:
+    """What this script was started with; nothing where it was imported, or pasted into a notebook with its own argv."""
+    started = Path(sys.argv[0])
+    return sys.argv[1:] if SCRIPT.is_file() and started.is_file() and started.samefile(SCRIPT) else []
+
+
+def sentence_of(box: str) -> str:
+    """What tyro says of an error, in a box, as one sentence."""
+    lines = [line.strip() for line in box.splitlines()]
+    rules = [n for n, line in enumerate(lines) if line and not line.strip("-")]  # around the message
+    message = " ".join(lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines)
+    flag, _, reason = message.removeprefix("Error parsing ").partition(": ")
+    takes = next((line for line in lines if line.startswith(f"{flag} ")), "")
+    if takes and "'" in reason:
+        for kind, words in (("{None}|", ""), ("FLOAT", "a number"), ("INT", "a whole number")):
+            takes = takes.replace(kind, words)
+        message = f"{takes.replace(' ', ' takes ', 1)}, not {reason.split(chr(39))[-2]!r}"
+    if "Perhaps you meant:" in lines:
+        near = lines[lines.index("Perhaps you meant:") + 1].split()[0]
+        return f"{message}; did you mean {near}?"
+    return f"{message.rstrip('.')}."
+
+
+PARSING = threading.Lock()  # because what tyro prints is caught for the whole process
+
+
+def parse_flags(argv: list[str], default: RunArgs) -> RunArgs:
+    """The flags over the defaults. Raises UsageError with one sentence, where tyro alone would draw a box."""
+    if {"-h", "--help"} & set(argv):
+        return tyro.cli(RunArgs, args=argv, default=default)
+    box = io.StringIO()
+    try:
+        with PARSING, contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            args, unknown = tyro.cli(RunArgs, args=argv, default=default, return_unknown_args=True)
+    except SystemExit as leaving:
+        if not leaving.code:  # it has printed what was asked for
+            print(box.getvalue(), end="")
+            raise
+        raise UsageError(sentence_of(box.getvalue())) from None
+    if unknown:
+        known = [f"--{no}{field.name.replace('_', '-')}" for field in fields(RunArgs) for no in ("", "no-")]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, n=1)
+        would = f"did you mean {near[0]}?" if near else "--help lists the flags."
+        raise UsageError(f"{unknown[0]!r} is no flag and no value of one; {would}")
+    return args
+
+
+def check_args(args: RunArgs) -> None:
+    """Raises UsageError for the first number that cannot work, and says what would; and where --track cannot log."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and (must := bound_broken(name, number)):
+                raise UsageError(f"--{name.replace('_', '-')} is {number}, but must be {must}.")
+    if args.num_threads > cores():
+        if not args.resume and not args.evaluate:
+            raise UsageError(
+                f"--num-threads is {args.num_threads}, but this process may use {cores()} cores; ask for fewer."
+            )
+        args.num_threads = 0  # the run was made on a larger machine
+    mode, modes = os.environ.get("WANDB_MODE", "online"), ("online", "offline", "shared", "disabled", "dryrun", "run")
+    if args.track and mode not in modes:
+        raise UsageError(f"WANDB_MODE is {mode!r}, but must be one of {', '.join(modes)}.")
+    if args.track and not args.evaluate and mode == "online":
+        import wandb
+
+        try:
+            problem = "" if wandb.login(prompt=False) else "wandb is not logged in"
+        except Exception as error:
+            problem = f"wandb cannot log in ({one_line(error)})"
+        if problem:
+            raise UsageError(f"--track: {problem}; run wandb login, or set WANDB_MODE=offline.")
+
+
+def bound_broken(name: str, number: float) -> str:
+    """What an argument must be and is not, or ""."""
+    if not math.isfinite(number):
+        return "a finite number"
+    if abs(number) > 1e30 and isinstance(number, float):
+        return "at most 1e30"
+    if name == "num_envs" and number > 2**16:
+        return "at most 65,536"
+    if number > 2**53 and isinstance(number, int):
+        return "at most 2**53"
+    if name in (*POSITIVE, "eval_episodes", "eval_max_steps", "eval_prompts", "eval_interval") and number <= 0:
+        return "greater than 0"
+    if name in AT_MOST_ONE and number > 1:
+        return "at most 1"
+    if name not in ANY_SIGN and number < 0:
+        return "0 or more"
+    return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
+
+
+def cores() -> int:
+    """Processor cores that this process may use, by its affinity and by the share that its cgroups grant."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        count = os.process_cpu_count() or 1
+    else:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota, period in cgroups("cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        if quota not in ("max", "-1"):
+            count = min(count, int(quota) // int(period))
+    return max(count, 1)
+
+
+def memory() -> int:
+    """Bytes that this process may fill."""
+    limits = [int(limit) for (limit,) in cgroups("memory.max", "memory", "memory.limit_in_bytes") if limit != "max"]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
+
+
+CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cgroups(name: str, controller: str, *old_names: str) -> list[list[str]]:
+    """The words of a file, in all control groups around this process. Version 1 has other folders and file names."""
+    root, mine = CGROUPS
+    found = []
+    for line in mine.read_text(encoding="utf-8").splitlines() if mine.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        folder = root / controller if controllers else root
+        folder = folder / path.lstrip("/")
+        names = old_names if controllers else [name]
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError):
+                found.append(" ".join((level / name).read_text(encoding="utf-8") for name in names).split())
+    return found
+
+
+def check_memory(needed: Callable[[int], float], what: str, flag: str, size: int) -> None:
+    """Raises UsageError where size, the value of a flag, needs more bytes than there are."""
+    if needed(size) <= memory():
+        return
+    most = size
+    while most > 1 and needed(most) > memory():
+        most //= 2
+    sizes = f"{needed(size) / 2**30:,.0f} GiB of memory, and there are {memory() / 2**30:,.0f}"
+    would = f"{flag} {most} would fit" if needed(most) <= memory() else "its other sizes are too large, too"
+    raise UsageError(f"{what} would take {sizes}; {would}.")
+
+
+def say(line: str, end: str = "\n", stream: str = "stdout") -> None:
+    """Prints. A reader that is gone, full or stalled must neither end the run nor hold it up."""
+    file = getattr(sys, stream)  # None where it was closed
+    try:
+        ready = select.select([], [file], [], 0)[1]
+    except (OSError, ValueError, TypeError, AttributeError):  # no file, as in a notebook
+        ready = file is not None
+    try:
+        if ready:
+            print(line, end=end, file=file, flush=True)
+    except UnicodeEncodeError:
+        say(ascii(line)[1:-1], end, stream)
+    except BlockingIOError:
+        pass
+    except Exception:  # somebody may have put anything in its place
+        setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+
+
+def warn(line: str) -> None:
+    """Prints on stderr."""
+    say(line, stream="stderr")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split())
+
+
+# ==== shared: environments ====
+gym.register_envs(ale_py)
+
+
+def environment_family(env_id: str) -> str:
+    """The row of FAMILIES for a registered id. Raises UsageError, with the near miss, for any other."""
+    module, _, name = env_id.rpartition(":")
+    flag = f"--env-id {env_id if env_id and env_id.isprintable() else repr(env_id)}"
+    if module.startswith("."):
+        raise UsageError(f"{flag} begins with a relative name; name a module from the top, as in package:Env-v0.")
+    try:
+        if module:
+            importlib.import_module(module)
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a module can raise anything, and exit
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            where = f"{sys.path[0] or 'the current folder'}, PYTHONPATH and what is installed"
+            how = f"Python looked in {where}; install it, or put its folder on PYTHONPATH."
+            raise UsageError(f"{flag}: {error}. {how}") from None
+        raise UsageError(f"{flag}: {module} cannot be imported, it raised {what_happened(error)}.") from None
+    try:
+        entry_point = str(gym.spec(name).entry_point)
+    except gym.error.Error:
+        near = (difflib.get_close_matches(name, gym.registry, n=1) or ["one of gymnasium.registry"])[0]
+        raise UsageError(f"{flag} is not registered in gymnasium; did you mean {near}?") from None
+    families = {
+        "ale_py": "atari",
+        "gymnasium.envs.box2d": "box2d",
+        "gymnasium.envs.mujoco": "mujoco",
+        "gymnasium.envs.classic_control.pendulum": "continuous",
+        "gymnasium.envs.classic_control.continuous_": "continuous",
+    }
+    return next((family for home, family in families.items() if entry_point.startswith(home)), "classic")
+
+
+def what_happened(error: BaseException) -> str:
+    """Type, text and place of an error that was raised."""
+    place = error.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    try:
+        text = f"{type(error).__name__}: {one_line(error)[:300]}".removesuffix(": ")
+    except Exception:  # of an error that has no text
+        text = type(error).__name__
+    return f"{text} ({place.tb_frame.f_code.co_filename}:{place.tb_lineno})"
+
+
+def brief(space: gym.Space) -> str:
+    """A space without its bounds."""
+    return f"Box{space.shape}" if isinstance(space, gym.spaces.Box) else " ".join(str(space).split())[:80]
+
+
+# What the functions of an environment return, and the moments at which that is looked at, for each environment once.
+STEP = ("observation", "reward", "terminated", "truncated", "info")
+RESET = ("observation", "info")
+NEXT = {"first reset": "first step", "first step": "first end of an episode", "first end of an episode": "second reset"}
+
+
+def broken_promise(space: gym.Space, result: Any, names: tuple[str, ...]) -> str:
+    """What an environment returned, and what its API or its observation space promises instead; "" if it kept that."""
+    if not isinstance(result, (tuple, list)) or len(result) != len(names):
+        return f"{described(result)}, not ({', '.join(names)})"
+    for name, x in zip(names, result):
+        if name == "observation":
+            kept, promise = fits(space, x), f"{brief(space)} of {space.dtype}"
+        elif name == "info":
+            kept, promise = isinstance(x, dict), "a dict"
+        else:
+            kept, promise = array_of(x).dtype.kind in "biuf" and not array_of(x).shape, "a number"
+            if name != "reward":
+                kept, promise = kept and x in (0, 1), "True or False"
+        if not kept:
+            return f"{described(x)} as {name}, not {promise}"
+    return ""
+
+
+def fits(space: gym.Space, obs: Any) -> bool:
+    """Whether an observation has the shape of its space, and values that its dtype can hold.
+
+    Bounds of a Box are not looked at. Environments break them, and nothing here depends on them.
+    """
+    x = array_of(obs)
+    if x.shape != space.shape or x.dtype.kind not in "biuf":
+        return False
+    if isinstance(space, gym.spaces.Discrete):
+        return x.dtype.kind in "iu" and bool(space.start <= x < space.start + space.n)
+    return space.dtype.kind == "f" or (x.dtype.kind != "f" and bool((x.astype(space.dtype) == x).all()))
+
+
+def array_of(x: Any) -> np.ndarray:
+    """x as an array; one of an object where it is none, such as lists of unequal lengths."""
+    try:
+        return np.asarray(x)
+    except Exception:
+        return np.array(None)
+
+
+def described(x: Any) -> str:
+    """What something is, in a few words."""
+    if isinstance(x, np.ndarray) and x.shape:
+        values = f" from {x.min()} to {x.max()}" if x.size and x.dtype.kind in "biuf" else ""
+        return f"an array {x.shape} of {x.dtype}{values}"
+    if isinstance(x, (tuple, list, dict)):
+        return f"a {type(x).__name__} of {len(x)}"
+    return " ".join(repr(x).split())[:80]
+
+
+class SyncEnvs:
+    """Environments that step one after the other.
+
+    Eight of CartPole take 110 us, with the seeded resets; in gymnasium's SyncVectorEnv they took 158 us.
+    """
+
+    def __init__(self, envs: list[gym.Env], env_id: str):
+        self.envs = envs
+        self.env_id = env_id
+        self.num_envs = len(envs)
+        self.single_observation_space = envs[0].observation_space
+        self.single_action_space = envs[0].action_space
+        self.obs = np.zeros((len(envs), *envs[0].observation_space.shape), dtype=envs[0].observation_space.dtype)
+        self.unchecked = dict.fromkeys(range(len(envs)), "first reset")  # the next moment to look at what is returned
+        self.closed = False
+
+    def reset(self, seed: np.ndarray, options: dict[str, np.ndarray]) -> tuple[np.ndarray, dict]:
+        """Resets, with a seed for each, the environments where options["reset_mask"] is true."""
+        for n, one in zip(np.flatnonzero(options["reset_mask"]).tolist(), seed.tolist()):
+            try:
+                result = self.envs[n].reset(seed=one)
+                if n in self.unchecked:
+                    self.check(n, result, RESET)
+                self.obs[n], _ = result
+            except BaseException as error:
+                raise self.failure(n, error, RESET) from error
+        return self.obs, {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        rewards = np.zeros(self.num_envs)
+        terminations, truncations = np.zeros((2, self.num_envs), dtype=bool)
+        for n, action in enumerate(actions):
+            try:
+                result = self.envs[n].step(action)
+                if self.unchecked:
+                    self.check(n, result, STEP)
+                self.obs[n], rewards[n], terminations[n], truncations[n], _ = result
+            except BaseException as error:
+                raise self.failure(n, error, STEP) from error
+        return self.obs, rewards, terminations, truncations, {}
+
+    def picture(self) -> np.ndarray:
+        """The first environment, (height, width, 3)."""
+        try:
+            frame = self.envs[0].render()
+        except BaseException as error:
+            raise self.failure(0, error, ()) from error
+        if isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3:
+            return frame
+        promise = "an array (height, width, 3) of uint8"
+        raise Failed(f"environment 0 of {self.env_id} rendered {described(frame)}, not {promise}", "failed")
+
+    def check(self, n: int, result: Any, names: tuple[str, ...]) -> None:
+        """Raises Failed for a broken promise, if this is the next moment of environment n to look."""
+        moment = self.unchecked.get(n)
+        if moment is None or moment.endswith("reset") != (names is RESET):
+            return
+        if moment == "first end of an episode" and not (result[2] or result[3]):
+            return
+        if broken := broken_promise(self.single_observation_space, result, names):
+            raise Failed(f"environment {n} of {self.env_id} returned at its {moment} {broken}", "failed")
+        self.unchecked[n] = NEXT.get(moment)
+        if not self.unchecked[n]:
+            del self.unchecked[n]
+
+    def failure(self, n: int, error: BaseException, names: tuple[str, ...]) -> Failed:
+        """What to raise where environment n raised an error: one sentence, but a signal as it is."""
+        if isinstance(error, (Failed, Stopped, KeyboardInterrupt)):
+            raise error
+        what = what_happened(error)
+        if "unpack" in what:  # gymnasium's wrappers take apart what comes, and fail before it is looked at here
+            what += f"; what must be returned is ({', '.join(names)})"
+        return Failed(f"environment {n} of {self.env_id} raised {what}", "failed")
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            close_all(self.envs, self.env_id)
+
+
+def close_all(envs: list[gym.Env], env_id: str) -> None:
+    """Closes environments. An error in one must neither keep the others open nor hide how the run ended."""
+    problems = []
+
+    def close(env: gym.Env) -> None:
+        try:
+            env.close()
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            problems.append(what_happened(error))
+
+    with contextlib.ExitStack() as exits:  # it goes on after a signal, too
+        for env in envs:
+            exits.callback(close, env)
+    if problems:
+        warn(f"An environment of {env_id} could not be closed; it raised {problems[0]}.")
+
+
+RESEED = 10_000
+
+
+class Environments:
+    """Environments side by side. An episode begins in the step in which the one before it ended.
+
+    Every episode has a seed of its own, from (seed, environment, number of the seed). This seed and the actions since
+    are enough to rebuild an environment. A game of Atari has one only where the last seed is RESEED steps ago: it makes
+    ale_py read the game again, in 120 ms instead of 11.
+    """
+
+    def __init__(self, envs: SyncEnvs | gym.vector.VectorEnv, seed: int):
+        self.envs = envs
+        self.seed = seed
+        self.num_envs = envs.num_envs
+        self.single_observation_space = envs.single_observation_space
+        self.single_action_space = envs.single_action_space
+        self.atari = not isinstance(envs, SyncEnvs)
+        self.reseed_after = RESEED if self.atari else 0
+        self.numbers = np.zeros(envs.num_envs, dtype=np.int64)  # of the seeds, from 1
+        self.played = np.zeros(envs.num_envs, dtype=np.int64)  # steps since then
+        self.scale: tuple[np.ndarray, np.ndarray] | None = None  # of actions, for to_env
+
+    def __enter__(self) -> Environments:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.envs.close()
+
+    def reset(self) -> np.ndarray:
+        """Begins an episode in all environments. Returns the observations."""
+        return self.begin(np.ones(self.num_envs, dtype=bool))
+
+    def begin(self, where: np.ndarray) -> np.ndarray:
+        """Begins a seeded episode where (num_envs,) is true. Returns the observations of all environments."""
+        self.numbers += where
+        self.played[where] = 0
+        roots = [(self.seed, n, self.numbers[n]) for n in np.flatnonzero(where)]
+        seeds = np.array([np.random.SeedSequence(root).generate_state(1)[0] // 2 for root in roots], dtype=np.int64)
+        with as_before():
+            obs, info = self.envs.reset(seed=seeds, options={"reset_mask": where})
+        self.clock = info.get("episode_frame_number")
+        return obs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns observations, rewards, terminations, truncations, over, and final observations where one ended.
+
+        over says where an episode of the environment ended. On Atari that is a game: a lost life is a termination, too,
+        but the game's clock turns back only after its end.
+        """
+        obs, rewards, terminations, truncations, info = self.envs.step(actions)
+        self.played += 1
+        over = terminations | truncations
+        final_obs = obs
+        if self.atari:
+            final_obs = info.get("final_obs")
+            over = over & (info["episode_frame_number"] < self.clock)
+            self.clock = info["episode_frame_number"]
+        if over.any():
+            final_obs = final_obs.copy()
+            reseed = over & (self.played >= self.reseed_after)
+            obs = self.begin(reseed) if reseed.any() else obs
+        return obs, rewards, terminations, truncations, over, final_obs
+
+
+def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Environments:
+    """The environments of a run. Raises UsageError for a missing extra and for spaces that networks cannot take."""
+    if environment_family(args.env_id) == "atari":
+        return Environments(make_atari(args, num_envs, **options), seed)
+    envs: list[gym.Env] = []
+    try:
+        with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
+            warnings.simplefilter("ignore")
+            with as_before():
+                for _ in range(num_envs):
+                    envs.append(gym.make(args.env_id, disable_env_checker=True, **options))
+        check_spaces(args.env_id, envs)
+        return Environments(SyncEnvs(envs, args.env_id), seed)
+    except BaseException as error:  # an extra that is missing, or whatever a constructor raises
+        close_all(envs, args.env_id)
+        if isinstance(error, (UsageError, Stopped, KeyboardInterrupt)):
+            raise
+        raise UsageError(f"--env-id {args.env_id} cannot be made, it raised {what_happened(error)}.") from None
+
+
+def numbers_of(space: gym.Space) -> int:
+    """Inputs or outputs of an MLP for a space."""
+    if isinstance(space, gym.spaces.Box):
+        return math.prod(space.shape)
+    return math.prod(space.shape) * int(np.max(space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else space.n))
+
+
+class as_before(contextlib.ContextDecorator):
+    """Takes back what environments have changed for all of the process: how torch and numpy compute."""
+
+    def __enter__(self) -> None:
+        self.torch = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+        self.numpy = np.geterr()
+
+    def __exit__(self, *error: Any) -> None:
+        if (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()) != self.torch:
+            torch.set_default_dtype(self.torch[0])
+            torch.set_grad_enabled(self.torch[1])
+            torch.set_num_threads(self.torch[2])
+        if np.geterr() != self.numpy:
+            np.seterr(**self.numpy)
+
+
+def check_spaces(env_id: str, envs: list[gym.Env]) -> None:
+    """Raises UsageError for spaces that networks cannot take."""
+    observations, actions = envs[0].observation_space, envs[0].action_space
+    if not isinstance(observations, (gym.spaces.Box, gym.spaces.Discrete)):
+        raise UsageError(f"--env-id {env_id} observes {observations}; Box and Discrete are supported.")
+    if not isinstance(actions, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
+        raise UsageError(f"--env-id {env_id} acts in {actions}; Box, Discrete and MultiDiscrete are supported.")
+    for name, space in (("observes", observations), ("acts in", actions)):
+        if not math.prod(space.shape):
+            raise UsageError(f"--env-id {env_id} {name} {space}, which is empty; one number at least is needed.")
+        if not space.dtype.isnative or space.dtype.itemsize > 8:
+            raise UsageError(f"--env-id {env_id} {name} {space} of {space.dtype.str}; torch has no such numbers.")
+        if numbers_of(space) * 64 * 32 > memory():  # 64 weights each, of 4 bytes, with gradients and moments
+            raise UsageError(f"--env-id {env_id} {name} {space}; a network for that does not fit into the memory.")
+    for n, env in enumerate(envs):
+        if (env.observation_space, env.action_space) != (observations, actions):
+            raise UsageError(f"environment {n} of --env-id {env_id} has other spaces than environment 0.")
+
+
+def make_atari(args: RunArgs, num_envs: int, **options: Any) -> gym.vector.VectorEnv:
+    """ALE's own vector environment, with one of two protocols.
+
+    ALE/<Game>-v5 has sticky actions and nothing else (Machado et al. 2018, arXiv 1709.06009). <Game>NoFrameskip-v4 is
+    the PPO paper's: random no-ops, fire to start, and a lost life ends the episode for the learner, not the game.
+    """
+    paper = args.env_id.endswith("NoFrameskip-v4")
+    game = "ALE/" + args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4") + "-v5"
+    if (not paper and args.env_id != game) or "-ram" in game:
+        raise UsageError(f"--env-id {args.env_id}: Atari games are ALE/<Game>-v5 or <Game>NoFrameskip-v4.")
+    settings = {
+        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
+        "num_threads": min(num_envs, args.num_threads or cores()),
+        "repeat_action_probability": 0.0 if paper else 0.25,
+        "noop_max": 30 if paper else 0,
+        "use_fire_reset": paper,
+        "life_loss_info": paper,
+        "episodic_life": False,
+        "reward_clipping": False,
+        "frameskip": 4,
+        "maxpool": True,
+        "max_num_frames_per_episode": 108_000,
+        "full_action_space": False,
+    }
+    return gym.make_vec(game, num_envs, **settings | options)
+
+
+def prepare(args: RunArgs, image: bool) -> Rng:
+    """Decides device and threads, and sets the seeds. Returns the run's random numbers."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu.")
+    if args.capture_video and importlib.util.find_spec("moviepy") is None:
+        raise UsageError("--capture-video needs moviepy; install it with: pip install moviepy")
+    if args.device == "auto":
+        args.device = "cuda" if image and torch.cuda.is_available() else "cpu"
+    if not args.num_threads:
+        args.num_threads = cores() if image else 1
+    torch.set_num_threads(args.num_threads)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    return Rng(args.seed, args.device)
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether it multiplies bfloat16 natively."""
+    if device == "cpu":
+        return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+# ==== settling ====
+def check_budget(args: RunArgs) -> None:
+    """Raises UsageError unless each row of progress.csv has an update of the policy to tell of."""
+    first = args.learning_starts + args.num_envs
+    if args.total_timesteps < first:
+        would = f"ask for {first} or more, or for a smaller --learning-starts"
+        raise UsageError(f"--total-timesteps {args.total_timesteps} ends before the first update; {would}.")
+    if args.buffer_size < args.learning_starts:
+        most = f"a buffer of {args.buffer_size} steps never holds that many; ask for {args.buffer_size} at most"
+        raise UsageError(f"--learning-starts is {args.learning_starts}, and {most}.")
+    if args.updates_per_step * args.log_interval < args.policy_frequency:
+        least = math.ceil(args.policy_frequency / args.updates_per_step)
+        would = f"{args.log_interval} steps bring no update of the policy; --log-interval {least} would do"
+        raise UsageError(f"--log-interval is too short: {would}.")
+
+
+def settle(args: RunArgs, envs: Environments) -> Rng:
+    """Decides what is "auto". Returns the run's random numbers. Raises UsageError for what cannot be."""
+    observations, actions = envs.single_observation_space, envs.single_action_space
+    if not isinstance(actions, gym.spaces.Box):
+        others = "for such actions there are ppo.py, a2c.py, trpo.py and reinforce.py"
+        raise UsageError(f"--env-id {args.env_id} acts in {brief(actions)}, and sac.py in boxes only; {others}.")
+    if not bounded(actions).all():
+        would = "SAC scales its actions from tanh to them; give them bounds, or use ppo.py"
+        raise UsageError(f"--env-id {args.env_id} has actions without bounds, and {would}.")
+    if not isinstance(observations, gym.spaces.Box):
+        would = "sac.py takes vectors; use ppo.py"
+        raise UsageError(f"--env-id {args.env_id} observes {brief(observations)}; {would}.")
+    if args.scale_actions == "off":
+        raise UsageError("--scale-actions off: actions of SAC are those of tanh, so they are always scaled; use auto.")
+    args.scale_actions = "on"
+    envs.scale = middle_and_half(actions)
+    rng = prepare(args, image=False)
+    if args.bf16 == "auto":
+        args.bf16 = "on" if args.device == "cpu" and multiplies_bf16("cpu") else "off"
+    if args.buffer_in_memory:
+        row = 4 * (2 * math.prod(observations.shape) + math.prod(actions.shape) + 2)
+        what = f"a buffer of {args.buffer_size} steps"
+        check_memory(lambda size: row * size, what, "--buffer-size", args.buffer_size)
+    return rng
+
+
+# ==== networks ====
+class Layers(nn.Module):
+    """Linear layers side by side, multiplied as one: (batch or copies x batch, inputs) to (copies, batch, outputs)."""
+
+    def __init__(self, copies: int, inputs: int, outputs: int, bf16: bool = False):
+        super().__init__()
+        self.in_features = inputs
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        layers = [nn.Linear(inputs, outputs) for _ in range(copies)]  # with torch's initialisation
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]))
+        self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]).unsqueeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.dtype) @ self.weight.to(self.dtype)).float() + self.bias
+
+
+class Network(nn.Module):
+    """MLPs side by side, of two hidden layers of 256 ReLU: (batch, inputs) to (copies, batch, outputs)."""
+
+    def __init__(self, copies: int, inputs: int, outputs: int, bf16: bool):
+        super().__init__()
+        self.first = Layers(copies, inputs, 256)
+        self.second = Layers(copies, 256, 256, bf16)  # nearly all of the work
+        self.last = Layers(copies, 256, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.second(F.relu(self.first(x)))))
+
+
+# ==== shared: episodes ====
+LONGEST = 1_000_000  # steps of an episode whose actions a checkpoint still holds
+UNBOUNDED = 1e9  # a bound beyond this is none: it is the largest number of a dtype
+
+
+class Episode(NamedTuple):
+    """A finished training episode."""
+
+    step: int  # steps of all environments from the start of the rollout to the end of this episode
+    episodic_return: float  # raw
+    length: int
+    env: int
+
+
+class Episodes:
+    """What was played since the last seed of each environment, and since the seed before it, across rollouts.
+
+    To resume, both are played again: the last to rebuild the environment, and the one before to notice an environment
+    that remembers earlier episodes. (ale_py does not: a seed makes it read the game again.)
+    """
+
+    def __init__(self, envs: Environments):
+        self.envs = envs
+        self.ended: list[list] = [[] for _ in range(envs.num_envs)]  # parts (actions, rewards) of what was played
+        self.in_play: list[list] = [[] for _ in range(envs.num_envs)]
+        self.begun = [0] * envs.num_envs  # steps from the last seed to the beginning of the episode in play
+
+    def collect(self, actions: np.ndarray, rewards: np.ndarray, over: np.ndarray) -> list[Episode]:
+        """Takes in a rollout, (num_steps, num_envs, ...). Returns the episodes that ended in it."""
+        num_envs = self.envs.num_envs
+        found = []
+        begins = [0] * num_envs
+        for t, n in np.argwhere(over).tolist():
+            part = slice(begins[n], t + 1)
+            self.in_play[n].append((actions[part, n], rewards[part, n]))
+            since_seed = np.concatenate([rewards for _, rewards in self.in_play[n]])
+            paid = since_seed[self.begun[n] :]
+            found.append(Episode((t + 1) * num_envs, float(paid.sum()), len(paid), n))
+            begins[n] = t + 1
+            self.begun[n] = len(since_seed)
+            if len(since_seed) >= self.envs.reseed_after:
+                self.ended[n] = [] if self.envs.atari else self.in_play[n]
+                self.in_play[n] = []
+                self.begun[n] = 0
+        for n, begin in enumerate(begins):
+            self.in_play[n].append((actions[begin:, n], rewards[begin:, n]))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """For each environment the actions and rewards since both seeds, unless one is longer than LONGEST."""
+        state: dict[str, Any] = {"numbers": torch.from_numpy(self.envs.numbers.copy()), "begun": [*self.begun]}
+        state["too_long"] = False
+        for name, played in (("ended", self.ended), ("in_play", self.in_play)):
+            joined = [[np.concatenate(column) for column in zip(*parts)] for parts in played]
+            state["too_long"] |= any(len(rewards) > LONGEST for _, rewards in filter(None, joined))
+            state[name] = [[torch.from_numpy(x) for x in pair] for pair in joined]
+        return state | {"ended": [], "in_play": []} if state["too_long"] else state
+
+    def load_state_dict(self, state: dict[str, Any], obs: Tensor) -> tuple[np.ndarray, str]:
+        """Plays the episodes of state again, to end with obs. Returns the observations, and what is not as it was.
+
+        If something is not, all environments have begun new episodes.
+        """
+        numbers = state["numbers"].numpy()
+        self.begun = [*state["begun"]]
+        for name in ("ended", "in_play"):
+            setattr(self, name, [[tuple(x.numpy() for x in pair)] if pair else [] for pair in state[name]])
+        try:
+            if state["too_long"]:
+                raise Failed(f"an episode in play has more than {LONGEST:,} steps, too many for a checkpoint")
+            replayed = self.replay(numbers)
+            if np.array_equal(replayed, obs.numpy()) and (self.envs.numbers == numbers).all():
+                return replayed, ""
+            problem = "an environment does not repeat its observations"
+        except Failed as error:
+            problem = str(error)
+        self.__init__(self.envs)
+        self.envs.numbers[:] = numbers
+        return self.envs.reset(), problem
+
+    def replay(self, numbers: np.ndarray) -> np.ndarray:
+        """Plays both episodes of each environment. Returns the observations; raises Failed for another reward.
+
+        Environments begin one after the other, so that all are through at the same time.
+        """
+        parts = [[*ended, *in_play] for ended, in_play in zip(self.ended, self.in_play)]
+        actions = [np.concatenate([part[0] for part in one]) if one else [] for one in parts]
+        rewards = [np.concatenate([part[1] for part in one]) if one else [] for one in parts]
+        steps = max(map(len, actions))
+        waiting = steps - np.array([len(one) for one in actions])
+        first = numbers - np.array([len(ended) for ended in self.ended])  # number of the seed to begin with
+        idle = next((one[0] for one in actions if len(one)), None)  # the action of those that have not begun
+        for t in range(steps + 1):
+            if (waiting == t).any():
+                self.envs.numbers[waiting == t] = first[waiting == t] - 1
+                obs = self.envs.begin(waiting == t)
+            if t == steps:
+                return obs
+            now = [one[t - wait] if t >= wait else idle for one, wait in zip(actions, waiting)]
+            obs, paid, *_ = self.envs.step(to_env(self.envs.single_action_space, np.stack(now), self.envs.scale))
+            for n in np.flatnonzero(waiting <= t):
+                if paid[n] != rewards[n][t - waiting[n]]:
+                    raise Failed(f"environment {n} does not repeat its rewards")
+
+
+def to_env(space: gym.Space, actions: np.ndarray, scale: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Actions (batch, ...) as environments take them, in the space and of its dtype.
+
+    Only here are they scaled by middle and half of the box, clipped to it, and rounded where it is one of integers.
+    """
+    actions = actions.reshape(-1, *space.shape)
+    if not isinstance(space, gym.spaces.Box):
+        return (actions + space.start).astype(space.dtype, copy=False)
+    if scale:
+        actions = scale[0] + actions * scale[1]
+    actions = np.minimum(np.maximum(actions, space.low), space.high)
+    if space.dtype.kind in "iu":
+        with np.errstate(invalid="ignore"):  # the largest integer is a larger float, which would become the smallest
+            return np.where(actions < space.high, np.rint(actions).astype(space.dtype), space.high)
+    return actions.astype(space.dtype, copy=False)
+
+
+def bounded(space: gym.Space) -> np.ndarray:
+    """Where a box has a lower and an upper bound; False for other spaces."""
+    if not isinstance(space, gym.spaces.Box):
+        return np.zeros(1, dtype=bool)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return np.maximum(-low, high) < UNBOUNDED
+
+
+def middle_and_half(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Middle and half width of a box where it has both bounds, 0 and 1 where it has not."""
+    low, high = (np.where(bounded(space), x.astype(np.float64), y) for x, y in ((space.low, -1), (space.high, 1)))
+    return (low + high) / 2, (high - low) / 2
+
+
+def is_far(space: gym.Space) -> bool:
+    """Whether a policy that begins with a mean near 0 and a deviation near 1 has too little to learn from.
+
+    That is so where it seldom comes near a bound, where it is always clipped to both, and where it does not meet the
+    box at all. Classic control, MuJoCo and Box2D are not far.
+    """
+    if not bounded(space).any():
+        return False
+    middle, half = middle_and_half(space)
+    wide, narrow, elsewhere = abs(middle) + half > 5, (half > 0) & (half < 0.1), abs(middle) > half + 1
+    return bool((wide | narrow | elsewhere).any())
+
+
+def understood(agent: Agent, envs: Environments) -> list[str]:
+    """How observations are read and actions are made, and warnings of what is known not to learn."""
+    space, actions = agent.observation_space, agent.action_space
+    reads = "an image through a CNN"
+    if not agent.image:
+        numbers = f"{agent.actor.first.in_features:,} {'normalised ' if agent.obs_norm else ''}numbers"
+        reads = f"{numbers} through an MLP"
+    scaled = ", scaled to it" if envs.scale else ""
+    lines = [f"observes {brief(space)} as {reads}, acts in {brief(actions)}{scaled}"]
+    if not agent.image and sum(size >= 16 for size in space.shape) >= 2:
+        takes = "the CNN takes uint8 in three dimensions, two of them 36 or more"
+        lines.append(f"warning: an MLP is not known to learn from pixels; {takes}.")
+    if is_far(actions) and not envs.scale:
+        bounds = f"{actions.low.min():g} to {actions.high.max():g}"
+        lines.append(f"warning: actions from {bounds} are not known to learn unscaled; use --scale-actions on.")
+    return lines
+
+
+def lost_in_float32(observations: np.ndarray) -> list[str]:
+    """A warning if float32 makes most values equal that differ in some component of (rows, *shape)."""
+    ordered = np.sort(observations.reshape(len(observations), -1), axis=0)
+    differ = np.diff(ordered, axis=0) != 0
+    lost = differ & (np.diff(ordered.astype(np.float32), axis=0) == 0)
+    count = int((2 * lost.sum(0) > differ.sum(0)).sum())
+    line = (
+        f"warning: the network sees float32, which makes equal most values of {count} of {ordered.shape[1]} components"
+    )
+    return [f"{line} of the observations; use --norm-obs, which normalises in double precision."] if count else []
+
+
+def check_finite(observations: Tensor, rewards: np.ndarray, final_obs: dict[tuple[int, int], np.ndarray]) -> None:
+    """Raises Failed for the first NaN or infinity; observations and rewards are (steps, num_envs, ...)."""
+    for name, x in (("observation", observations), ("reward", torch.from_numpy(rewards))):
+        if x.is_floating_point() and not x.isfinite().all():
+            step, env = (~x.isfinite()).nonzero()[0, :2].tolist()
+            raise Failed(f"the {name} of environment {env} in step {step} of the rollout is NaN or infinite")
+    for (step, env), x in final_obs.items():
+        if not np.isfinite(x).all():
+            raise Failed(f"the last observation of environment {env} in step {step} of the rollout is NaN or infinite")
+
+
+# ==== acting ====
+def obs_dtype(agent: Agent) -> torch.dtype:
+    """What raw observations are stored as."""
+    return torch.float32
+
+
+def action_noise(agent: Agent, rng: Rng, batch: int) -> Tensor:
+    """What makes actions random: standard normal, (batch, dims)."""
+    dims = math.prod(agent.action_space.shape)
+    return torch.randn((batch, dims), generator=rng.torch, dtype=torch.float32, device=agent.device)
+
+
+def act(agent: Agent, features: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the policy, (batch, dims), from -1 to 1. It is tanh of the mean where the noise is zero."""
+    return squash(*agent.policy(features), noise)[0]
+
+
+def numpy_actor(agent: Agent) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """act(agent, features(obs), noise) in numpy, on the CPU. None on a GPU. Weights are read in place."""
+    if agent.device.type != "cpu":
+        return None
+    layers = [agent.actor.first, agent.actor.second, agent.actor.last]
+    (w1, b1), (w2, b2), (w3, b3) = ((x.weight.detach()[0].numpy(), x.bias.detach()[0].numpy()) for x in layers)
+
+    def actor(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        x = np.maximum(x.reshape(len(x), -1) @ w1 + b1, 0.0)
+        x = np.maximum(x @ w2 + b2, 0.0)
+        mean, log_std = np.split(x @ w3 + b3, 2, axis=1)
+        return np.tanh(mean + np.exp(np.minimum(np.maximum(log_std, LOG_STD[0]), LOG_STD[1])) * noise)
+
+    return actor
+
+
+# ==== playing ====
+class Player:
+    """Plays the environments of a run, and owns what goes on from one iteration to the next."""
+
+    def __init__(self, envs: Environments, args: RunArgs, rng: Rng):
+        self.envs = envs
+        self.args = args
+        self.rng = rng
+        self.obs = envs.reset()
+        self.episodes = Episodes(envs)
+        self.played: list[tuple[np.ndarray, ...]] = []  # actions, rewards and ends of the iteration, step by step
+        self.actor: Callable | None = None
+        self.first = True  # nothing is played yet
+        self.inexact = ""  # why a resumed run is not the one that stopped
+
+    @as_before()
+    @torch.no_grad()
+    def step(self, agent: Agent, replay: Replay) -> None:
+        """One step in every environment, put into the buffer. The first learning_starts steps are uniform."""
+        if self.first:
+            for line in [*understood(agent, self.envs), replay.described()]:
+                say(line)
+            self.actor = numpy_actor(agent)
+            self.first = False
+        obs = self.obs.astype(np.float32)  # a copy, because environments write into theirs
+        noise = action_noise(agent, self.rng, self.envs.num_envs)
+        if replay.count < self.args.learning_starts:
+            uniform = torch.rand(noise.shape, generator=self.rng.torch, device=agent.device)
+            actions = (2 * uniform - 1).cpu().numpy()
+        elif self.actor:
+            actions = self.actor(obs, noise.numpy())
+        else:
+            actions = act(agent, agent.features(torch.from_numpy(obs).to(agent.device)), noise).cpu().numpy()
+        try:
+            step = self.envs.step(to_env(agent.action_space, actions, self.envs.scale))
+        except Failed as error:
+            raise Failed(f"in step {len(self.played)} of the iteration {error}", error.status) from error
+        self.obs, rewards, terminations, _, over, last = step
+        self.check_finite(last, rewards)
+        replay.add(obs, actions, rewards, last, terminations)
+        self.played.append((actions, rewards, over))
+
+    def check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
+        """Raises Failed for the first NaN or infinity of a step."""
+        for name, x in (("observation", observations), ("reward", rewards)):
+            if not np.isfinite(x).all():
+                env = np.argwhere(~np.isfinite(x))[0, 0]
+                where = f"environment {env} in step {len(self.played)} of the iteration"
+                raise Failed(f"the {name} of {where} is NaN or infinite")
+
+    def finished(self) -> list[Episode]:
+        """The episodes that ended in this iteration, which ends here."""
+        columns = [np.stack(column) for column in zip(*self.played)]
+        self.played = []
+        return self.episodes.collect(*columns)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"obs": torch.from_numpy(np.copy(self.obs)), "episodes": self.episodes.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Plays the saved episodes again. Where they are not what they were, begins new ones."""
+        self.obs, self.inexact = self.episodes.load_state_dict(state["episodes"], state["obs"])
+
+
+class Replay:
+    """The newest buffer_size steps, one row of float32 each, in replay.bin of the run directory, which grows with them.
+
+    A checkpoint holds how many rows there were and their checksum. The ring of rows is longer than buffer_size, by what
+    three checkpoints lie apart. So a killed run finds every row that its last two checkpoints could draw.
+    """
+
+    GROWTH = 50_000  # rows that the file grows by
+
+    def __init__(self, agent: Agent, args: RunArgs, total: int, folder: Path):
+        self.args = args
+        self.total = total
+        self.device = agent.device
+        observed, acted = math.prod(agent.observation_space.shape), math.prod(agent.action_space.shape)
+        self.parts = [observed, acted, 1, observed, 1]  # of a row: those of Batch
+        self.width = sum(self.parts)
+        interval = args.checkpoint_interval * args.log_interval or math.ceil(total / 20) + args.log_interval
+        spare = 0 if args.buffer_in_memory else 3 * max(interval, args.num_envs) + args.learning_starts
+        self.length = min(total, args.buffer_size + spare)  # rows of the ring
+        self.count = 0  # rows ever put in
+        self.gone = 0  # the oldest of them, which a resumed run does not have
+        self.folder = folder
+        self.inexact = ""
+        self.rows = np.empty((self.length if args.buffer_in_memory else 0, self.width), np.float32)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "replay.bin"
+
+    def __len__(self) -> int:
+        """Rows that can be drawn."""
+        return min(self.count - self.gone, self.args.buffer_size)
+
+    def described(self) -> str:
+        size = f"{4 * self.width * self.length / 2**20:,.0f} MB"
+        where = "of memory" if self.args.buffer_in_memory else "on the disk, until all is trained"
+        return f"the replay buffer grows to {self.length:,} steps, {size} {where}"
+
+    def add(
+        self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, next_obs: np.ndarray, terminations: np.ndarray
+    ) -> None:
+        """A step of every environment, (num_envs, ...)."""
+        n = len(rewards)
+        columns = [x.reshape(n, -1) for x in (obs, actions, rewards, next_obs, terminations)]
+        end = min(self.count + n, self.length)
+        if end > len(self.rows):
+            self.grow(end)
+        self.rows[np.arange(self.count, self.count + n) % self.length] = np.concatenate(columns, axis=1)
+        self.count += n
+
+    def grow(self, rows: int) -> None:
+        """Makes room on the disk for so many rows or more. Raises OSError where it is full."""
+        rows = min(max(rows, len(self.rows) + self.GROWTH), self.length)
+        with open(self.path, "r+b" if self.count else "wb") as file:
+            file.seek(0, os.SEEK_END)
+            missing = 4 * self.width * rows - file.tell()
+            file.write(bytes(max(missing, 0)))  # not truncate: a full disk would end the process at a later write
+        self.map(rows)
+
+    def map(self, rows: int) -> None:
+        self.rows = np.memmap(self.path, np.float32, "r+", shape=(rows, self.width))
+
+    def sample(self, batch_size: int, rng: Rng) -> Batch:
+        """Rows of the buffer, each as likely as any other, with replacement."""
+        chosen = self.count - len(self) + rng.integers(len(self), batch_size).cpu().numpy()
+        return self.batch(torch.from_numpy(self.rows.take(chosen % self.length, axis=0)).to(self.device))
+
+    def batch(self, rows: Tensor) -> Batch:
+        obs, actions, rewards, next_obs, terminations = rows.split(self.parts, dim=1)
+        return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
+
+    def checksum(self) -> int:
+        """Of the rows that can be drawn, from the oldest to the newest."""
+        first, last = (self.count - len(self)) % self.length, self.count % self.length
+        both = [self.rows[first:last]] if first < last else [self.rows[first:], self.rows[:last]]
+        return zlib.crc32(both[-1], zlib.crc32(both[0])) if len(both) > 1 else zlib.crc32(both[0])
+
+    def state_dict(self) -> dict[str, int]:
+        if self.args.buffer_in_memory or not self.count:
+            return {"count": self.count, "checksum": 0}
+        self.rows.flush()  # to the disk, so that it outlives a power cut like the checkpoint
+        return {"count": self.count, "checksum": self.checksum()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError where the file does not hold the rows of the checkpoint."""
+        self.count = state["count"]
+        if self.args.buffer_in_memory:
+            self.gone = self.count
+            self.inexact = "the replay buffer was in memory, so an empty one is filled first" if self.count else ""
+        elif 0 < self.count < self.total:  # else there is nothing to draw
+            held = self.path.stat().st_size // (4 * self.width) if self.path.exists() else 0
+            if held < min(self.count, self.length):
+                raise ValueError(f"{shown(self.path)} is shorter than it was at the checkpoint")
+            self.map(min(held, self.length))
+            if self.checksum() != state["checksum"]:
+                raise ValueError(f"{shown(self.path)} is not what it was at the checkpoint")
+
+    def discard(self) -> None:
+        """Deletes the file, which only a run that goes on would read."""
+        self.path.unlink(missing_ok=True)
+
+
+def example_batch(agent: Agent, replay: Replay, batch_size: int) -> tuple[Batch, Tensor]:
+    """A batch and noise of the right shapes, to compile something for them."""
+    rows = torch.zeros(batch_size, replay.width, device=agent.device)
+    return replay.batch(rows), torch.zeros(batch_size, math.prod(agent.action_space.shape), device=agent.device)
+
+
+def means(stats: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each statistic over the updates that have it."""
+    names = {name: None for one in stats for name in one}
+    return {name: torch.stack([one[name] for one in stats if name in one]).mean() for name in names}
+
+
+# ==== shared: optimising ====
+def flatten_parameters(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """One vector of which all parameters become views: clipping and a step are then a handful of operations."""
+    parameters = list(parameters)
+    vector = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(vector, parameters)
+    return vector
+
+
+def flat_grad(output: Tensor, parameters: list[nn.Parameter], **options: bool) -> Tensor:
+    """The gradient of a number as one vector."""
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(output, parameters, **options)])
+
+
+def clip_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The gradient, shrunk to max_norm where it is longer, and its norm."""
+    norm = grad.norm()
+    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+class Adam:
+    """Adam (arXiv 1412.6980) on one vector, by the kernel of torch.optim.Adam(fused=True).
+
+    Without the optimizer around it a step takes 8 us instead of 71 us for an MLP, a tenth of a minibatch.
+    """
+
+    def __init__(self, parameters: Tensor, eps: float = 1e-5):
+        self.parameters = parameters
+        self.eps = eps
+        self.m = torch.zeros_like(parameters)
+        self.v = torch.zeros_like(parameters)
+        self.t = torch.zeros((), device=parameters.device)  # steps
+
+    @torch.no_grad()
+    def step(self, grad: Tensor, learning_rate: float) -> None:
+        self.t += 1
+        vectors = ([self.parameters], [grad], [self.m], [self.v], [], [self.t])
+        options = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+        torch._fused_adam_(*vectors, lr=learning_rate, eps=self.eps, **options)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"m": self.m, "v": self.v, "t": self.t}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, x in state.items():
+            getattr(self, name).copy_(x)
+
+
+def compile_for(example: Callable[[], tuple], function: Callable, args: RunArgs, worth_it: bool) -> Callable:
+    """function as one graph for arguments of the shapes of example(), or function itself if args.compile is "off".
+
+    Decides args.compile = "auto". Raises UsageError where "on" was asked for and fails.
+    """
+    asked = args.compile
+    if asked == "auto":
+        args.compile = "on" if worth_it and args.device == "cpu" else "off"
+    if args.compile == "off":
+        return function
+    # Every call has the same shapes, so the checks before each are left out, a seventh of its time. The code object is
+    # copied because what was compiled belongs to it, and another agent in this process must not be given ours.
+    function.__code__ = function.__code__.replace()
+    torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and clipping in one graph
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    with torch.random.fork_rng(devices=[]):  # compiling, or not, must not change the run
+        try:  # now rather than in the first iteration
+            compiled(*example())
+            return compiled
+        except Exception as error:  # no compiler, no headers, ...
+            if asked == "on":
+                reason = one_line(error)[:200]
+                raise UsageError(f"--compile on fails here ({reason}); use --compile off.") from None
+    say("torch cannot compile here (is there a C++ compiler?), so updates take three times as long.")
+    args.compile = "off"
+    return function
+
+
+def mean_of(stats: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each statistic over minibatches."""
+    return {name: torch.stack([one[name] for one in stats]).mean() for name in stats[0]}
+
+
+def value_variances(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """What Run.log makes the explained variance of, 1 - Var[R - V] / Var[R]."""
+    return {"returns_variance": returns.var(correction=0), "residual_variance": (returns - values).var(correction=0)}
+
+
+# ==== shared: run directory ====
+STARTED_IN: list[str] = []  # the current folder when main began, because an environment may go to another
+
+
+def here() -> str:
+    """The folder that relative paths are meant from; "" where it was deleted."""
+    try:
+        return STARTED_IN[-1] if STARTED_IN else os.getcwd()
+    except OSError:
+        return ""
+
+
+def shown(path: Path) -> str:
+    """A path as it would be typed where main began."""
+    return str(path.relative_to(here()) if here() and path.is_relative_to(here()) else path)
+
+
+class Start:
+    """When and where a training began, which has to be known before anything runs that is not ours."""
+
+    def __init__(self) -> None:
+        self.clock = time.perf_counter()
+        self.folder = here()
+
+
+def set_handlers(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Lets handler take SIGINT and SIGTERM. Returns what took them before; in a thread, which gets no signals, {}."""
+    try:
+        return {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        return {}
+
+
+def put_back(handlers: dict[int, Any]) -> None:
+    """Gives signals back to those who took them before."""
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler or signal.SIG_DFL)
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Writes a temporary neighbour, then puts it in the place of path: there is always the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        # What is there is written over and not emptied first, so that a reserved file keeps its place on a full disk.
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+            file.write(content)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json_bytes(content))
+
+
+def run_dir_of(path: Path) -> Path:
+    """The run directory that path is, or that the checkpoint path belongs to."""
+    return path.parent.parent if path.is_file() else path
+
+
+def is_a(kind: Any, value: Any) -> bool:
+    """Whether value is of the type that an annotation says."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(is_a(get_args(kind)[0], one) for one in value)
+    if get_args(kind):  # float | None
+        return any(is_a(one, value) for one in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,)) and value == value  # NaN is not
+
+
+def read_config(path: Path) -> tuple[RunArgs, dict[str, Any]]:
+    """The arguments of a run, and all of its config.json. Raises UsageError, with the reason, where that cannot be."""
+    file = run_dir_of(Path(here(), path)) / "config.json"
+    kinds = get_type_hints(RunArgs, globals())
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        saved = dict(config["args"])
+        wrong = [f"its config.json has an argument {name}" for name in saved if name not in kinds]
+        wrong += [f"its config.json has no argument {name}" for name in kinds if name not in saved]
+        for name, value in saved.items():
+            if not wrong and not is_a(kinds[name], value):
+                kind = kinds[name].__name__ if isinstance(kinds[name], type) else kinds[name]
+                must = f"be of the type {str(kind).removeprefix('typing.')}"
+                raise UsageError(f"{shown(file)} is damaged: {name} is {json.dumps(value)}, but must {must}.")
+        if not wrong:
+            return RunArgs(**saved), config
+        problem = wrong[0]
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "it has no config.json"
+    except OSError as error:
+        problem = f"its config.json cannot be read ({error.strerror})"
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        problem = "its config.json is damaged"
+    except (ValueError, TypeError, KeyError):
+        problem = "its config.json holds no arguments"
+    raise UsageError(f"{path} is no run directory of this script: {problem}.")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary.json of a run directory; {} while there is none, or none that can be read."""
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        return summary if isinstance(summary, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    packages = [name for name in ("torch", "gymnasium", "numpy", "mujoco", "ale_py") if importlib.util.find_spec(name)]
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def text_of(file: str | Path | None) -> str | None:
+    """The checksum of a program's text; None where that is in no file, as in a notebook."""
+    try:
+        return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def file_of_environment(env_id: str) -> str | None:
+    """Where the class of an environment, or the function that makes it, is written."""
+    maker = importlib.import_module("gymnasium").spec(env_id.rpartition(":")[2]).entry_point
+    module = maker.partition(":")[0] if isinstance(maker, str) else getattr(maker, "__module__", None)
+    return getattr(sys.modules.get(module), "__file__", None)
+
+
+def processor() -> str:
+    return str(torch.cpu.get_capabilities().get("cpu_name") or os.uname().machine)
+
+
+# Arguments that have no part in what a run computes, besides those of its evaluations.
+NO_PART = ("exp_name", "runs_dir", "run_name", "checkpoint_interval", "cache_warm_start", *MAY_DIFFER)
+MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "NPY_")  # what their variables begin with
+
+
+def conditions(args: RunArgs) -> dict[str, Any]:
+    """What must be the same for the same bits."""
+    taking_part = {name: x for name, x in vars(args).items() if name not in NO_PART and not name.startswith("eval")}
+    texts = {"script": text_of(SCRIPT)}
+    if "env_id" in taking_part:
+        texts["environment's code"] = text_of(file_of_environment(args.env_id))
+    return {
+        **versions(),
+        **{name: vars(args).get(name) for name in MACHINE},
+        **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        **texts,
+        "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
+    }
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of two conditions is not the same, and what cannot be compared."""
+    names = [name for name in {**was, **now} if name != "arguments"]
+    found = [f"another {name}" for name in names if was.get(name) != now.get(name)]
+    found += [f"no file with the {name}" for name in ("script", "environment's code") if now.get(name, "") is None]
+    one, other = was["arguments"], now["arguments"]
+    changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return found + [f"another {name} ({one.get(name)}, now {other.get(name)})" for name in changed]
+
+
+def git(*command: str) -> str | None:
+    """What git says in the folder of this file; None where there is no git, no repository or no file."""
+    if not shutil.which("git") or not SCRIPT.is_file():
+        return None
+    try:
+        done = subprocess.run(["git", *command], cwd=SCRIPT.resolve().parent, capture_output=True)
+    except OSError:
+        return None
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
+
+
+def folder_of(args: RunArgs) -> Path:
+    """The folder of a new run, from where it is started. Raises UsageError where there can be none of that name."""
+    parts = (vars(args).get("env_id"), args.exp_name, args.seed, time.strftime("%Y%m%d-%H%M%S"))
+    name = args.run_name or "__".join(str(part) for part in parts if part is not None)
+    name = name.replace("/", "-").replace(":", "-")
+    length = len(os.fsencode(name)) if name.isprintable() else 0
+    if not length or name in (".", "..") or not name.strip():
+        raise UsageError(f"{ascii(name)} cannot be the name of a run; choose another --run-name.")
+    if length > 255:
+        raise UsageError(f"the name of the run has {length} bytes; choose a --run-name of at most 255.")
+    if "\0" in args.runs_dir or args.runs_dir.encode(errors="ignore").decode() != args.runs_dir:
+        raise UsageError(f"--runs-dir {ascii(args.runs_dir)} is no text; choose another.")
+    return Path(args.runs_dir, name)
+
+
+def create_run_dir(args: RunArgs, start: str = "") -> Path:
+    """Makes the folder of a new run, never one that exists, and its config.json; or leaves nothing behind."""
+    path = Path(start or here(), folder_of(args))
+    above = [folder for folder in path.parents if not os.path.lexists(folder)]
+    mine = None
+    try:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if args.run_name:
+                way_out = f"choose another --run-name, or go on with --resume {shown(path)}"
+                raise UsageError(f"{shown(path)} exists; {way_out}.") from None
+            path = path.with_name(f"{path.name}-{os.urandom(2).hex()}")  # another run was started in this second
+            path.mkdir()
+        mine = path
+        (path / "checkpoints").mkdir()
+        changes = git("status", "--porcelain")
+        config = {
+            "args": asdict(args),
+            # In a notebook there is none: sys.argv is that of its kernel.
+            "command": [sys.executable, *sys.argv] if hasattr(sys.modules["__main__"], "__file__") else None,
+            "seed": args.seed,
+            "versions": versions(),
+            "script": text_of(SCRIPT),
+            "git_commit": git("rev-parse", "HEAD"),
+            "git_dirty": None if changes is None else bool(changes),
+            "hardware": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
+            "threads": args.num_threads,
+            "wandb_id": os.urandom(4).hex(),
+        }
+        write_json(path / "config.json", config)
+        return path
+    except BaseException as error:
+        if mine:
+            shutil.rmtree(mine, ignore_errors=True)
+        for folder in above:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            way_out = "choose another --runs-dir or --run-name"
+            raise UsageError(f"{shown(path)} cannot be made ({error.strerror}); {way_out}.") from None
+        raise
+
+
+class Lock:
+    """Keeps a run directory to one writer. The kernel releases it when the process dies."""
+
+    held: dict[str, Lock] = {}  # by this process, whose threads are one to the kernel
+
+    def __init__(self, folder: Path):
+        self.folder = os.path.realpath(folder)
+        self.path = folder / "lock"
+        for _ in range(20):  # a second, because an evaluation holds it only while it writes
+            if self.taken():
+                return
+            time.sleep(0.05)
+        raise UsageError(f"{shown(folder)} is in use: another process trains or evaluates it; wait for its end.")
+
+    def taken(self) -> bool:
+        """Takes it where nobody has it. A lock of this kind works over NFS, and no child inherits it."""
+        if self.held.setdefault(self.folder, self) is not self:
+            return False
+        try:
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            del self.held[self.folder]
+            raise UsageError(f"{shown(self.path)} cannot be opened ({error.strerror}).") from None
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.release()
+            return False
+        except OSError:
+            warn(f"The file system of {shown(self.path)} has no locks: nothing keeps another process out of this run.")
+        return True
+
+    def release(self) -> None:
+        os.close(self.file)
+        del self.held[self.folder]
+
+    def lost(self) -> bool:
+        """Whether the run directory is no longer where it was, or another one has its place."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self.file))
+        except OSError:
+            return not self.path.parent.is_dir()
+
+
+class Table:
+    """A csv file of a run. It counts its bytes and sums them up, so that a checkpoint can say what has to be in it."""
+
+    def __init__(self, path: Path, content: bytes = b""):
+        self.file = open(path, "ab")
+        self.file.truncate(len(content))  # what came after the checkpoint will come again
+        self.size = len(content)
+        self.checksum = hashlib.sha256(content)
+
+    def write(self, text: str) -> None:
+        content = text.encode()
+        self.file.write(content)
+        self.size += len(content)
+        self.checksum.update(content)
+
+    def rows(self, rows: Iterable[list[Any]]) -> None:
+        csv.writer(self).writerows(rows)
+
+    def sync(self) -> list[Any]:
+        """Puts all on the disk, so that it outlives a power cut. Returns what a checkpoint says of it."""
+        if not os.path.samestat(os.stat(self.file.name), os.fstat(self.file.fileno())):
+            raise Failed(f"{shown(Path(self.file.name))} was replaced", "failed")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return [self.size, self.checksum.hexdigest()]
+
+
+def read_table(path: Path, size: int, checksum: str) -> bytes:
+    """What a csv file held at a checkpoint. Raises UsageError where it does not begin with that."""
+    try:
+        content = path.read_bytes()[:size]
+        problem = "is not what it was at the checkpoint"
+        if len(content) < size:
+            problem = "is shorter than it was at the checkpoint"
+        if hashlib.sha256(content).hexdigest() == checksum:
+            return content
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    raise UsageError(f"{shown(path)} {problem}; restore it, or start a new run.")
+
+
+class TensorBoard:
+    """A file of TensorBoard, written without the thread of its own writer, which prints a traceback on a full disk."""
+
+    def __init__(self, path: Path, goes_on_from: int | None = None):
+        name = f"events.out.tfevents.{int(time.time()):010}.{os.uname().nodename}.{os.getpid()}.{os.urandom(4).hex()}"
+        self.file = open(path / name, "xb")
+        self.records = RecordWriter(self.file)
+        self.add(0, file_version="brain.Event:2")
+        if goes_on_from is not None:  # what another file has of later steps is not shown
+            self.add(goes_on_from + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, **content: Any) -> None:
+        self.records.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Log:
+    """episodes.csv and progress.csv of a run, and their views in TensorBoard and Weights & Biases.
+
+    A view that fails is given up. `lost` says so, until the run has shown that it can go on.
+    """
+
+    def __init__(self, path: Path, args: RunArgs, state: dict[str, Any] | None, tables: dict[str, bytes]):
+        self.waiting: list[tuple[str, float, int]] = []  # for TensorBoard
+        self.handed_over = 0.0
+        self.first_row: dict[str, Any] = {}  # that of step 0, which does not have all columns
+        self.lost: list[str] = []
+        self.tables = {name: Table(path / f"{name}.csv", tables.get(name, b"")) for name in ("episodes", "progress")}
+        self.columns = next(csv.reader([tables.get("progress", b"").split(b"\n")[0].decode()]))
+        self.tensorboard = self.wandb = None
+        names = [field.name for field in fields(Args) if field.name in vars(args)]  # of the method and the environment
+        swept = {name: vars(args)[name] for name in names}
+        with self.view("tensorboard"):
+            self.tensorboard = TensorBoard(path, state["global_step"] if state else None)
+        if not state:
+            self.tables["episodes"].rows([["global_step", "wall_time", "return", "length"]])
+            self.text("hyperparameters", [("name", "value"), *vars(args).items()], 0)
+            if self.tensorboard:
+                with self.view("tensorboard"):
+                    self.hparams(swept)
+        if args.track:
+            with self.view("wandb"):
+                import wandb
+
+                names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": path.name}
+                identity = json.loads((path / "config.json").read_text(encoding="utf-8"))["wandb_id"]
+                self.wandb = wandb.init(id=identity, resume="allow", config=swept, dir=path, **names)
+
+    @contextlib.contextmanager
+    def view(self, name: str) -> Iterator[None]:
+        """What fails in a view must not end the run, because the files tell the same."""
+        try:
+            yield
+        except Exception as error:
+            setattr(self, name, None)
+            title = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}[name]
+            self.lost.append(
+                f"{title} is given up, and the run goes on without it: {one_line(error)[:300] or type(error).__name__}"
+            )
+
+    def hparams(self, swept: dict[str, Any]) -> None:
+        """The HParams tab. It shows those first that are marked as different, by their names: what is no default."""
+        default = vars(RunArgs(**preset(swept[PRESET]))) | {PRESET: vars(RunArgs())[PRESET]}
+        plain = {name: x if type(x) in (int, float) else str(x) for name, x in swept.items()}
+        experiment, *session = hparams(plain, dict.fromkeys(METRICS, 0.0))
+        content = experiment.value[0].metadata.plugin_data
+        data = HParamsPluginData.FromString(content.content)
+        for info in data.experiment.hparam_infos:
+            info.differs = swept[info.name] != default[info.name]
+        content.content = data.SerializeToString()
+        for summary in (experiment, *session):
+            self.tensorboard.add(0, summary=summary)
+
+    def row(self, step: int, columns: dict[str, Any], values: dict[str, float]) -> None:
+        """A row of progress.csv. The values go to TensorBoard and wandb, too; NaN stands for none."""
+        row = columns | values
+        row = {name: "" if isinstance(x, float) and math.isnan(x) else x for name, x in row.items()}
+        rows = [row]
+        if not step:
+            self.first_row = row
+            rows = []
+        elif not self.columns:
+            self.columns = list(row | self.first_row)
+            head = dict(zip(self.columns, self.columns))
+            rows = [head, self.first_row, row] if self.first_row else [head, row]
+        self.tables["progress"].rows([one.get(name, "") for name in self.columns] for one in rows)
+        for table in self.tables.values():
+            table.file.flush()
+        values = {tag: value for tag, value in values.items() if not math.isnan(value)}
+        self.waiting += [(tag, value, step) for tag, value in values.items()]
+        if time.perf_counter() - self.handed_over > 2.0:
+            self.hand_over()
+        with self.view("wandb"):
+            if self.wandb and (not step or step > self.wandb.step):  # it refuses what a killed run has sent already
+                self.wandb.log(values, step=step)
+
+    def text(self, tag: str, table: list[Any], step: int) -> None:
+        """A table, its head first, as text in TensorBoard."""
+        lines = ["|".join(str(cell) for cell in row) for row in table]
+        lines.insert(1, "|".join("-" for _ in table[0]))
+        if self.tensorboard:
+            with self.view("tensorboard"):
+                self.tensorboard.add(step, summary=text(tag, "".join(f"|{line}|\n" for line in lines)))
+
+    def hand_over(self) -> None:
+        """Gives TensorBoard what is waiting."""
+        if self.tensorboard:
+            with self.view("tensorboard"):
+                for tag, value, step in self.waiting:
+                    self.tensorboard.add(step, summary=scalar(tag, value))
+                self.tensorboard.file.flush()
+        self.waiting = []
+        self.handed_over = time.perf_counter()
+
+    def tell(self) -> None:
+        """Says which views are lost."""
+        for line in self.lost:
+            warn(line)
+        self.lost = []
+
+    def close(self) -> None:
+        self.hand_over()
+        for file in (*(table.file for table in self.tables.values()), getattr(self.tensorboard, "file", None)):
+            with contextlib.suppress(OSError):  # all that counts was put on the disk before
+                if file:
+                    file.close()
+
+    def finish_wandb(self, exit_code: int) -> None:
+        if self.wandb:
+            with self.view("wandb"):
+                self.wandb.finish(exit_code=exit_code)
+
+
+class Progress:
+    """One line that renews itself on a terminal; a line every five seconds elsewhere."""
+
+    def __init__(self) -> None:
+        try:
+            self.terminal = sys.stdout.isatty()
+        except (AttributeError, ValueError):  # it is None or closed, or something of a notebook
+            self.terminal = False
+        self.printed = 0.0
+        self.open = False  # the line may be renewed
+
+    def show(self, line: str, done: int, total: int) -> None:
+        part = min(done / total, 1.0)
+        if time.perf_counter() - self.printed < (0.1 if self.terminal else 5.0) and part < 1:
+            return
+        self.printed = time.perf_counter()
+        self.open = self.terminal and part < 1
+        line = f"{done:>11,} {line}"
+        if self.terminal:
+            bar = f"[{'#' * int(10 * part):.<10}]"
+            width = shutil.get_terminal_size().columns - 1
+            line = f"\r{(bar + line if len(bar + line) <= width else line)[:width]}\x1b[K"
+        say(line, "" if self.open else "\n")
+
+    def end(self) -> None:
+        """What follows is printed on a line of its own."""
+        if self.open:
+            say("")
+        self.open = False
+
+
+class Rng:
+    """A run's own random numbers. The global ones of Python, numpy and torch are anybody's, also an environment's."""
+
+    def __init__(self, seed: int | str, device: str):
+        self.python = random.Random(seed)
+        self.torch = torch.Generator(device).manual_seed(self.python.getrandbits(63))
+
+    def permutation(self, n: int) -> Tensor:
+        """0 to n - 1 in random order."""
+        return torch.randperm(n, generator=self.torch, device=self.torch.device)
+
+    def integers(self, n: int, count: int) -> Tensor:
+        """count numbers from 0 to n - 1."""
+        return torch.randint(n, (count,), generator=self.torch, device=self.torch.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        version, keys, gauss = self.python.getstate()
+        return {"python": [version, list(keys), gauss], "torch": self.torch.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        version, keys, gauss = state["python"]
+        self.python.setstate((version, tuple(keys), gauss))
+        if len(state["torch"]) == len(self.torch.get_state()):  # a GPU's state has another form than a processor's
+            self.torch.set_state(state["torch"])
+
+
+KEPT = ("iteration", "global_step", "last_returns", "best", "notes", "gathered", "episodes")  # in every checkpoint
+
+
+class Run:
+    """What a run is: its directory, iterations, checkpoints, signals, and how it ends.
+
+    Progress is counted in steps, up to total. learner are the parts that a checkpoint saves, by name: tensors, and
+    objects with a state_dict.
+    """
+
+    def __init__(
+        self, args: RunArgs, total: int, started: Start, log_interval: int = 1, unit: str = "steps", **learner
+    ):
+        self.args = args
+        self.total = total
+        self.started = started
+        self.log_interval = log_interval
+        self.unit = unit
+        self.learner = learner
+        self.iteration = 0
+        self.global_step = self.first_step = 0
+        self.last_returns: list[float] = []  # of the last 100 training episodes
+        self.best = -math.inf
+        self.notes: dict[str, Any] = {}  # what else summary.json tells
+        self.earlier_time = 0.0  # seconds of training in earlier sessions
+        self.headline = ""  # what else the progress line tells
+        self.outcome = ""  # what else the last line tells
+        self.gathered: list[dict[str, float]] = []  # values of the iterations since the last row
+        self.episodes: list[list[float]] = []  # return and length of what ended since the last row
+        self.signals: list[int] = []
+        self.leaving = self.complete = False
+        self.process = os.getpid()
+        self.conditions = conditions(args)
+        self.progress = Progress()
+        self.how = ""  # it goes on
+        self.handlers: dict[int, Any] = {}
+        self.lock = self.files = None
+        self.tables: dict[str, bytes] = {}  # what the csv files hold
+        self.start_clock()
+
+    def __enter__(self) -> Run:
+        try:
+            self.begin()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def take_signal(self, signum: int, frame: Any) -> None:
+        """The first one lets the iteration finish, the second lets all that is open close, the third nothing."""
+        self.signals.append(signum)
+        if len(self.signals) > 2:
+            os._exit(128 + signum)
+        if len(self.signals) == 2 and not self.leaving:
+            raise Stopped(signum)
+
+    def begin(self) -> None:
+        """Makes the run directory, or goes on in it. Raises UsageError before anything is changed."""
+        state = None
+        if self.args.resume:
+            self.path = Path(self.started.folder, self.args.resume)
+            self.lock = Lock(self.path)
+            expected = self.state()
+            state = load_checkpoint(self.path, lambda state: self.restore(state, expected))
+            self.handlers = set_handlers(self.take_signal)
+        else:
+            self.handlers = set_handlers(self.take_signal)
+            self.path = create_run_dir(self.args, self.started.folder)
+            self.lock = Lock(self.path)
+        self.first_step = self.global_step
+        self.complete = self.global_step >= self.total and read_summary(self.path).get("status") == "completed"
+        if self.complete:
+            say(f"{shown(self.path)} is complete; there is nothing left to train.")
+            return
+        with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
+            file.write(b" " * 16384)
+        self.files = Log(self.path, self.args, state, self.tables)
+        self.tables = {}
+        compiled = ", compiled" if vars(self.args).get("compile") == "on" else ""
+        say(f"{shown(self.path)} ({self.args.device}, threads: {self.args.num_threads}{compiled})")
+        if state:
+            say(f"goes on from step {self.global_step:,}, {self.how}")
+        self.start_clock()
+        if not state:
+            self.save()
+
+    def start_clock(self) -> None:
+        """Training begins here; what was before is start-up."""
+        self.begun = time.perf_counter()
+        self.startup_time = self.begun - self.started.clock
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, but for the files."""
+        kind, keys, *position = np.random.get_state()
+        return {
+            **{name: part if isinstance(part, Tensor) else part.state_dict() for name, part in self.learner.items()},
+            **{name: getattr(self, name) for name in KEPT},
+            "wall_time": self.wall_time(),
+            "total": self.total,
+            "conditions": self.conditions,
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.args.device == "cuda" else [],
+            "numpy_rng": [kind, keys.tolist(), *position],
+            "python_rng": random.getstate(),
+        }
+
+    def restore(self, state: dict[str, Any], expected: dict[str, Any]) -> None:
+        """Puts back what save has written. Raises ValueError where that has not the form expected.
+
+        Whatever is put back here is put back again by the next checkpoint that is tried.
+        """
+        if problem := misfit(expected | {"conditions": {}, "csv": {"episodes": [], "progress": []}}, state):
+            raise ValueError(problem)
+        self.tables = {name: read_table(self.path / f"{name}.csv", *what) for name, what in state["csv"].items()}
+        for name, part in self.learner.items():
+            if isinstance(part, Tensor):
+                part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):  # it takes in anything
+                for parameter, values in part.state.items():
+                    if any(x.shape not in ((), parameter.shape) for x in values.values()):
+                        raise ValueError(f"{name} has other shapes")
+        for name in KEPT:
+            setattr(self, name, state[name])
+        numbers = [self.last_returns, self.episodes, *(list(values.values()) for values in self.gathered)]
+        for some in numbers:
+            np.array(some, dtype=float)  # raises where they are none
+        self.total = self.total or state["total"]  # it may be known only after the start
+        self.earlier_time = state["wall_time"]
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] and self.args.device == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        np.random.set_state(tuple(state["numpy_rng"]))
+        version, keys, gauss = state["python_rng"]
+        random.setstate((version, tuple(keys), gauss))
+        differs = [part.inexact for part in self.learner.values() if getattr(part, "inexact", "")]
+        differs += differences(state["conditions"], self.conditions)
+        differs += ["a GPU does not repeat itself bit for bit"] if self.args.device == "cuda" else []
+        self.how = f"but not exactly: {', '.join(differs)}" if differs else "exactly as if it had never stopped"
+
+    def iterations(self) -> Iterator[int]:
+        """The numbers of the iterations that are left. After each comes what is due: a row, a checkpoint, the end."""
+        while self.global_step < self.total:
+            self.iteration += 1
+            before = self.global_step
+            yield self.iteration
+            last, stop = self.global_step >= self.total, bool(self.signals)
+            if self.args.checkpoint_interval:
+                due = self.iteration % self.args.checkpoint_interval == 0
+            else:
+                due = 20 * self.global_step // self.total > 20 * before // self.total
+            if last or self.iteration % self.log_interval == 0:
+                self.write_row()
+            if due or last or stop:
+                self.save(best=due or last)
+            if stop and not last:
+                raise Stopped(self.signals[0])
+
+    def part_left(self) -> float:
+        """The part of the budget that is left, from 1 to 0."""
+        return 1 - self.global_step / self.total
+
+    def log(self, steps: int, episodes: list, values: dict[str, Any] | None = None, **groups: dict[str, Any]) -> None:
+        """Takes in an iteration: its steps, episodes (step, return, length, ...), and values by their tags.
+
+        The name of a group comes before the names of its values. Raises Failed for the first that is not finite.
+        """
+        tagged = dict(values or {})
+        for group, members in groups.items():
+            tagged |= {f"{group}/{name}": value for name, value in members.items()}
+        numbers = [torch.as_tensor(value, dtype=torch.float64, device=self.args.device) for value in tagged.values()]
+        self.gathered.append(dict(zip(tagged, torch.stack(numbers).tolist())))  # stacked, to read a GPU once
+        for tag, number in self.gathered[-1].items():
+            if not math.isfinite(number):
+                raise Failed(f"{tag.removeprefix('losses/')} is {number}")
+        if episodes:
+            now = f"{self.wall_time():.3f}"
+            rows = [[self.global_step + step, now, *rest[:2]] for step, *rest in episodes]
+            self.files.tables["episodes"].rows(rows)
+            self.episodes += [row[2:] for row in rows]
+            self.last_returns = (self.last_returns + [row[2] for row in rows])[-100:]
+        self.global_step += steps
+
+    def write_row(self) -> None:
+        """A row of progress.csv, with the means over the iterations since the last one."""
+        means = {tag: float(np.mean([values[tag] for values in self.gathered])) for tag in self.gathered[-1]}
+        if "losses/returns_variance" in means:
+            variance = means.pop("losses/returns_variance")
+            residual = means.pop("losses/residual_variance")
+            means["losses/explained_variance"] = 1 - residual / variance if variance else math.nan
+        returns, lengths = np.mean(self.episodes, 0).tolist() if self.episodes else (math.nan, math.nan)
+        score = math.nan if self.score() is None else self.score()
+        sps = self.sps()
+        charts = {"episodic_return": returns, "episodic_length": lengths, "train_last100": score, "SPS": sps}
+        values = {f"charts/{name}": value for name, value in charts.items()} | means
+        columns = {"global_step": self.global_step, "wall_time": f"{self.wall_time():.3f}", "sps": sps}
+        self.files.row(self.global_step, columns, values)
+        self.gathered = []
+        self.episodes = []
+        line = f"{self.unit} {min(self.global_step / self.total, 1):4.0%}"
+        if self.global_step and sps > 0:
+            seconds = int(max(self.total - self.global_step, 0) / sps)
+            left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+            line += f" {sps:>7,.0f}/s  return {'-' if math.isnan(score) else f'{score:,.1f}':>9}  {left}"
+        self.progress.show(line + self.headline, self.global_step, self.total)
+
+    def score(self) -> float | None:
+        """Mean return of the last 100 training episodes."""
+        return float(np.mean(self.last_returns)) if self.last_returns else None
+
+    def wall_time(self) -> float:
+        """Seconds of training, with earlier sessions, without start-up and compilation."""
+        return self.earlier_time + time.perf_counter() - self.begun
+
+    def sps(self) -> float:
+        """Steps per second of this session, or of those before it where this one had nothing left to train."""
+        steps, seconds = self.global_step - self.first_step, time.perf_counter() - self.begun
+        if self.first_step >= self.total:
+            steps, seconds = self.first_step, self.earlier_time
+        return steps / seconds if steps and seconds > 0 else math.nan
+
+    def save(self, best: bool = True) -> None:
+        """Writes checkpoints/step_*.pt, of which two stay, and best.pt where the last 100 episodes were the best.
+
+        best is false for a checkpoint that a signal forces: it must not change what the run leaves behind.
+        """
+        score = self.score()
+        better = best and score is not None and score > self.best
+        if better:
+            self.best = score
+        if self.lock.lost():
+            raise Failed(f"{shown(self.path)} was moved, replaced or deleted", "failed")
+        self.files.hand_over()
+        state = self.state() | {"csv": {name: table.sync() for name, table in self.files.tables.items()}}
+        buffer, folder = io.BytesIO(), self.path / "checkpoints"
+        torch.save(state, buffer)
+        if better:  # first, because the other one says that it is done
+            write_atomically(folder / "best.pt", buffer.getbuffer())
+        write_atomically(folder / f"step_{self.global_step:012}.pt", buffer.getbuffer())
+        for old in [] if self.args.keep_checkpoints else sorted(folder.glob("step_*.pt"))[:-2]:
+            old.unlink(missing_ok=True)
+        self.files.tell()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Tells how the run has ended, in summary.json first."""
+        self.leaving = True
+        if os.getpid() != self.process:  # a child that an environment has forked must not end the run
+            return
+        try:
+            if self.lock and not self.complete and (self.files or not self.args.resume):
+                self.finish(error)
+        finally:
+            if self.lock:
+                self.lock.release()
+            put_back(self.handlers)
+
+    def finish(self, error: BaseException | None) -> None:
+        """Writes summary.json. Raises Failed for an error, with when it happened and where the run can go on."""
+        self.progress.end()
+        status = error.status if isinstance(error, (Failed, Stopped)) else "failed" if error else "completed"
+        if isinstance(error, KeyboardInterrupt):  # Ctrl-C, where an environment has taken our handler away
+            status = "interrupted"
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        summary = {
+            "status": status,
+            "global_step": self.global_step,
+            "wall_time": self.wall_time(),
+            "sps": 0.0 if math.isnan(self.sps()) else self.sps(),
+            "startup_time": self.startup_time,
+            "train_last100": self.score(),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+            **self.notes,
+        }
+        if evaluations := read_summary(self.path).get("eval"):
+            summary["eval"] = evaluations
+        if self.files:
+            self.files.close()  # first, because an environment may have left no other file descriptors
+        message = ""
+        if status in ("diverged", "failed"):
+            message = summary["error"] = f"iteration {self.iteration}: {self.explain(error)}"
+        problem = self.write_summary(summary)
+        if self.files:
+            self.files.finish_wandb(int(status != "completed"))
+        if message:
+            raise Failed(message, status) from error
+        if self.files:
+            self.files.tell()
+        if problem:
+            warn(f"summary.json of {shown(self.path)} cannot be written ({problem}).")
+        if problem and not error:
+            raise Failed(f"all is trained, but make room and go on with --resume {shown(self.path)}", "failed")
+        say(f"{status} after {self.global_step:,} {self.unit}{self.outcome}: {shown(self.path)}")
+
+    def explain(self, error: BaseException) -> str:
+        """What went wrong, the newest good checkpoint, and the traceback, if there is more to it than the message."""
+        root = error
+        while isinstance(root, Failed) and root.__cause__:
+            root = root.__cause__
+        expected = isinstance(error, (Failed, UsageError, OSError))
+        text = f"{'' if expected else type(error).__name__ + ': '}{one_line(error)[:500]}".rstrip(": ")
+        good = None
+        with contextlib.suppress(OSError):
+            files = sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
+            good = next((file for file in files if not damage_of(file)), None)
+        text += f"; the last good checkpoint is {shown(good) if good else 'none'}"
+        if not isinstance(root, (Failed, UsageError)) and not (root is error and expected):
+            import traceback
+
+            with contextlib.suppress(OSError):
+                lines = "".join(traceback.format_exception(error))
+                (self.path / "error.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
+                text += f", and the traceback is in {shown(self.path / 'error.txt')}"
+        return f"{text}."
+
+    def write_summary(self, summary: dict[str, Any]) -> str:
+        """Returns what prevents it, or "". Where it cannot be done well, on a full disk, it is done somehow."""
+        problem = "the run directory was moved, replaced or deleted" if self.lock.lost() else ""
+        for write in () if problem else (write_atomically, Path.write_bytes):
+            try:
+                write(self.path / "summary.json", json_bytes(summary))
+                return ""
+            except OSError as error:
+                problem = one_line(error)
+        return problem
+
+
+def misfit(mine: Any, theirs: Any, name: str = "it") -> str:
+    """Where theirs, from a checkpoint, has another form than mine; "" if nowhere. What is empty may hold anything."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [*mine.keys() - theirs.keys(), *theirs.keys() - mine.keys()] if mine else []:
+            return f"{name} {'lacks' if key in mine else 'has'} {key}"
+        for key in mine:
+            if problem := misfit(mine[key], theirs[key], f"{name}.{key}".removeprefix("it.")):
+                return problem
+        return ""
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        of_any_length = mine.dtype == theirs.dtype == torch.uint8 and mine.dim() == theirs.dim() == 1  # a random state
+        forms = [f"{tuple(x.shape)} {x.dtype}".replace("torch.", "") for x in (mine, theirs)]
+        return "" if of_any_length or forms[0] == forms[1] else f"{name} is {forms[1]} and not {forms[0]}"
+    numbers = all(isinstance(x, (int, float)) for x in (mine, theirs))
+    return "" if numbers or type(mine) is type(theirs) else f"{name} is a {type(theirs).__name__}"
+
+
+def damage_of(file: Path) -> str:
+    """Why a checkpoint cannot be read, or ""."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            part = archive.testzip()  # torch does not look at the checksums
+            return f"is corrupt ({part} has a wrong checksum)" if part else ""
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except Exception as error:  # damage can surface as almost anything
+        return f"is corrupt ({type(error).__name__})"
+
+
+def load_checkpoint(path: Path, use: Callable[[dict[str, Any]], Any] = bool) -> dict[str, Any]:
+    """The newest checkpoint of a run directory that is good, or the file given; use is called with it.
+
+    One that cannot be read, or that use raises for, is named and the one before it taken; none starts afresh.
+    """
+    path = Path(here(), path)
+    for file in [path] if path.is_file() else sorted((path / "checkpoints").glob("step_*.pt"), reverse=True):
+        problem = damage_of(file)
+        if not problem:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:
+                problem = f"is not a checkpoint ({type(error).__name__})"
+        if not problem:
+            try:
+                use(state)
+                return state
+            except (UsageError, Failed):
+                raise
+            except Exception as error:
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                problem = f"is not a checkpoint of this run ({kind}{one_line(error)[:200]})"
+        if path.is_file():
+            raise UsageError(f"{shown(file)} {problem}.")
+        warn(f"{shown(file)} {problem}, so it is left out.")
+    raise UsageError(f"{shown(path)} has no checkpoint that can be used. If it ended while it started, start it again.")
+
+
+def record_evaluation(path: Path, result: dict[str, Any], values: dict[str, float], step: int) -> None:
+    """Adds an evaluation of a run that has ended to its summary.json, and the values by their tags to TensorBoard.
+
+    That it cannot is said, and is no reason to fail: the result was printed.
+    """
+    folder, lock = run_dir_of(Path(here(), path)), None
+    try:
+        lock = Lock(folder)
+        summary = read_summary(folder)
+        if not summary:
+            raise UsageError("the run has not ended.")
+        before = summary.get("eval")
+        summary["eval"] = (before if isinstance(before, dict) else {}) | result
+        write_json(folder / "summary.json", summary)
+        with contextlib.closing(TensorBoard(folder)) if values else contextlib.nullcontext() as writer:
+            for tag, value in values.items():
+                writer.add(step, summary=scalar(tag, value))
+    except (UsageError, OSError) as error:
+        warn(f"The result is not in summary.json and TensorBoard of {shown(folder)}: {one_line(error)}")
+    finally:
+        if lock:
+            lock.release()
+
+
+# ==== shared: evaluation ====
+class Camera(Environments):
+    """Environments that film the first one. Atari's emulators cannot render, so twins play the same games in colour."""
+
+    def __init__(self, envs: Environments, args: RunArgs, name: str, episodes: int):
+        super().__init__(envs.envs, envs.seed)
+        self.scale = envs.scale
+        self.path = run_dir_of(Path(args.evaluate)) / "videos"
+        self.name = name
+        self.left = self.episodes = episodes  # to film
+        self.frames: list[np.ndarray] = []
+        colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+        self.twins = make_envs(args, self.num_envs, self.seed, **colour) if self.atari else None
+
+    def close(self) -> None:
+        super().close()
+        if self.twins:
+            self.twins.close()
+
+    def reset(self) -> np.ndarray:
+        if self.twins:
+            self.twin_obs = self.twins.reset()
+        return super().reset()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self.left:
+            self.frames.append(self.twin_obs[0, -1].copy() if self.twins else self.envs.picture())
+        if self.twins:
+            self.twin_obs = self.twins.step(actions)[0]
+        outcome = super().step(actions)
+        if outcome[4][0] and self.frames:
+            from moviepy import ImageSequenceClip
+
+            self.left -= 1
+            self.path.mkdir(exist_ok=True)
+            path = self.path / f"{self.name}_episode_{self.episodes - self.left}.mp4"
+            ImageSequenceClip(self.frames, fps=30).write_videofile(str(path), logger=None)
+            self.frames = []
+        return outcome
+
+
+@torch.no_grad()
+def play_episodes(agent: Agent, envs: Environments, shares: list[int], args: RunArgs) -> tuple[list[float], str]:
+    """Plays shares[n] episodes in environment n. Returns their raw returns, and which episode did not end, or ""."""
+    rng, progress = Rng(args.eval_seed, args.device), Progress()
+    actor, dtype = numpy_actor(agent), str(obs_dtype(agent)).removeprefix("torch.")
+    returns: list[list[float]] = [[] for _ in shares]
+    paid, lasted = np.zeros((2, envs.num_envs))  # of the episodes in play
+    still = torch.zeros_like(action_noise(agent, rng, envs.num_envs))
+    steps, endless = 0, ""
+    begun = time.perf_counter()
+    obs = envs.reset()
+    while not endless and any(len(played) < share for played, share in zip(returns, shares)):
+        noise = action_noise(agent, rng, envs.num_envs) if args.eval_stochastic else still
+        x = obs.astype(dtype)
+        if x.dtype.kind == "f" and not np.isfinite(x).all():
+            n = np.argwhere(~np.isfinite(x))[0, 0]
+            raise Failed(f"the observation of environment {n} of {args.env_id} is NaN or infinite")
+        if actor:
+            actions = actor(x, noise.numpy())
+        else:
+            actions = act(agent, agent.features(torch.from_numpy(x).to(agent.device)), noise).cpu().numpy()
+        obs, rewards, _, _, over, _ = envs.step(to_env(agent.action_space, actions, envs.scale))
+        steps += envs.num_envs
+        paid += rewards
+        lasted += 1
+        for n in np.flatnonzero(over):
+            returns[n].append(float(paid[n]))
+            paid[n] = lasted[n] = 0
+        for n in np.flatnonzero(lasted >= args.eval_max_steps):
+            if len(returns[n]) < shares[n] and not endless:
+                where = f"environment {n} of {args.env_id}"
+                endless = f"an episode of {where} did not end within {args.eval_max_steps:,} steps (--eval-max-steps)"
+        if time.perf_counter() - begun > 5:  # a short evaluation shows nothing
+            done = sum(min(len(played), share) for played, share in zip(returns, shares))
+            progress.show(f"of {args.eval_episodes:,} episodes, {steps:,} steps", done, args.eval_episodes)
+    progress.end()
+    return [score for played, share in zip(returns, shares) for score in played[:share]], endless
+
+
+def evaluate(args: RunArgs) -> list[float]:
+    """Plays eval_episodes with the run args.evaluate, its normalisers frozen. Returns the raw returns.
+
+    Where the run has ended, the result goes to its summary.json and, as eval/episodic_return, to TensorBoard. Raises
+    Failed where an episode does not end. Those that did are told, but not recorded, because they are the short ones.
+    """
+    check_args(args)
+    args = replace(args, evaluate=str(Path(here(), args.evaluate)))  # before an environment goes to another folder
+    path, num_envs = Path(args.evaluate), min(args.eval_episodes, 8)
+    # Each environment plays its share of the episodes, because the first ones to end are the shortest.
+    shares = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]
+    rendered = args.capture_video and environment_family(args.env_id) != "atari"
+    with make_envs(args, num_envs, args.eval_seed, **{"render_mode": "rgb_array"} if rendered else {}) as envs:
+        settle(args, envs)
+        agent = make_agent(envs, args)
+        state = load_checkpoint(path, lambda state: agent.load_state_dict(state["agent"]))
+        if args.capture_video:
+            envs = Camera(envs, args, f"iteration_{state['iteration']}", shares[0])
+        with envs:  # the camera has environments of its own to close
+            scores, endless = play_episodes(agent, envs, shares, args)
+    kind = "stochastic" if args.eval_stochastic else "deterministic"
+    result = {name: float(getattr(np, name)(scores)) for name in ("mean", "std", "min", "max") if scores}
+    if scores:
+        say(f"{len(scores)} {kind} episodes: {', '.join(f'{name} {value:,.2f}' for name, value in result.items())}")
+    if endless:
+        ended = f"{len(scores)} of {args.eval_episodes} episodes ended, and nothing is recorded"
+        raise Failed(f"{endless}; {ended}.", "failed")
+    if not np.isfinite(scores).all():
+        raise Failed(f"{args.env_id}: a return is NaN or infinite", "failed")
+    result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
+    record_evaluation(path, {kind: result}, {"eval/episodic_return": result["mean"]}, state["global_step"])
+    return scores
+
+
+# ==== shared: main ====
+def main(argv: list[str] | None = None) -> int:
+    """The command line. The exit status is 0 trained, 1 diverged or crashed, 2 wrong usage, 128 + signal."""
+
+    def leave(signum: int, frame: Any) -> None:
+        raise Stopped(signum)
+
+    for fd in range(3):  # one that was closed would be given to the next file, and foreign code prints into it
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    handlers = set_handlers(leave)
+    STARTED_IN.append(here())
+    try:
+        args = parse_args(argv)
+        try:
+            path = args.evaluate or str(train(args))
+            if args.evaluate or vars(args).get("capture_video"):
+                evaluate(replace(args, evaluate=path))
+        except SystemExit as error:  # of an environment, say
+            raise Failed(f"something has called sys.exit({error.code!r})", "failed") from error
+        return 0
+    except Stopped as stopped:
+        return 128 + stopped.args[0]
+    except KeyboardInterrupt:
+        return 130
+    except (UsageError, Failed, OSError) as error:
+        warn(f"error: {one_line(error)}")
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        STARTED_IN.pop()
+        put_back(handlers)
+
+
+if __name__ == "__main__":
+    status = main()
+    if SCRIPT.is_file():  # a notebook would show the exit as an error
+        sys.exit(status)
