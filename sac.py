@@ -317,15 +317,15 @@ def train(args: RunArgs) -> Path:
             replay.folder = run.path
             for _ in run.iterations():
                 taken = run.global_step
-                stats: list[dict[str, Tensor]] = []
+                losses = Means()
                 for steps in steps_of_iteration(taken, replay, total, args):
                     player.step(agent, replay)
                     if len(replay) >= args.learning_starts:
                         for number in updates_due(steps, args):
                             batch = replay.sample(args.batch_size, rng)
-                            stats.append(update(learner, batch, number, rng, args))
+                            losses.add(update(learner, batch, number, rng, args))
                 charts = {"learning_rate": args.policy_lr}
-                run.log(steps - taken, player.finished(), losses=means(stats), charts=charts)
+                run.log(steps - taken, player.finished(), losses=losses.values(), charts=charts)
             replay.discard()
         return run.path
 
@@ -1446,10 +1446,26 @@ def example_batch(agent: Agent, replay: Replay, batch_size: int) -> tuple[Batch,
     return replay.batch(rows), torch.zeros(batch_size, math.prod(agent.action_space.shape), device=agent.device)
 
 
-def means(stats: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each statistic over the updates that have it."""
-    names = {name: None for one in stats for name in one}
-    return {name: torch.stack([one[name] for one in stats if name in one]).mean() for name in names}
+class Means:
+    """The mean of each statistic over the updates that have it.
+
+    It sums up in place: hundreds of small tensors kept between large ones for a while cost 100 MB of memory.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, stats: dict[str, Tensor]) -> None:
+        for name, value in stats.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
+                self.counts[name] = 0
+            self.sums[name] += value
+            self.counts[name] += 1
+
+    def values(self) -> dict[str, Tensor]:
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
 
 
 # ==== shared: optimising ====
