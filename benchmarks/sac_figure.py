@@ -1,0 +1,157 @@
+"""SAC along its runs: python -m benchmarks.sac_figure RUNS_DIR [--out benchmarks/results/sac]
+
+RUNS_DIR holds run directories of sac.py, and of ppo.py and trpo.py on HalfCheetah to compare with. Those of sac.py were
+made with --keep-checkpoints, and `python -m benchmarks evaluate` has evaluated their checkpoints. A run of sac.py in
+float32 is drawn beside that in bfloat16 of the same seed. Draws
+
+    a panel for each environment: mean return of the evaluations against steps, and the published curve
+    HalfCheetah: running mean return of 20 training episodes of SAC, PPO and TRPO against steps and wall-clock time
+    the same of SAC in bfloat16 and in float32
+
+Writes OUT.png and OUT.csv, which has all points, with env_id, algo, seed, step, wall_time, kind and return.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.figures import PALETTE, new_figure, save_figure
+
+ENVS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
+NAMES = {"sac": "SAC", "sac float32": "SAC, float32", "ppo": "PPO", "trpo": "TRPO"}
+COLORS = dict(zip(NAMES, PALETTE))
+EPISODES = 20  # of a running mean
+EVERY = 10_000  # steps from a point of a training curve to the next
+
+Points = list[dict[str, Any]]
+
+
+def read_table(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+
+
+def read_run(run: Path) -> Points:
+    """Its evaluations, and the running mean return of its training episodes at every EVERY steps."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    args = config["args"]
+    algo = args["exp_name"] + (" float32" if args["exp_name"] == "sac" and args["bf16"] == "off" else "")
+    names = {"env_id": args["env_id"], "algo": algo, "seed": args["seed"]}
+    episodes = read_table(run / "episodes.csv")
+    steps = np.array([row["global_step"] for row in episodes])
+    times, returns = (np.array([row[name] for row in episodes]) for name in ("wall_time", "return"))
+    points = []
+    for row in read_table(run / "evaluations.csv"):
+        past = np.searchsorted(steps, row["step"], "right") - 1
+        time = times[past] if past >= 0 else 0.0
+        points.append(names | {"step": int(row["step"]), "wall_time": time, "kind": "eval", "return": row["mean"]})
+    for step in range(EVERY, int(steps[-1]) + 1, EVERY):
+        past = int(np.searchsorted(steps, step, "right"))
+        if past >= EPISODES:
+            mean = float(returns[past - EPISODES : past].mean())
+            points.append(names | {"step": step, "wall_time": times[past - 1], "kind": "train", "return": mean})
+    return points
+
+
+def curves(points: Points, **chosen: Any) -> Iterator[Points]:
+    """The points of each seed that have these values."""
+    found = [point for point in points if all(point[name] == value for name, value in chosen.items())]
+    for seed in sorted({point["seed"] for point in found}):
+        yield sorted((point for point in found if point["seed"] == seed), key=lambda point: point["step"])
+
+
+def draw_curves(axis: Any, seeds: list[Points], against: str, name: str, color: str, per: float = 1.0) -> None:
+    """A thin line per seed, and the mean over all seeds where all of them have a point."""
+    for curve in seeds:
+        axis.plot(
+            [p[against] / per for p in curve], [p["return"] for p in curve], color=color, alpha=0.3, linewidth=0.8
+        )
+    common = sorted(set.intersection(*({p["step"] for p in curve} for curve in seeds)))
+    both = [[[p[against] / per, p["return"]] for p in curve if p["step"] in common] for curve in seeds]
+    axis.plot(*np.mean(both, 0).T, color=color, linewidth=2, label=f"{name}, {len(seeds)} seeds")
+
+
+def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
+    figure, axes = new_figure(2, 3, 4.2, 3.4)
+    for axis, env_id in zip(axes[0], ENVS):
+        seeds = list(curves(points, env_id=env_id, algo="sac", kind="eval"))
+        if not seeds:
+            continue
+        draw_curves(axis, seeds, "step", "sac.py", COLORS["sac"])
+        last = max(curve[-1]["step"] for curve in seeds)
+        rows = [row for row in published if row["env_id"].split("-")[0] == env_id.split("-")[0]]
+        x, y, spread = (
+            np.array([float(row[name]) for row in rows if float(row["env_steps"]) <= last])
+            for name in ("env_steps", "score", "spread")
+        )
+        axis.plot(x, y, color="black", linestyle="--", label="published (tianshou, -v3, 10 seeds)")
+        axis.fill_between(x, y - spread, y + spread, color="black", alpha=0.1, linewidth=0)
+        axis.set(title=env_id, xlabel="steps", ylabel="evaluated return")
+    for axis, against, per, label in (
+        (axes[1, 0], "step", 1, "steps"),
+        (axes[1, 1], "wall_time", 60, "minutes, one thread"),
+    ):
+        for algo in ("sac", "ppo", "trpo"):
+            if seeds := list(curves(points, env_id=ENVS[0], algo=algo, kind="train")):
+                draw_curves(axis, seeds, against, NAMES[algo], COLORS[algo], per)
+        axis.set(title=f"{ENVS[0]}, in training", xlabel=label, ylabel=f"return, {EPISODES} episodes")
+    rounded = list(curves(points, env_id=ENVS[0], algo="sac float32", kind="train"))
+    if rounded:
+        last, compared = max(curve[-1]["step"] for curve in rounded), {curve[0]["seed"] for curve in rounded}
+        native = [
+            [p for p in curve if p["step"] <= last]
+            for curve in curves(points, env_id=ENVS[0], algo="sac", kind="train")
+            if curve[0]["seed"] in compared
+        ]
+        draw_curves(axes[1, 2], native, "step", "bfloat16", COLORS["sac"])
+        draw_curves(axes[1, 2], rounded, "step", "float32", COLORS["sac float32"])
+        axes[1, 2].set(title=f"{ENVS[0]}, in training", xlabel="steps")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.locator_params(axis="x", nbins=5)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, frameon=False)
+    save_figure(figure, path)
+
+
+def print_table(points: Points) -> None:
+    """Mean and seeds of the evaluations, by environment and step."""
+    for env_id in ENVS:
+        found: dict[int, list[float]] = {}
+        for curve in curves(points, env_id=env_id, algo="sac", kind="eval"):
+            for point in curve:
+                found.setdefault(point["step"], []).append(point["return"])
+        for step, returns in sorted(found.items()):
+            print(f"{env_id} {step:>9,} {np.mean(returns):8,.0f}  ({', '.join(f'{x:,.0f}' for x in returns)})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = Path(__file__).parent
+    parser.add_argument("runs_dir", type=Path)
+    parser.add_argument("--out", type=Path, default=here / "results" / "sac", help="figure and table without endings")
+    asked = parser.parse_args(argv)
+    runs = sorted(path.parent for path in asked.runs_dir.glob("*/config.json"))
+    if not runs:
+        parser.error(f"{asked.runs_dir} holds no run directories")
+    points = [point for run in runs for point in read_run(run)]
+    with open(here / "references" / "sac_curves.csv", newline="", encoding="utf-8") as file:
+        published = list(csv.DictReader(file))
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(points, published, asked.out.with_suffix(".png"))
+    with open(asked.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(points[0]))
+        writer.writeheader()
+        writer.writerows({key: f"{x:.1f}" if isinstance(x, float) else x for key, x in row.items()} for row in points)
+    print_table(points)
+
+
+if __name__ == "__main__":
+    main()
