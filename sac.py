@@ -29,7 +29,7 @@ Q'_1 and Q'_2 follow Q_1 and Q_2 by Polyak averages.
 Departures from the papers:
 - J_alpha has log alpha where eq. 18 has alpha, as in the authors' code.
 - An episode that a time limit cuts did not end there: only a termination keeps y from looking at s'.
-- The first actions are uniform, as in the authors' code, and nothing is learned from before there are learning_starts.
+- The first learning_starts actions are uniform, as in the authors' code. Learning begins after them.
 - Hidden layers may multiply in bfloat16 (--bf16), where the processor does it natively.
 
 The upper half of this file is the method. From the lower half it uses `Player`, which plays environments, `Replay`, the
@@ -1300,6 +1300,7 @@ class Player:
             self.actor = numpy_actor(agent)
             self.first = False
         obs = self.obs.astype(np.float32)  # a copy, because environments write into theirs
+        self.check_finite("observation", obs)
         noise = action_noise(agent, self.rng, self.envs.num_envs)
         if replay.count < self.args.learning_starts:
             uniform = torch.rand(noise.shape, generator=self.rng.torch, device=agent.device)
@@ -1313,17 +1314,16 @@ class Player:
         except Failed as error:
             raise Failed(f"in step {len(self.played)} of the iteration {error}", error.status) from error
         self.obs, rewards, terminations, _, over, last = step
-        self.check_finite(last, rewards)
+        self.check_finite("observation", last)
+        self.check_finite("reward", rewards)
         replay.add(obs, actions, rewards, last, terminations)
         self.played.append((actions, rewards, over))
 
-    def check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
-        """Raises Failed for the first NaN or infinity of a step."""
-        for name, x in (("observation", observations), ("reward", rewards)):
-            if not np.isfinite(x).all():
-                env = np.argwhere(~np.isfinite(x))[0, 0]
-                where = f"environment {env} in step {len(self.played)} of the iteration"
-                raise Failed(f"the {name} of {where} is NaN or infinite")
+    def check_finite(self, name: str, x: np.ndarray) -> None:
+        """Raises Failed for the first NaN or infinity among the observations or rewards (num_envs, ...) of a step."""
+        if not np.isfinite(x).all():
+            where = f"environment {np.argwhere(~np.isfinite(x))[0, 0]} in step {len(self.played)} of the iteration"
+            raise Failed(f"the {name} of {where} is NaN or infinite")
 
     def finished(self) -> list[Episode]:
         """The episodes that ended in this iteration, which ends here."""
