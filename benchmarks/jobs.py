@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
+PEERS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "sb3:sac", "random")
 # flags that run and sweep set themselves
 RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp-name")
 RESTARTS = 3  # of a run whose process was killed from outside

@@ -53,7 +53,7 @@ class Options:
     suite: Annotated[str, tyro.conf.Positional]
     """name of a suite in benchmarks/suites, or a TOML file"""
     algos: Annotated[tuple[str, ...], OF_SUITE] = ()
-    """scripts (ppo, path/to/my_ppo.py), peers (sb3:ppo, sb3:a2c, sb3:trpo, random), variants of the suite"""
+    """scripts (ppo, path/to/my_ppo.py), peers (sb3:ppo, sb3:a2c, sb3:trpo, sb3:sac, random), variants of the suite"""
     env_ids: Annotated[tuple[str, ...], OF_SUITE] = ()
     """environments"""
     seeds: Annotated[int, OF_SUITE] = 0
@@ -137,7 +137,7 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
         eval_episodes=suite.eval_episodes if options.eval_episodes < 0 else options.eval_episodes,
     )
     jobs = jobs_of(suite, threads_of(options, suite), options.total_timesteps)
-    for package, peers in (("stable_baselines3", ("sb3:ppo", "sb3:a2c")), ("sb3_contrib", ("sb3:trpo",))):
+    for package, peers in (("stable_baselines3", ("sb3:ppo", "sb3:a2c", "sb3:sac")), ("sb3_contrib", ("sb3:trpo",))):
         if peer := next((job.command[-1] for job in jobs if job.command[-1] in peers), None):
             require(peer, "peers", package)
     check_flags(options.suite, suite)
