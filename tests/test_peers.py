@@ -326,7 +326,11 @@ def test_sac_resumes_with_its_temperature_and_fills_an_empty_buffer_before_it_le
     from stable_baselines3 import SAC
 
     sizes, train = [], SAC.train
-    watched = lambda model, **options: sizes.append(model.replay_buffer.size() * 2) or train(model, **options)
+
+    def watched(model, **options):
+        sizes.append(model.replay_buffer.size() * 2)
+        train(model, **options)
+
     monkeypatch.setattr(SAC, "train", watched)
     start("sb3:sac", steps=312, name="other", env_id="Pendulum-v1")
     assert sizes == list(range(72, 320, 8))  # after 64 random steps
