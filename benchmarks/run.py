@@ -43,7 +43,18 @@ from benchmarks.jobs import (
     require,
     status_of,
 )
-from benchmarks.suite import Suite, damage_of, jobs_of, options_of, read_suite, script_of, suite_file, tables_of, wrong
+from benchmarks.suite import (
+    Suite,
+    damage_of,
+    jobs_of,
+    left_out,
+    options_of,
+    read_suite,
+    script_of,
+    suite_file,
+    tables_of,
+    wrong,
+)
 
 OF_SUITE = default_is("those of the suite")
 
@@ -82,6 +93,8 @@ class Options:
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     """Runs the suite; 0 when every run is done, 1 when one failed, 128 + signal when it was stopped."""
     suite, runs_dir, jobs = plan(options)
+    for reason in left_out(suite):
+        print(f"left out: {reason}")
     if options.dry_run:
         for job in jobs:
             print(f"{status_of(job, runs_dir):8} {shlex.join(job.start(runs_dir))}")

@@ -179,7 +179,7 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
         run = module.train(replace(args, total_timesteps=total, runs_dir=folder))
         steps = json.loads((run / "summary.json").read_text(encoding="utf-8"))["global_step"]
     player, agent = played.call_args.args[:2]
-    envs, update = player.envs, functools.partial(module.update, *updated.call_args.args)
+    envs = player.envs
     wait = module.torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
 
     def per_second(function: Callable, before: Callable = lambda: None) -> float:
@@ -206,8 +206,12 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
         rates["inference"] = args.num_envs * per_second(lambda: play(player, agent, replay), player.played.clear)
         learner, _, *rest = updated.call_args.args
         steps = 1 / args.updates_per_step
-        update = lambda: module.update(learner, replay.sample(args.batch_size, player.rng), *rest)  # noqa: E731
+
+        def update() -> None:
+            module.update(learner, replay.sample(args.batch_size, player.rng), *rest)
+
     else:
+        update = functools.partial(module.update, *updated.call_args.args)
 
         def act() -> None:
             same = itertools.repeat(still, args.num_steps - 1)
