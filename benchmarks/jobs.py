@@ -39,6 +39,7 @@ RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp
 RESTARTS = 3  # of a run whose process was killed from outside
 MOST = {  # the upper ends of what can be asked for; a seed is a seed of numpy
     "workers": 1000, "threads": 1024, "seeds": 10_000, "trials": 100_000, "pairs": 1000, "eval_episodes": 1_000_000,
+    "episodes": 1_000_000, "every": 10**15, "jobs": 1000,
     "seed": 2**32 - 1, "sampler_seed": 2**32 - 1, "total_timesteps": 10**15, "runs": 100_000,
 }  # fmt: skip
 OWNER = f"{platform.node()} {os.getpid()}"  # the harness that starts a process
