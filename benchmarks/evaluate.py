@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -69,9 +68,8 @@ def evaluate(task: Task) -> tuple[dict[str, Any], str]:
         else:
             script = import_script(task.script, task.script.read_text(encoding="utf-8"))
         script.main(["--evaluate", str(checkpoint), "--eval-episodes", str(task.episodes), "--no-eval-stochastic"])
-        return read_value(run / "summary.json", "eval", "deterministic", kind=dict) or {}, said.getvalue().replace(
-            folder, str(task.run)
-        )
+        result = read_value(run / "summary.json", "eval", "deterministic", kind=dict) or {}
+        return result, said.getvalue().replace(folder, str(task.run))
 
 
 def script_of(run: Path, config: dict[str, Any]) -> Path:
@@ -81,7 +79,7 @@ def script_of(run: Path, config: dict[str, Any]) -> Path:
     command, name = config.get("command"), Path(f"{config['args'].get('exp_name')}.py")
     words = [word for word in command or [] if isinstance(word, str) and word.endswith(".py")][:1]
     for path in (*map(Path, words), *(ROOT / Path(word).name for word in words), ROOT / name):
-        if os.path.isfile(path) and keeps_contract(path):
+        if path.is_file() and keeps_contract(path):
             return path.resolve()
     raise UsageError(f"{run}: the script that has trained it, {words[0] if words else name}, is not there.")
 
@@ -117,13 +115,13 @@ def add_row(task: Task, result: dict[str, Any]) -> None:
     """Puts a result into evaluations.csv, in the order of the steps."""
     row = {"step": task.step} | {name: result[name] for name in COLUMNS[1:]}
     rows = read_rows(task.run) | {(task.step, result["episodes"], result["seed"]): row}
-    temporary = task.run / f".evaluations.csv.{os.getpid()}"
+    temporary = task.run / ".evaluations.csv"
     with open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for key in sorted(rows):
             writer.writerow(rows[key] | dict(zip(("step", "episodes", "seed"), key)))
-    os.replace(temporary, task.run / "evaluations.csv")
+    temporary.replace(task.run / "evaluations.csv")
 
 
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
