@@ -1,4 +1,4 @@
-"""python -m benchmarks run | report | sweep | speed | check; --help after each."""
+"""python -m benchmarks run | report | evaluate | sweep | speed | check; --help after each."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ import tyro
 
 from benchmarks.jobs import UsageError
 
-VERBS = ("run", "report", "sweep", "speed", "check")
+VERBS = ("run", "report", "evaluate", "sweep", "speed", "check")
 
 
 def main(argv: list[str] | None = None) -> int:

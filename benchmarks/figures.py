@@ -19,7 +19,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 # Safe for colour blindness (Okabe and Ito); an algorithm has the same colour in every figure.
-COLORS = dict(zip(ORDER, (*PALETTE[:6], "#94C973", "#888888")))
+COLORS = dict(
+    zip(ORDER, (*PALETTE[:3], "#999933", PALETTE[3], "#882255", *PALETTE[4:6], "#94C973", "#B98A8A", "#888888"))
+)
 OTHERS = ("#000000", "#7A5195", "#8C564B", "#17BECF", "#B22222", "#6B8E23", "#FF7F7F", "#4B4BC3")
 
 

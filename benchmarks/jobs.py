@@ -7,6 +7,7 @@ its end, in processes of its own.
 import contextlib
 import difflib
 import fcntl
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +32,14 @@ from typing import Any, BinaryIO
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
+PEERS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "sb3:sac", "random")
+BOXES_ONLY = ("sac", "sb3:sac")  # scripts and peers for real-valued actions, which have no cell elsewhere
 # flags that run and sweep set themselves
 RESERVED = ("env-id", "seed", "runs-dir", "run-name", "resume", "evaluate", "exp-name")
 RESTARTS = 3  # of a run whose process was killed from outside
 MOST = {  # the upper ends of what can be asked for; a seed is a seed of numpy
     "workers": 1000, "threads": 1024, "seeds": 10_000, "trials": 100_000, "pairs": 1000, "eval_episodes": 1_000_000,
+    "episodes": 1_000_000, "every": 10**15, "jobs": 1000,
     "seed": 2**32 - 1, "sampler_seed": 2**32 - 1, "total_timesteps": 10**15, "runs": 100_000,
 }  # fmt: skip
 OWNER = f"{platform.node()} {os.getpid()}"  # the harness that starts a process
@@ -197,6 +201,25 @@ def check_environment(env_id: str) -> None:
             name, gymnasium.registry, "python -c 'import gymnasium; gymnasium.pprint_registry()' lists all."
         )
         raise UsageError(f"environment {env_id} is not registered in gymnasium; {guess}") from None
+
+
+@functools.cache
+def acts_in_a_box(env_id: str) -> bool:
+    """Whether an environment takes real-valued actions. True where it cannot be made, too, which its run will tell."""
+    import gymnasium
+
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.closing(gymnasium.make(env_id)) as env:
+            return isinstance(env.action_space, gymnasium.spaces.Box)
+    return True
+
+
+def cannot_play(algo: str, env_id: str) -> str:
+    """Why a script or a peer has nothing to do in an environment; "" where it has, or where its run will tell."""
+    if Path(algo).stem not in BOXES_ONLY or acts_in_a_box(env_id):
+        return ""
+    return f"{algo} acts in boxes only, and {env_id} has other actions"
 
 
 def import_module_of(env_id: str, module: str) -> None:

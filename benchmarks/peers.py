@@ -1,8 +1,9 @@
 """Stable-Baselines3 and a random policy beside the scripts: python -m benchmarks.peers ALGO --env-id CartPole-v1
 
-ALGO is sb3:ppo or sb3:a2c (Stable-Baselines3), sb3:trpo (sb3-contrib), or random: uniformly random actions, in training
-and in evaluation. The flags of a run, its directory, budget and exit status are those of ppo.py, but the library does
-not resume exactly. A run ends as the library's do, with the first whole batch that reaches the budget.
+ALGO is sb3:ppo, sb3:a2c or sb3:sac (Stable-Baselines3), sb3:trpo (sb3-contrib), or random: uniformly random actions, in
+training and in evaluation. The flags of a run, its directory, budget and exit status are those of ppo.py, but the
+library does not resume exactly, and SAC begins an empty replay buffer. A run ends as the library's do, with the first
+whole batch that reaches the budget.
 
 --hyperparameters theirs takes the library's defaults but for what is customary with it (THEIRS below). Each is a flag:
 --n-steps 512 --learning-rate lin_3e-4 (falls linearly to zero) --policy-kwargs '{"net_arch": [64]}'
@@ -39,8 +40,9 @@ from ppo import Episode, Failed, Stopped, UsageError, one_line, run_dir_of
 Args = Any  # flags of the run and hyperparameters of ALGO, as an instance of a dataclass
 
 # Where "theirs" departs from the defaults of the library's constructors, which leave the number of environments open:
-# PPO and TRPO are set for one, A2C usually gets eight. On Atari the settings of RL Baselines3 Zoo; TRPO, which it does
-# not have there, takes its default batch of 2,048 from eight games. On MuJoCo observations and rewards are normalised.
+# PPO, TRPO and SAC are set for one, A2C usually gets eight. On Atari the settings of RL Baselines3 Zoo; TRPO, which it
+# does not have there, takes its default batch of 2,048 from eight games. On MuJoCo observations and rewards are
+# normalised, but for SAC, which the Zoo gives more random steps there instead.
 TF_RMSPROP = {"optimizer_class": "RMSpropTFLike", "optimizer_kwargs": {"eps": 1e-5}}
 # fmt: off
 THEIRS: dict[tuple[str, str], dict[str, Any]] = {
@@ -51,10 +53,13 @@ THEIRS: dict[tuple[str, str], dict[str, Any]] = {
     ("sb3:a2c", "atari"): dict(n_envs=16, ent_coef=0.01, vf_coef=0.25, policy_kwargs=TF_RMSPROP),
     ("sb3:trpo", ""): dict(n_envs=1),
     ("sb3:trpo", "atari"): dict(n_envs=8, n_steps=256),
+    ("sb3:sac", ""): dict(n_envs=1),
+    ("sb3:sac", "mujoco"): dict(n_envs=1, learning_starts=10_000, norm_obs=False, norm_reward=False),
 }
 # Parameters of the library's constructors that are no hyperparameters, or are flags of a run.
 NOT_HYPERPARAMETERS = ("self", "policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs",
-                       "stats_window_size", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model")
+                       "stats_window_size", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model",
+                       "replay_buffer_class", "replay_buffer_kwargs", "action_noise")
 
 # "ours": the library's names for our scripts' arguments.
 SAME = {
@@ -63,20 +68,26 @@ SAME = {
     "max_kl": "target_kl", "cg_iters": "cg_max_steps", "cg_damping": "cg_damping",
     "line_search_steps": "line_search_max_iter", "line_search_shrink": "line_search_shrinking_factor",
     "norm_obs": "norm_obs", "norm_reward": "norm_reward", "clip_reward": "clip_reward",
+    "buffer_size": "buffer_size", "learning_starts": "learning_starts", "batch_size": "batch_size", "tau": "tau",
+    "target_network_frequency": "target_update_interval", "policy_lr": "learning_rate",
 }
 # Our arguments that settings_ours puts in other terms, and those that belong to the run.
 CONVERTED = ("learning_rate", "anneal_lr", "num_minibatches", "update_epochs", "vf_coef", "target_kl", "optimizer",
-             "log_std_init", "env_id", "seed", "total_timesteps", "log_interval")
+             "log_std_init", "env_id", "seed", "total_timesteps", "log_interval", "updates_per_step", "q_lr", "alpha",
+             "autotune", "buffer_in_memory")
 # The values at which arguments without a counterpart mean nothing.
-IDLE = dict(objective="clip", kl_beta=1.0, kl_target=0.01, clip_vloss=False, fisher_fraction=1.0, ent_coef=0.0)
+IDLE = dict(objective="clip", kl_beta=1.0, kl_target=0.01, clip_vloss=False, fisher_fraction=1.0, ent_coef=0.0,
+            policy_frequency=1)
 # Our tags for the library's values, and the factor between them: our value error is halved, our entropy is no loss.
 TAGS = {
     "policy_gradient_loss": ("losses/policy_loss", 1.0), "policy_loss": ("losses/policy_loss", 1.0),
     "policy_objective": ("losses/policy_loss", -1.0), "value_loss": ("losses/value_loss", 0.5),
     "entropy_loss": ("losses/entropy", -1.0), "approx_kl": ("losses/approx_kl", 1.0),
     "kl_divergence_loss": ("losses/kl", 1.0), "clip_fraction": ("losses/clipfrac", 1.0),
-    "learning_rate": ("charts/learning_rate", 1.0),
+    "critic_loss": ("losses/qf_loss", 1.0), "actor_loss": ("losses/actor_loss", 1.0), "ent_coef": ("losses/alpha", 1.0),
 }
+LOG_INTERVAL = {"sb3:a2c": 100}  # iterations in a row of progress.csv, as in a2c.py and in the library itself
+ITERATION = {"sb3:sac": 500}  # steps of an iteration, where it is not a batch; as in sac.py
 # Flags that ppo.py has, too. Their defaults are the same, but for a few.
 FLAGS = ("env_id", "total_timesteps", "seed", "exp_name", "runs_dir", "run_name", "resume", "evaluate", "eval_episodes",
          "eval_seed", "eval_stochastic", "eval_max_steps", "checkpoint_interval", "keep_checkpoints", "device",
@@ -121,15 +132,22 @@ def settings_ours(algo: str, flags: list[str]) -> dict[str, Any]:
     try:
         args = script.parse_args(flags)
         script.check_args(args)
-        script.check_batch(args)
+        (script.check_budget if algo == "sb3:sac" else script.check_batch)(args)
     except script.UsageError as error:
         raise UsageError(str(error)) from None
     ours = {field.name: vars(args)[field.name] for field in fields(script.Args)}
     settings = library_defaults(algo) | {"n_envs": 0, "clip_reward": False, "norm_obs": False, "norm_reward": False}
     same = {name: theirs for name, theirs in SAME.items() if name in ours and theirs in settings}
     settings |= {theirs: ours[name] for name, theirs in same.items()}
+    settings |= off_policy(args) if algo == "sb3:sac" else on_policy(algo, args)
+    rest = [name for name in ours if name not in (*same, *CONVERTED) and ours[name] != IDLE.get(name)]
+    return settings | {"total_timesteps": args.total_timesteps, "unmapped": {name: ours[name] for name in rest}}
+
+
+def on_policy(algo: str, args: Any) -> dict[str, Any]:
+    """What settings_ours puts in other terms for PPO, A2C and TRPO."""
+    settings: dict[str, Any] = {"policy_kwargs": {"log_std_init": args.log_std_init}}
     settings["learning_rate"] = f"lin_{args.learning_rate}" if args.anneal_lr else args.learning_rate
-    settings["policy_kwargs"] = {"log_std_init": args.log_std_init}
     if algo == "sb3:a2c":
         settings["use_rms_prop"] = args.optimizer == "rmsprop"
         settings["policy_kwargs"] |= TF_RMSPROP if settings["use_rms_prop"] else {}
@@ -138,10 +156,22 @@ def settings_ours(algo: str, flags: list[str]) -> dict[str, Any]:
         settings["n_epochs" if algo == "sb3:ppo" else "n_critic_updates"] = args.update_epochs
     if algo != "sb3:trpo":
         settings["vf_coef"] = args.vf_coef / 2  # ours weighs half the squared error
-    if ours.get("target_kl"):
+    if vars(args).get("target_kl"):
         settings["target_kl"] = args.target_kl / 1.5  # theirs ends the epochs at 1.5 times its target
-    rest = [name for name in ours if name not in (*same, *CONVERTED) and ours[name] != IDLE.get(name)]
-    return settings | {"total_timesteps": args.total_timesteps, "unmapped": {name: ours[name] for name in rest}}
+    return settings
+
+
+def off_policy(args: Any) -> dict[str, Any]:
+    """What settings_ours puts in other terms for SAC. Raises UsageError for what the library cannot do."""
+    updates = args.updates_per_step * args.num_envs  # the library counts those of a step of all environments
+    if updates != int(updates):
+        would = "--updates-per-step must give a whole number of updates to a step of all environments"
+        raise UsageError(f"sb3:sac makes whole updates, so {would}, not {updates:g}.")
+    if args.q_lr != args.policy_lr:
+        rates = f"--q-lr is {args.q_lr} and --policy-lr {args.policy_lr}"
+        raise UsageError(f"sb3:sac has one step size for both networks, but {rates}; make them equal.")
+    entropy = f"auto_{args.alpha}" if args.autotune else args.alpha
+    return {"policy_kwargs": {}, "gradient_steps": int(updates), "ent_coef": entropy}
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -192,7 +222,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in settings})
     elif algo in PEERS:
         family = ppo.environment_family(asked.env_id)
-        budget = ppo.RunArgs(**ppo.preset(asked.env_id)).total_timesteps
+        script = importlib.import_module("sac" if algo == "sb3:sac" else "ppo")
+        budget = script.RunArgs(**script.preset(asked.env_id)).total_timesteps
         parser.set_defaults(total_timesteps=budget)
         if asked.hyperparameters == "ours" and algo != "random":
             budget = budget if asked.total_timesteps is None else asked.total_timesteps
@@ -247,7 +278,7 @@ def check_args(args: Args) -> None:
     for name in (*numbers, "checkpoint_interval"):
         if must := ppo.bound_broken(name, vars(args)[name]):
             raise UsageError(f"--{name.replace('_', '-')} is {vars(args)[name]}, but must be {must}.")
-    for name in ("n_envs", "n_steps"):
+    for name in ("n_envs", "n_steps", *(["train_freq"] if args.algo == "sb3:sac" else [])):
         number = vars(args).get(name)
         if type(number) is not int or not 0 < number <= 2**16:
             what = f"{shortened(number)}, but must be a whole number from 1 to 65,536"
@@ -356,6 +387,8 @@ class Library:
             "num_timesteps": model.num_timesteps,
             "updates": model._n_updates,
         }
+        if self.temperature is not None:
+            state["temperature"] = self.temperature.detach().clone()
         for name in RUNNING if normaliser else ():
             norm = getattr(normaliser, name)
             state[name] = [torch.as_tensor(np.asarray(x)) for x in (norm.mean, norm.var, norm.count)]
@@ -367,6 +400,8 @@ class Library:
             raise ValueError("it was written by an earlier version of benchmarks/peers.py")
         model.set_parameters(state["parameters"])
         model.num_timesteps, model._n_updates = state["num_timesteps"], state["updates"]
+        if self.temperature is not None:
+            self.temperature.data.copy_(state["temperature"])
         if normaliser:
             for name in RUNNING:
                 norm = getattr(normaliser, name)
@@ -374,6 +409,11 @@ class Library:
             normaliser.training = not self.args.evaluate
         seed = np.random.SeedSequence([self.args.seed, model.num_timesteps]).generate_state(1)[0]
         model.set_random_seed(int(seed // 2))  # another one, or else the run would play its first episodes again
+
+    @property
+    def temperature(self) -> torch.Tensor | None:
+        """The log temperature that SAC learns, which is none of the library's parameters; None where there is none."""
+        return getattr(self.model, "log_ent_coef", None)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -399,12 +439,24 @@ class Library:
         if next(iterations, None) is None:
             return
 
+        every, updates, replays = ITERATION.get(self.args.algo, 0), model._n_updates, hasattr(model, "replay_buffer")
+
         class Recorder(BaseCallback):
-            def _on_rollout_start(self) -> None:
-                if self.n_calls:  # after the update of the last one: only now is that iteration over
-                    self._on_training_end()
+            def _on_training_start(self) -> None:
+                self.begin()
+
+            def begin(self) -> None:
+                """An iteration begins."""
                 self.steps = 0
                 self.episodes: list[Episode] = []
+                self.values: dict[str, list[float]] = {}  # of its updates, by our tags
+
+            def _on_rollout_start(self) -> None:
+                if not self.n_calls:
+                    return
+                self.gather()  # after the update of the last one: only now is that over
+                if self.steps >= every and (model._n_updates > updates or not replays):  # each row has losses
+                    self.log()
 
             def _on_step(self) -> bool:
                 self.steps += model.n_envs
@@ -412,14 +464,39 @@ class Library:
                 return True
 
             def _on_rollout_end(self) -> None:
-                returns, values = model.rollout_buffer.returns, model.rollout_buffer.values
-                self.variances = ppo.value_variances(torch.from_numpy(returns), torch.from_numpy(values))
+                if not replays:
+                    returns, values = model.rollout_buffer.returns, model.rollout_buffer.values
+                    variances = ppo.value_variances(torch.from_numpy(returns), torch.from_numpy(values))
+                    self.add({f"losses/{name}": float(value) for name, value in variances.items()})
 
             def _on_training_end(self) -> None:
-                values = {name.removeprefix("train/"): value for name, value in self.logger.name_to_value.items()}
-                tagged = {tag: values[name] * factor for name, (tag, factor) in TAGS.items() if name in values}
-                run.log(self.steps, self.episodes, tagged, losses=self.variances)
+                self.gather()
+                self.log()
+
+            def gather(self) -> None:
+                """Takes what the library has logged of its last update."""
+                logged = {name.removeprefix("train/"): value for name, value in self.logger.name_to_value.items()}
+                self.add({tag: logged[name] * factor for name, (tag, factor) in TAGS.items() if name in logged})
+
+            def add(self, values: dict[str, float]) -> None:
+                for tag, value in values.items():
+                    self.values.setdefault(tag, []).append(value)
+
+            def log(self) -> None:
+                rate = {"charts/learning_rate": model.lr_schedule(model._current_progress_remaining)}
+                means = {tag: np.mean(values) for tag, values in self.values.items()}
+                run.log(self.steps, self.episodes, means | rate)
                 next(iterations, None)
+                self.begin()
+
+        if replays and run.first_step:  # the buffer is empty: nothing is learned before it is filled as at first
+            train, filled = model.train, run.first_step + self.args.learning_starts
+
+            def train_when_filled(**options: int) -> None:
+                if model.num_timesteps > filled:
+                    train(**options)
+
+            model.train = train_when_filled
 
         model.set_logger(Logger(None, []))
         left = self.args.total_timesteps - run.global_step  # the library adds what is done: schedules keep the budget
@@ -464,7 +541,7 @@ def new_model(args: Args, kind: type, envs: Any) -> Any:
     from stable_baselines3.common.utils import LinearSchedule
 
     def setting(name: str, value: Any) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or name in ("ent_coef", "target_entropy"):
             return value
         if not value.startswith("lin_") or name not in ("learning_rate", "clip_range", "clip_range_vf"):
             raise ValueError(f"{name} is {value}")
@@ -479,12 +556,15 @@ def new_model(args: Args, kind: type, envs: Any) -> Any:
     if "activation_fn" in policy:
         policy["activation_fn"] = getattr(torch.nn, policy["activation_fn"])
     settings = {name: setting(name, vars(args)[name]) for name in library_defaults(args.algo)}
-    if args.evaluate:  # with another number of environments; a whole number of batches all the same
+    if args.evaluate and "buffer_size" in settings:  # nothing comes into it
+        settings["buffer_size"] = 1000
+    elif args.evaluate:  # with another number of environments; a whole number of batches all the same
         settings["n_steps"] *= args.n_envs
     args.policy = "CnnPolicy" if is_image_space(envs.observation_space) else "MlpPolicy"
     model = kind(args.policy, envs, policy_kwargs=policy, seed=args.seed, device=args.device, **settings)
     chosen, names = model.policy, ("activation_fn", "optimizer_class", "features_extractor_class")
-    args.policy_kwargs = {name: getattr(chosen, name) for name in ("net_arch", "ortho_init", "log_std_init")}
+    named = [name for name in ("net_arch", "ortho_init", "log_std_init") if hasattr(chosen, name)]
+    args.policy_kwargs = {name: getattr(chosen, name) for name in named}
     args.policy_kwargs |= {name: getattr(chosen, name).__name__ for name in names}
     args.policy_kwargs["optimizer_kwargs"] = chosen.optimizer_kwargs
     if args.norm_obs or args.norm_reward:
@@ -593,11 +673,10 @@ def train(args: Args) -> Path:
     """
     started = ppo.Start()
     check_args(args)
-    batch = args.n_envs * args.n_steps
+    batch = args.n_envs * (args.train_freq if args.algo == "sb3:sac" else args.n_steps)
     total = math.ceil(args.total_timesteps / batch) * batch
-    log_interval = 100 if args.algo == "sb3:a2c" else 1  # as a2c.py and as the library itself
     with closing(make_player(args, args.n_envs)) as player:
-        with ppo.Run(args, total, started, log_interval, player=player) as run, failing(player):
+        with ppo.Run(args, total, started, LOG_INTERVAL.get(args.algo, 1), player=player) as run, failing(player):
             if not args.resume:
                 config = read_json(run.path / "config.json")
                 config["versions"] |= {package: importlib.metadata.version(package) for package in player.packages}

@@ -17,6 +17,7 @@ from benchmarks.jobs import (
     ROOT,
     Job,
     UsageError,
+    cannot_play,
     check_environment,
     check_range,
     command_of,
@@ -138,6 +139,8 @@ def make_plan(options: Options) -> Plan:
     options = replace(options, env_ids=tuple(dict.fromkeys(options.env_ids)))
     for env_id in options.env_ids:
         check_environment(env_id)
+        if reason := cannot_play(options.script, env_id):
+            raise UsageError(f"{reason}.")
     command, path = command_of(options.script)
     space = read_space(options.space or Path(options.script).stem)
     if options.total_timesteps:

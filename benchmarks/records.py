@@ -27,9 +27,11 @@ from benchmarks.suite import NOTE_KEYS, damage_of, damage_of_cell
 SECONDARY = (  # arguments that do not make another algorithm of a script
     *("env_id", "exp_name", "seed", "runs_dir", "run_name", "resume", "checkpoint_interval", "keep_checkpoints"),
     *("capture_video", "evaluate", "eval_episodes", "eval_seed", "eval_stochastic"),
-    *("track", "wandb_project_name", "wandb_entity", "device", "num_threads", "compile", "bf16"),
+    *("track", "wandb_project_name", "wandb_entity", "device", "num_threads", "compile", "bf16", "buffer_in_memory"),
 )
-ORDER = ("ppo", "trpo", "a2c", "reinforce", "sb3:ppo", "sb3:trpo", "sb3:a2c", "random")  # in tables and figures
+ORDER = (  # in tables and figures
+    *("ppo", "trpo", "a2c", "a3c", "reinforce", "sac", "sb3:ppo", "sb3:trpo", "sb3:a2c", "sb3:sac", "random"),
+)
 MEASURES = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic", "sps", "wall_time")
 STORED = ", stored"  # ends the name of an algorithm of which there are newer runs, too
 ORIGIN = ("commit", "versions", "hardware", "threads")

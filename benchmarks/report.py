@@ -349,7 +349,7 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
     """(algorithm -> scores (seeds,) per environment, environments, what is left out and why), on the fixed 0-1 scale.
 
     All algorithms are judged by the same environments, those that every algorithm has. An algorithm that lacks more
-    than half of the environments is left out instead.
+    than half of the environments, or half of those that another has, is left out instead: SAC cannot play them all.
     """
     have, notes = normalised_cells(cells, measure)
     for algo in dict.fromkeys(algo for _, algo in cells):
@@ -357,8 +357,9 @@ def normalised(cells: dict, measure: str) -> tuple[dict[str, list[np.ndarray]], 
             what = "has no score that counts in any of these environments and is in no aggregate."
             notes.append(f"{literal(algo)} {what}")
     everywhere = sorted({env_id for per_env in have.values() for env_id in per_env})
+    one_has_all = any(len(per_env) == len(everywhere) for per_env in have.values())
     for algo in list(have):
-        if 2 * len(have[algo]) < len(everywhere):
+        if 2 * len(have[algo]) < len(everywhere) + one_has_all:
             what = f"has {len(have[algo])} of {len(everywhere)} environments and is in no aggregate."
             notes.append(f"{literal(algo)} {what}")
             del have[algo]

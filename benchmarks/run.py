@@ -43,7 +43,18 @@ from benchmarks.jobs import (
     require,
     status_of,
 )
-from benchmarks.suite import Suite, damage_of, jobs_of, options_of, read_suite, script_of, suite_file, tables_of, wrong
+from benchmarks.suite import (
+    Suite,
+    damage_of,
+    jobs_of,
+    left_out,
+    options_of,
+    read_suite,
+    script_of,
+    suite_file,
+    tables_of,
+    wrong,
+)
 
 OF_SUITE = default_is("those of the suite")
 
@@ -53,7 +64,7 @@ class Options:
     suite: Annotated[str, tyro.conf.Positional]
     """name of a suite in benchmarks/suites, or a TOML file"""
     algos: Annotated[tuple[str, ...], OF_SUITE] = ()
-    """scripts (ppo, path/to/my_ppo.py), peers (sb3:ppo, sb3:a2c, sb3:trpo, random), variants of the suite"""
+    """scripts (ppo, path/to/my_ppo.py), peers (sb3:ppo, sb3:a2c, sb3:trpo, sb3:sac, random), variants of the suite"""
     env_ids: Annotated[tuple[str, ...], OF_SUITE] = ()
     """environments"""
     seeds: Annotated[int, OF_SUITE] = 0
@@ -82,6 +93,8 @@ class Options:
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
     """Runs the suite; 0 when every run is done, 1 when one failed, 128 + signal when it was stopped."""
     suite, runs_dir, jobs = plan(options)
+    for reason in left_out(suite):
+        print(f"left out: {reason}")
     if options.dry_run:
         for job in jobs:
             print(f"{status_of(job, runs_dir):8} {shlex.join(job.start(runs_dir))}")
@@ -137,7 +150,7 @@ def plan(options: Options) -> tuple[Suite, Path, list[Job]]:
         eval_episodes=suite.eval_episodes if options.eval_episodes < 0 else options.eval_episodes,
     )
     jobs = jobs_of(suite, threads_of(options, suite), options.total_timesteps)
-    for package, peers in (("stable_baselines3", ("sb3:ppo", "sb3:a2c")), ("sb3_contrib", ("sb3:trpo",))):
+    for package, peers in (("stable_baselines3", ("sb3:ppo", "sb3:a2c", "sb3:sac")), ("sb3_contrib", ("sb3:trpo",))):
         if peer := next((job.command[-1] for job in jobs if job.command[-1] in peers), None):
             require(peer, "peers", package)
     check_flags(options.suite, suite)

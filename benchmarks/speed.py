@@ -1,12 +1,13 @@
 """Times the scripts against Stable-Baselines3 (sb3-contrib for TRPO) on this machine, each as a process of its own.
 
 The two sides take turns, because a machine's speed drifts. Steps per second leave start-up out on both sides: ours are
-in summary.json, theirs are measured from the end of a first learn() of one batch. Two rows have no peer: "process" is
-the time of the README's first command, "environment" the part of its wall time that reinforce.py spends inside the
-environments.
+in summary.json, theirs are measured from the end of a first learn() of one batch. SAC's steps before its first update
+count on neither side. Two rows have no peer: "process" is the time of the README's first command, "environment" the
+part of its wall time that reinforce.py spends inside the environments.
 """
 
 import contextlib
+import csv
 import functools
 import importlib.metadata
 import itertools
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     make: str  # their environment
     their_steps: int
     threads: int = 1
+    random: int = 0  # steps before the first update, which count on neither side
 
     def command(self, device: str) -> list[str]:
         return [*self.ours.split(), "--device", device, "--num-threads", str(threads_of(self))]
@@ -77,13 +79,18 @@ ROWS = {
         "trpo.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --cg-iters 15 --cg-damping 0.1 --max-kl 0.01"
         " --num-minibatches 16 --update-epochs 10 --line-search-steps 10 --compile on",
         40_960, "sb3_contrib TRPO n_steps=2048, batch_size=128, n_critic_updates=10, cg_max_steps=15", CHEETAH, 12_288),
+    "sac-cheetah": Row("SAC, HalfCheetah-v5, 1 env, one update of 256 per step, 256-256 networks",
+        "sac.py --env-id HalfCheetah-v5 --num-envs 1 --learning-starts 500 --batch-size 256 --buffer-size 1000000"
+        " --tau 0.005 --policy-lr 3e-4 --q-lr 3e-4 --compile on",
+        6_000, "stable_baselines3 SAC learning_starts=500, batch_size=256, buffer_size=1_000_000, tau=0.005,"
+        " learning_rate=3e-4", "make_vec_env('HalfCheetah-v5', 1)", 2_000, random=500),
 }
 # fmt: on
 ALONE = {  # rows without a peer, each a function below: what it measures, and the unit
     "process": ("whole process, python ppo.py --env-id CartPole-v1", "s"),
     "environment": ("part of reinforce.py's wall time inside the environments, CartPole-v1", ""),
 }
-SCRIPTS = ("ppo", "a2c", "trpo", "reinforce")
+SCRIPTS = ("ppo", "a2c", "trpo", "reinforce", "sac")
 NEEDED = ("stable_baselines3", "sb3_contrib", "cv2", "matplotlib")
 NAMES = ", ".join([*SCRIPTS, *ROWS, *ALONE])
 HELP = f"rows, or scripts, which stand for all their rows, of {NAMES} (none: all)"
@@ -97,11 +104,12 @@ from {module} import {name}
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 model = {name}("{policy}", {make}, device="{device}", {arguments})
-model.learn(1)
+model.learn({first})
+before = model.num_timesteps
 wait = torch.cuda.synchronize if "{device}" == "cuda" else lambda: None
 begun = wait() or time.perf_counter()
-model.learn({steps})
-sps = model.num_timesteps / (wait() or time.perf_counter() - begun)
+model.learn({steps}, reset_num_timesteps=False)
+sps = (model.num_timesteps - before) / (wait() or time.perf_counter() - begun)
 print(json.dumps(dict(sps=sps, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
 """
 
@@ -125,8 +133,18 @@ def run_ours(row: Row, device: str) -> dict[str, float]:
         script, *flags = row.command(device)
         flags += ["--total-timesteps", str(row.our_steps), "--runs-dir", folder, "--run-name", "run"]
         last_line([sys.executable, str(ROOT / script), *flags, "--checkpoint-interval", "1000000"])
-        summary = json.loads((Path(folder) / "run" / "summary.json").read_text(encoding="utf-8"))
-    return {"sps": summary["sps"], "startup": summary["startup_time"], "memory": summary["peak_memory_mb"]}
+        run = Path(folder) / "run"
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        sps = rate_after_the_first_row(run) if row.random else summary["sps"]
+    return {"sps": sps, "startup": summary["startup_time"], "memory": summary["peak_memory_mb"]}
+
+
+def rate_after_the_first_row(run: Path) -> float:
+    """Steps per second from the first row of progress.csv on, in which the random steps are, to the last."""
+    with open(run / "progress.csv", newline="", encoding="utf-8") as file:
+        rows = [(int(row["global_step"]), float(row["wall_time"])) for row in csv.DictReader(file)]
+    (first, begun), (last, ended) = rows[0], rows[-1]
+    return (last - first) / (ended - begun)
 
 
 def run_theirs(row: Row, device: str) -> dict[str, float]:
@@ -134,7 +152,8 @@ def run_theirs(row: Row, device: str) -> dict[str, float]:
     module, name, *arguments = row.theirs.split(maxsplit=2)
     policy, arguments = "CnnPolicy" if "atari" in row.make else "MlpPolicy", "".join(arguments)
     options = dict(module=module, name=name, policy=policy, arguments=arguments, make=row.make, device=device)
-    code = THEIRS.format(**options, steps=row.their_steps, threads=threads_of(row))
+    first = row.random + 1  # with a first update, which is slower than the others
+    code = THEIRS.format(**options, first=first, steps=row.their_steps, threads=threads_of(row))
     return json.loads(last_line([sys.executable, "-c", code]))
 
 
@@ -142,21 +161,25 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
     """Steps per second of a script's environments, inference and update alone, and of the three in a row ("serial").
 
     One iteration of the script's own `train` makes all that is timed: its environments, with random actions; its
-    player's `play` up to the last action, in environments that stand still; and `update`, on one batch and from the
-    same weights each time. Give --compile on or off, because one iteration is too short for "auto".
+    player, in environments that stand still; and `update`, on one batch and from the same weights each time. A player
+    plays up to the last action; that of SAC, a step into the buffer. SAC's update draws its batch from a full buffer.
+    Give --compile on or off, because one iteration is too short for "auto".
     """
     module = importlib.import_module(Path(script).stem)
-    args, play = module.parse_args([*flags]), module.Player.play
+    args, replays = module.parse_args([*flags]), hasattr(module, "Replay")
+    total = args.learning_starts + args.num_envs if replays else args.num_envs * args.num_steps
+    plays = "step" if replays else "play"
+    play = getattr(module.Player, plays)
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(module.Player, "play", autospec=True, side_effect=play) as played,
+        patch.object(module.Player, plays, autospec=True, side_effect=play) as played,
         patch.object(module, "update", wraps=module.update) as updated,
         patch.object(module.Environments, "close", lambda envs: None, create=True),  # they are timed below
     ):
-        run = module.train(replace(args, total_timesteps=args.num_envs * args.num_steps, runs_dir=folder))
+        run = module.train(replace(args, total_timesteps=total, runs_dir=folder))
         steps = json.loads((run / "summary.json").read_text(encoding="utf-8"))["global_step"]
-    player, agent = played.call_args.args
-    envs, update = player.envs, functools.partial(module.update, *updated.call_args.args)
+    player, agent = played.call_args.args[:2]
+    envs = player.envs
     wait = module.torch.cuda.synchronize if agent.device.type == "cuda" else lambda: None
 
     def per_second(function: Callable, before: Callable = lambda: None) -> float:
@@ -173,20 +196,42 @@ def ceilings(script: str, *flags: str, seconds: float = 2.0) -> dict[str, float]
     actions = itertools.cycle([space.sample() for _ in range(100)])
     obs = envs.reset()
     rates = {"environment": args.num_envs * per_second(lambda: envs.step(next(actions)))}
-
-    def act() -> None:
-        same = itertools.repeat((obs, zeros, never, never, never, obs), args.num_steps - 1)
-        envs.step = lambda actions: next(same)
-        with contextlib.suppress(StopIteration):
-            play(player, agent)
-
     zeros, never = module.np.zeros(args.num_envs), module.np.zeros(args.num_envs, dtype=bool)
+    still = (obs, zeros, never, never, never, obs)
     envs.reset = lambda: obs
-    rates["inference"] = args.num_envs * args.num_steps * per_second(act)
+    if replays:
+        replay = played.call_args.args[2]
+        fill(replay, args.buffer_size)
+        envs.step = lambda actions: still
+        rates["inference"] = args.num_envs * per_second(lambda: play(player, agent, replay), player.played.clear)
+        learner, _, *rest = updated.call_args.args
+        steps = 1 / args.updates_per_step
+
+        def update() -> None:
+            module.update(learner, replay.sample(args.batch_size, player.rng), *rest)
+
+    else:
+        update = functools.partial(module.update, *updated.call_args.args)
+
+        def act() -> None:
+            same = itertools.repeat(still, args.num_steps - 1)
+            envs.step = lambda actions: next(same)
+            with contextlib.suppress(StopIteration):
+                play(player, agent)
+
+        rates["inference"] = args.num_envs * args.num_steps * per_second(act)
     weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
     rates["update"] = steps * per_second(update, before=lambda: agent.load_state_dict(weights))
     envs.envs.close()
     return rates | {"serial": 1 / sum(1 / rate for rate in rates.values())}
+
+
+def fill(replay: Any, rows: int) -> None:
+    """Fills a replay buffer of SAC to its brim, in memory, with what it has over and over."""
+    import numpy as np
+
+    replay.rows = np.resize(replay.rows[: replay.count], (rows, replay.width))
+    replay.length = replay.count = rows
 
 
 def environment() -> float:

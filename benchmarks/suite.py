@@ -17,6 +17,7 @@ from benchmarks.jobs import (
     Job,
     UsageError,
     as_flags,
+    cannot_play,
     check_environment,
     command_of,
     dashed,
@@ -304,6 +305,8 @@ def options_of(suite: Suite, env_id: str, algo: str) -> dict[str, Any]:
 def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Job]:
     """The matrix of a suite, seed by seed, so that every cell has a first result early.
 
+    A cell whose script cannot play its environment is none.
+
     threads is --num-threads of Atari runs; other runs keep the script's default, one thread. total_timesteps wins over
     all budgets of the suite. Raises UsageError for what is neither script nor peer nor variant, for two scripts of one
     name and for environments that are not registered.
@@ -318,6 +321,8 @@ def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Jo
     for seed in seeds:
         for env_id in suite.envs:
             for algo in suite.algos:
+                if cannot_play(script_of(suite, algo), env_id):
+                    continue
                 job = job_of(suite, env_id, algo, seed, threads, total_timesteps)
                 if columns.setdefault(job.algo, job.command) != job.command:
                     both = f"{columns[job.algo][-1]} and {job.command[-1]}"
@@ -326,7 +331,15 @@ def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Jo
                     shorter = f"is {length} bytes long, and {LONGEST_NAME} is the most: choose shorter names"
                     raise UsageError(f"the name of the run directory, {job.name[:60]}..., {shorter}.")
                 jobs[job.name] = job
+    if not jobs:
+        raise UsageError(f"{left_out(suite)[0]}.")
     return list(jobs.values())
+
+
+def left_out(suite: Suite) -> list[str]:
+    """Why cells of the matrix are left out, a line for each environment and algorithm."""
+    cells = [(script_of(suite, algo), env_id) for env_id in suite.envs for algo in suite.algos]
+    return [reason for cell in dict.fromkeys(cells) if (reason := cannot_play(*cell))]
 
 
 def job_of(suite: Suite, env_id: str, algo: str, seed: int, threads: int, total_timesteps: int) -> Job:

@@ -24,20 +24,26 @@ from benchmarks.arguments import arguments_of
 from benchmarks.jobs import ROOT, has_checkpoint
 from ppo import UsageError
 
-ALGOS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "random")
+ALGOS = ("sb3:ppo", "sb3:a2c", "sb3:trpo", "sb3:sac", "random")
 SMALL = {  # two environments; an iteration is 64 steps, for A2C 10
     "sb3:ppo": "--n-envs 2 --n-steps 32 --batch-size 32 --n-epochs 2",
     "sb3:a2c": "--n-envs 2",
     "sb3:trpo": "--n-envs 2 --n-steps 32 --batch-size 32 --n-critic-updates 2",
+    "sb3:sac": "--n-envs 2 --learning-starts 64 --batch-size 16 --train-freq 4",
     "random": "--n-envs 2 --n-steps 32",
+}
+BOXES = {  # what SAC plays instead of an environment with discrete actions
+    "CartPole-v1": "InvertedPendulum-v5",
+    "Rising-v0": "RisingBox-v0",
+    "Risingraise-v0": "RisingraiseBox-v0",
 }
 
 
 class Rising(gym.Env):
     """Episodes of 5 steps, the k-th of an environment's life with a return of 10 k; later, what `bad` says."""
 
-    def __init__(self, bad=""):
-        self.observation_space, self.action_space = spaces.Box(-1, 1, (3,)), spaces.Discrete(2)
+    def __init__(self, bad="", actions=None):
+        self.observation_space, self.action_space = spaces.Box(-1, 1, (3,)), actions or spaces.Discrete(2)
         self.bad, self.episode = bad, 0
 
     def reset(self, seed=None, options=None):
@@ -102,8 +108,9 @@ class Opened(gym.Env):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """An empty folder, the current one of the test, and Rising and Coin among the environments."""
+    """An empty folder, the current one of the test, Rising and Coin among the environments, short iterations of SAC."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(peers.ITERATION, "sb3:sac", 100)
     Opened.made, Opened.open[:] = 0, []
     for bad in ("", "raise", "exit", "third", "close"):
         gym.register(f"Opened{bad}-v0", Opened, kwargs=dict(bad=bad))
@@ -111,15 +118,17 @@ def here(tmp_path, monkeypatch):
     gym.register("Coin-v0", Coin)
     for bad in ("", "nan", "raise"):
         gym.register(f"Rising{bad}-v0", Rising, kwargs=dict(bad=bad))
+        gym.register(f"Rising{bad}Box-v0", Rising, kwargs=dict(bad=bad, actions=spaces.Box(-1, 1, (2,))))
     yield tmp_path
     for name in ("Coin", "Endless", *(f"Opened{bad}" for bad in ("", "raise", "exit", "third", "close"))):
         del gym.registry[f"{name}-v0"]
     for bad in ("", "nan", "raise"):
-        del gym.registry[f"Rising{bad}-v0"]
+        del gym.registry[f"Rising{bad}-v0"], gym.registry[f"Rising{bad}Box-v0"]
 
 
 def start(algo, *flags, steps=640, name="run", env_id="Rising-v0"):
     """Trains a small run in this process; returns the exit status and the run directory."""
+    env_id = BOXES.get(env_id, env_id) if algo == "sb3:sac" else env_id
     where = ["--env-id", env_id, "--total-timesteps", str(steps), "--run-name", name, "--checkpoint-interval", "2"]
     return peers.main([algo, *SMALL[algo].split(), *where, *flags]), Path("runs") / name
 
@@ -172,7 +181,7 @@ def test_the_run_directory_is_that_of_a_script(algo, ours):
     theirs, config = read(run, "config"), read(ours, "config")
     assert set(theirs) == set(config)
     assert {key: theirs["args"][key] for key in ("env_id", "exp_name", "seed", "total_timesteps", "num_threads")} == {
-        "env_id": "CartPole-v1",
+        "env_id": "CartPole-v1" if algo != "sb3:sac" else BOXES["CartPole-v1"],
         "exp_name": algo,
         "seed": 1,
         "total_timesteps": 640,
@@ -187,7 +196,8 @@ def test_the_run_directory_is_that_of_a_script(algo, ours):
     assert progress[-1]["global_step"] == "640"
     scalars = set(EventAccumulator(str(run)).Reload().Tags()["scalars"])
     assert scalars == {*progress[0], "eval/episodic_return"} - {"global_step", "wall_time", "sps"}
-    expected = {"policy_loss", "value_loss", "explained_variance"} if algo != "random" else set()
+    expected = {"policy_loss", "value_loss", "explained_variance"} if algo not in ("random", "sb3:sac") else set()
+    expected |= {"qf_loss", "actor_loss", "alpha"} if algo == "sb3:sac" else set()
     expected |= {"entropy"} if algo in ("sb3:ppo", "sb3:a2c") else set()
     expected |= {"approx_kl", "clipfrac"} if algo == "sb3:ppo" else set()
     assert {f"losses/{name}" for name in expected} <= scalars
@@ -303,6 +313,45 @@ def test_resume_brings_back_model_and_normaliser():
     assert model.num_timesteps == 128 and envs.training
     assert envs.obs_rms.count == pytest.approx(128 + 2) and 0.15 < envs.obs_rms.mean[0] < 0.25
     assert model.policy.optimizer.state_dict()["state"][0]["step"] == 8  # 2 iterations, 2 epochs, 2 minibatches
+
+
+def test_sac_resumes_with_its_temperature_and_fills_an_empty_buffer_before_it_learns(monkeypatch):
+    _, run = start("sb3:sac", steps=312, env_id="Pendulum-v1")
+    args = peers.parse_args(["--resume", str(run)])
+    library = loaded(args, args.n_envs, run)
+    alpha = [float(row["losses/alpha"]) for row in rows(run, "progress")]
+    assert 0 < library.temperature.exp() < alpha[-1] < alpha[0] < 1  # it falls from 1
+    assert library.model.replay_buffer.size() == 0
+
+    from stable_baselines3 import SAC
+
+    sizes, train = [], SAC.train
+
+    def watched(model, **options):
+        sizes.append(model.replay_buffer.size() * 2)
+        train(model, **options)
+
+    monkeypatch.setattr(SAC, "train", watched)
+    start("sb3:sac", steps=312, name="other", env_id="Pendulum-v1")
+    assert sizes == list(range(72, 320, 8))  # after 64 random steps
+    newest = max((run / "checkpoints").glob("step_*"))
+    newest.unlink()  # as if it had been killed before
+    (run / "summary.json").unlink()
+    sizes.clear()
+    assert peers.main(["--resume", str(run)]) == 0
+    assert sizes == [72, 80, 88, 96, 104] and read(run, "summary")["global_step"] == 312
+
+
+def test_a_budget_of_sac_that_ends_before_it_learns_ends_all_the_same():
+    status, run = start("sb3:sac", steps=48, env_id="Pendulum-v1")
+    assert status == 0 and [row["global_step"] for row in rows(run, "progress")] == ["48"]
+    assert float(rows(run, "progress")[0]["charts/learning_rate"]) == 3e-4
+
+
+def test_sac_evaluates_without_memory_for_a_buffer():
+    _, run = start("sb3:sac", steps=104, env_id="Pendulum-v1")
+    args = peers.parse_args(["--evaluate", str(run)])
+    assert args.buffer_size == 1_000_000 and loaded(args, 8, run).model.replay_buffer.buffer_size == 1000 // 8
 
 
 def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_serves(capsys):
@@ -552,6 +601,28 @@ def test_ours_are_mapped_or_listed(name, env_id):
     assert args.unmapped == (atari_trpo if (name, env_id) == ("trpo", "BreakoutNoFrameskip-v4") else {})
 
 
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v4"])
+def test_those_of_sac_are_mapped(env_id):
+    args = peers.parse_args(["sb3:sac", "--env-id", env_id, "--hyperparameters", "ours"])
+    ours = __import__("sac").parse_args(["--env-id", env_id])
+    for name in ("total_timesteps", "buffer_size", "learning_starts", "batch_size", "tau", "gamma"):
+        assert vars(args)[name] == vars(ours)[name], name
+    assert (args.learning_rate, args.gradient_steps, args.train_freq) == (ours.policy_lr, 1, 1)
+    assert (args.ent_coef, args.target_entropy, args.target_update_interval) == ("auto_1.0", "auto", 1)
+    assert (args.norm_obs, args.norm_reward, args.clip_reward, args.unmapped) == (False, False, False, {})
+    flags = "--num-envs 4 --updates-per-step 0.5 --no-autotune --alpha 0.2 --policy-frequency 2 --policy-lr 1e-3"
+    words = ["sb3:sac", "--env-id", env_id, "--hyperparameters", "ours", *flags.split(), "--q-lr", "1e-3"]
+    args = peers.parse_args([*words, "--target-network-frequency", "3"])
+    assert (args.n_envs, args.gradient_steps, args.ent_coef, args.learning_rate) == (4, 2, 0.2, 1e-3)
+    assert args.target_update_interval == 3 and args.unmapped == {"policy_frequency": 2}
+
+
+def test_theirs_of_sac_are_those_of_the_zoo():
+    args = peers.parse_args(["sb3:sac", "--env-id", "HalfCheetah-v5"])
+    assert (args.learning_starts, args.norm_obs, args.norm_reward, args.n_envs) == (10_000, False, False, 1)
+    assert peers.parse_args(["sb3:sac", "--env-id", "Pendulum-v1"]).learning_starts == 100
+
+
 def test_ours_takes_the_flags_of_the_script():
     flags = "--env-id CartPole-v1 --num-envs 4 --objective kl-fixed --target-kl 0.03 --no-norm-adv --vf-coef 1"
     args = peers.parse_args(["sb3:ppo", "--hyperparameters", "ours", *flags.split(), "--seed", "5"])
@@ -578,13 +649,18 @@ def test_ours_runs():
     args = read(Path("runs/run"), "config")["args"]
     assert args["hyperparameters"] == "ours" and args["learning_rate"] == "lin_0.001" and args["n_epochs"] == 10
     assert peers.main(["--resume", "runs/run"]) == 0
+    flags = "--env-id Pendulum-v1 --learning-starts 50 --batch-size 16 --total-timesteps 104 --run-name sac"
+    assert peers.main(["sb3:sac", "--hyperparameters", "ours", *flags.split()]) == 0
+    args = read(Path("runs/sac"), "config")["args"]
+    assert args["ent_coef"] == "auto_1.0" and args["policy_kwargs"]["net_arch"] == [256, 256]
+    assert peers.main(["--resume", "runs/sac"]) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- wrong input
 @pytest.mark.parametrize(
     "words, says",
     [
-        ("", "must be one of sb3:ppo, sb3:a2c, sb3:trpo, random"),
+        ("", "must be one of sb3:ppo, sb3:a2c, sb3:trpo, sb3:sac, random"),
         ("sb3:dqn", "but is sb3:dqn"),
         ("sb3:ppo --env-id CartPol-v1", "did you mean CartPole-v1?"),
         ("sb3:ppo --env-id Blackjack-v1", "Box and Discrete"),
@@ -597,6 +673,12 @@ def test_ours_runs():
         ("sb3:ppo --batch-size 1", "batch_size"),
         ("sb3:ppo --env-id FrozenLake-v1 --norm-obs", "VecNormalize"),
         ("sb3:ppo --hyperparameters ours --num-minibatches 3", "3 equal parts"),
+        ("sb3:sac --env-id CartPole-v1", "Discrete(2)"),
+        ("sb3:sac --env-id Pendulum-v1 --train-freq 0", "--train-freq is 0, but must be a whole number from 1"),
+        ("sb3:sac --env-id Pendulum-v1 --ent-coef much", "much"),
+        ("sb3:sac --hyperparameters ours --env-id Pendulum-v1 --q-lr 1e-3", "make them equal"),
+        ("sb3:sac --hyperparameters ours --env-id Pendulum-v1 --updates-per-step 0.5", "whole updates"),
+        ("sb3:sac --hyperparameters ours --env-id Pendulum-v1 --total-timesteps 9", "ends before the first update"),
         ("sb3:ppo --seed -1", "--seed is -1"),
         ("sb3:ppo --seed one", "--seed"),
         ("sb3:ppo --device tpu", "--device"),
@@ -667,7 +749,7 @@ def test_the_harness_knows_flags_defaults_and_choices(algo):
     assert flags["device"].misfit("gpu") and not flags["device"].misfit("cuda")
     assert "algo" not in flags and "unmapped" not in flags
     if algo != "random":
-        assert flags["norm-obs"].default is True and flags["gamma"].default == 0.99
+        assert flags["norm-obs"].default is (algo != "sb3:sac") and flags["gamma"].default == 0.99
 
 
 def test_a_missing_library_is_named_and_random_needs_none(monkeypatch):

@@ -548,6 +548,23 @@ def test_aggregates_are_over_environments_that_all_have(tmp_path):
     assert f"{stats.aggregate_iqm(by_algo['ppo']):.2f} [" in row_of(text, "ppo")[2]
 
 
+def test_an_algorithm_for_half_of_the_environments_does_not_take_the_others_from_the_rest(tmp_path):
+    for algo, env_id in (
+        ("ppo", "CartPole-v1"),
+        ("ppo", "Pendulum-v1"),
+        ("a2c", "CartPole-v1"),
+        ("sac", "Pendulum-v1"),
+    ):
+        make_run(tmp_path, env_id, algo, returns=[50.0] * 100)
+    cells = report.cells_of(read_runs([tmp_path])[0])
+    by_algo, envs, notes = report.normalised(cells, "train_last100")
+    assert [*by_algo] == ["ppo"] and envs == ["CartPole-v1", "Pendulum-v1"]
+    assert "sac has 1 of 2 environments and is in no aggregate." in notes
+    del cells["Pendulum-v1", "ppo"]  # nobody has both
+    by_algo, envs, notes = report.normalised(cells, "train_last100")
+    assert {*by_algo} == {"ppo", "a2c", "sac"} and not envs
+
+
 def test_another_budget_is_in_no_aggregate_and_that_is_said(tmp_path):
     for env_id in ("CartPole-v1", "Acrobot-v1"):
         for algo in ("ppo", "a2c", "trpo"):

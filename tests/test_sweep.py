@@ -566,10 +566,16 @@ def test_the_shipped_spaces_fit_their_scripts():
     jobs = plan.jobs("trial-0000", plan.defaults[0])
     assert set(plan.defaults[0]) == set(plan.space.params) and [job.seed for job in jobs] == [1001, 1002, 1003]
     assert plan.algo == "ppo" and plan.shown == ("python", "ppo.py") and jobs[0].eval_episodes == 0
-    for name in ("ppo", "a2c", "trpo", "reinforce"):
-        known, read = arguments_of(name, "CartPole-v1"), space.read_space(name)
+    for name in ("ppo", "a2c", "trpo", "reinforce", "sac"):
+        env_id = "Pendulum-v1" if name == "sac" else "CartPole-v1"
+        known, read = arguments_of(name, env_id), space.read_space(name)
         space.check_flags(read, name, known)
         assert set(space.default_of(read, known)) == set(read.params)
+
+
+def test_a_script_that_cannot_play_an_environment_is_refused():
+    with pytest.raises(UsageError, match=r"^sac acts in boxes only, and CartPole-v1 has other actions\.$"):
+        make_plan(Options(script="sac", env_ids=("Pendulum-v1", "CartPole-v1"), study="s"))
 
 
 def test_a_run_that_somebody_else_stops_goes_on(here):

@@ -36,6 +36,8 @@ CASES = {  # what is trained, besides --compile on and off
     "reinforce Pendulum": "reinforce --env-id Pendulum-v1 --total-timesteps 20000",
     "reinforce HalfCheetah": "reinforce --env-id HalfCheetah-v5 --total-timesteps 20480",
     "reinforce Breakout": "reinforce --env-id BreakoutNoFrameskip-v4 --total-timesteps 2000 --num-steps 100",
+    "sac Pendulum": "sac --env-id Pendulum-v1 --total-timesteps 2000 --learning-starts 500 --log-interval 250",
+    "sac HalfCheetah": "sac --env-id HalfCheetah-v5 --total-timesteps 1500 --learning-starts 500 --num-envs 2",
     "grpo_toy grpo": "grpo_toy --max-steps 6 --sft-steps 40 --no-cache-warm-start",
     "grpo_toy dapo": "grpo_toy --method dapo --max-steps 4 --sft-steps 40 --no-cache-warm-start",
     "grpo_toy gdpo": "grpo_toy --method gdpo --max-steps 4 --sft-steps 40 --no-cache-warm-start",
