@@ -1299,6 +1299,7 @@ class Player:
             self.actor = numpy_actor(agent)
             self.first = False
         obs = self.obs.astype(np.float32)  # a copy, because environments write into theirs
+        self.check_finite(observation=obs)
         noise = action_noise(agent, self.rng, self.envs.num_envs)
         if replay.count < self.args.learning_starts:
             uniform = torch.rand(noise.shape, generator=self.rng.torch, device=agent.device)
@@ -1312,13 +1313,13 @@ class Player:
         except Failed as error:
             raise Failed(f"in step {len(self.played)} of the iteration {error}", error.status) from error
         self.obs, rewards, terminations, _, over, last = step
-        self.check_finite(last, rewards)
+        self.check_finite(observation=last, reward=rewards)
         replay.add(obs, actions, rewards, last, terminations)
         self.played.append((actions, rewards, over))
 
-    def check_finite(self, observations: np.ndarray, rewards: np.ndarray) -> None:
+    def check_finite(self, **numbers: np.ndarray) -> None:
         """Raises Failed for the first NaN or infinity of a step."""
-        for name, x in (("observation", observations), ("reward", rewards)):
+        for name, x in numbers.items():
             if not np.isfinite(x).all():
                 env = np.argwhere(~np.isfinite(x))[0, 0]
                 where = f"environment {env} in step {len(self.played)} of the iteration"
