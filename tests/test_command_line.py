@@ -28,7 +28,7 @@ from benchmarks import __main__ as harness
 
 __all__ = ["here"]  # a fixture
 SMALL = ["--num-envs", "2", "--num-steps", "40", "--total-timesteps", "160", "--compile", "off"]
-OF_SAC = "--num-envs 2 --total-timesteps 160 --compile off --learning-starts 60 --log-interval 20 --batch-size 16".split()
+OF_SAC = [*SMALL[:2], *SMALL[4:], "--learning-starts", "60", "--log-interval", "20", "--batch-size", "16"]
 
 
 # --------------------------------------------------------------------------------------------------- the machine

@@ -1,4 +1,4 @@
-"""What every user of a2c.py, trpo.py, reinforce.py and sac.py meets; the text they share is tested in test_run_directory."""
+"""What users of a2c.py, trpo.py, reinforce.py and sac.py meet; the text they share is tested in test_run_directory."""
 
 import importlib
 import json

@@ -4,9 +4,11 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,10 @@ def processes():
     """Processes begin as forks of one that has imported all and computed nothing, which saves seconds for each."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_resume", *SCRIPTS, "sac"])
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:  # it imports the scripts beside these tests, not installed ones
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent))))
+        forkserver.ensure_running()
     return context
 
 

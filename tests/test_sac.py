@@ -780,9 +780,7 @@ def entropy_of(mean: float, std: float) -> float:
 def test_q_of_a_constant_reward_is_the_soft_value(tmp_path):
     """All actions are equal, so the best policy is the most random one, and Q = r + gamma (Q + alpha H)."""
     flags = ["--no-autotune", "--alpha", "0.5", "--gamma", "0.5", "--total-timesteps", "500"]
-    agent = trained(
-        tmp_path, *flags, action_space=Box(-1, 1, (1,)), reward=lambda *_: 1.0, length=5, truncates=True
-    )
+    agent = trained(tmp_path, *flags, action_space=Box(-1, 1, (1,)), reward=lambda *_: 1.0, length=5, truncates=True)
     most = max(entropy_of(0.0, std) for std in np.linspace(0.5, 1.5, 101))
     assert 0.5 < most < math.log(2)
     for action in (-0.9, 0.0, 0.9):
@@ -795,7 +793,9 @@ def test_q_of_a_constant_reward_is_the_soft_value(tmp_path):
 def test_q_of_a_last_step_is_the_reward_alone(tmp_path):
     """The entropy after an end counts nothing, nor that of the action itself."""
     flags = ["--no-autotune", "--alpha", "5", "--total-timesteps", "350"]
-    agent = trained(tmp_path, *flags, action_space=Box(-1, 1, (1,)), reward=lambda seen, action, last: seen, random=True)
+    agent = trained(
+        tmp_path, *flags, action_space=Box(-1, 1, (1,)), reward=lambda seen, action, last: seen, random=True
+    )
     for seen in (1.0, -1.0):
         assert q_of(agent, 0.3, seen) == pytest.approx([seen] * 2, abs=0.05)
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
+from odd_envs import Long, Tally
+from test_resume import processes
 from test_run_directory import Toy, assert_same_run, checkpoints, here, newest, process, rows, same, summary, timeless
 
 import sac
 
-__all__ = ["here"]  # a fixture
+__all__ = ["here", "processes"]  # fixtures
 SCRIPT = Path(sac.__file__).resolve()
 SMALL = "--env-id odd_envs:Odd/Slide-v0 --device cpu --compile off --num-threads 1 --total-timesteps 300"
 SMALL += " --learning-starts 50 --batch-size 16 --log-interval 25 --updates-per-step 0.3 --checkpoint-interval 2"
@@ -63,14 +64,6 @@ def child(argv, output, iteration):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Processes begin as forks of one that has imported all and computed nothing, which saves seconds for each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_sac_runs"])
-    return context
-
-
-@pytest.fixture
 def run_process(processes, tmp_path_factory):
     """run_process(argv, iteration) runs sac.py in a process of its own; returns its exit status and what it told."""
     output = tmp_path_factory.mktemp("output") / "told.txt"
@@ -120,7 +113,7 @@ def test_run_that_was_killed_and_resumed_equals_one_that_was_not(kind, run_proce
     assert ("wrapped" in kind) == (ring < 300)
     killed = here / "runs" / "killed"
     argv = [*SMALL, "--run-name", "killed", *flags]
-    for iteration in (3, 5, 8):  # it begins, goes on, and goes on once more
+    for iteration in (3, 8):  # it begins, and goes on
         assert run_process(argv, iteration)[0] == -signal.SIGKILL
         assert (killed / "replay.bin").exists() and not (killed / "summary.json").exists()
         assert 0 < newest(killed)["iteration"] < iteration  # so there are rows that the resumed run has to forget
@@ -188,11 +181,18 @@ def test_completed_run_that_lost_its_summary_is_completed_without_its_buffer(her
 
 
 # ---------------------------------------------------------------------------------------------- the file was damaged
+@pytest.fixture(scope="module")
+def whole_and_killed(run_process, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("folder") / "runs"
+    for name, iteration, status in (("whole", 0, 0), ("run", 7, -signal.SIGKILL)):
+        assert run_process([*SMALL, "--runs-dir", str(runs), "--run-name", name], iteration)[0] == status
+    return runs
+
+
 @pytest.fixture
-def half(run_process, here):
-    """A run that was killed after two checkpoints, one that was not, and the size of a row."""
-    start(name="whole")
-    assert run_process([*SMALL, "--run-name", "run"], 7)[0] == -signal.SIGKILL
+def half(whole_and_killed, here):
+    """A run that was killed after two checkpoints, beside one that was not, and the size of a row."""
+    shutil.copytree(whole_and_killed, "runs")
     run = Path("runs/run")
     counts = [torch.load(run / "checkpoints" / name, weights_only=True)["replay"]["count"]
               for name in checkpoints(run)[-2:]]  # fmt: skip
@@ -243,7 +243,9 @@ def test_run_without_its_rows_is_refused_and_left_alone(kind, half, here, capsys
     capsys.readouterr()
     assert sac.main(["--resume", str(run)]) == 2
     out, err = capsys.readouterr()
-    assert f"replay.bin {sentence}" in err and err.count("\n") == 1 and out == "", err
+    *reasons, last = err.splitlines()
+    assert out == "" and last.startswith("error: runs/run has no checkpoint that can be used") and len(reasons) == 2
+    assert all(f"(runs/run/replay.bin {sentence}" in reason for reason in reasons)
     assert contents(run) == before
     assert sac.main(["--evaluate", str(run), "--eval-episodes", "1"]) == 0  # which needs no buffer
 
@@ -258,7 +260,7 @@ class FullDisk:
 
     def open(self, path, *args, **options):
         file = open(path, *args, **options)
-        if Path(path).name != "replay.bin":
+        if not str(path).endswith("replay.bin"):
             return file
         disk, write = self, file.write
 
@@ -283,7 +285,9 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("times, checkpoint", [(0, 0), (1, 0), (2, 100), (4, 250)])
-def test_full_disk_ends_the_run_and_it_goes_on_from_the_checkpoint(times, checkpoint, here, monkeypatch, capsys):
+def test_full_disk_ends_the_run_and_it_goes_on_from_the_checkpoint(
+    times, checkpoint, whole_and_killed, here, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         FullDisk(patch, times)
         status, run = start()
@@ -292,10 +296,9 @@ def test_full_disk_ends_the_run_and_it_goes_on_from_the_checkpoint(times, checkp
     told = rf"error: iteration \d+: \[Errno 28\] No space left on device; the last good checkpoint is {path}\.\n"
     assert status == 1 and re.fullmatch(told, err), err
     assert summary(run)["status"] == "failed"
-    start(name="whole")
     how, err = resumed(run, capsys)
     assert (how, err) == (f"goes on from step {checkpoint}, {EXACTLY}", "")
-    assert_same_run(Path("runs/whole"), run)
+    assert_same_run(whole_and_killed / "whole", run)
 
 
 class BadReset(Toy):
@@ -315,6 +318,7 @@ BAD = {  # from some step of environment 1 on
     "raise in step": ("failed", "in step [0-9]+ of the iteration environment 1 of Toy-v0 raised ValueError: the gripp"),
     "raise in reset": ("failed", "in step [0-9]+ of the iteration environment 1 of Toy-v0 raised ValueError: no more"),
     "reset": ("diverged", "the observation of environment 1 in step [0-9]+ of the iteration is NaN or infinite"),
+    "first reset": ("diverged", "the observation of environment 1 in step 0 of the iteration is NaN or infinite"),
 }
 
 
@@ -322,16 +326,70 @@ BAD = {  # from some step of environment 1 on
 def test_bad_environment_ends_the_run_with_its_number_and_a_checkpoint(bad, here, monkeypatch, capsys):
     status, message = BAD[bad]
     monkeypatch.setattr(Toy, "made", 0)
-    kind = BadReset if bad == "reset" else Toy
-    options = dict(actions=Box(-1, 1, (1,)), bad=bad, after=77)
+    kind = BadReset if bad.endswith("reset") and not bad.startswith("raise") else Toy
+    options = dict(actions=Box(-1, 1, (1,)), bad=bad, after=77 * (bad != "first reset"))
     monkeypatch.setitem(gym.registry, "Toy-v0", gym.envs.registration.EnvSpec("Toy-v0", kind, kwargs=options))
     assert start("--env-id", "Toy-v0", "--num-envs", "2")[0] == 1
     run, err = Path("runs/run"), capsys.readouterr().err
     good = r"runs/run/checkpoints/step_\d+.pt"
     assert re.match(rf"error: iteration \d: {message}[^\n]*; the last good checkpoint is {good}", err), err
     assert err.count("\n") == 1 and summary(run)["status"] == status and summary(run)["error"] in err
-    assert newest(run)["global_step"] > 0
+    assert (newest(run)["global_step"] > 0) == (bad != "first reset")
     assert all(x.isfinite().all() for x in newest(run)["agent"].values())
+
+
+def test_run_directory_that_goes_away_ends_the_run_with_one_sentence(here, monkeypatch, capsys):
+    monkeypatch.setattr(sac.Run, "log", sac.Run.log)
+    in_log(3, lambda: shutil.rmtree("runs/run"))
+    assert start()[0] == 1
+    err = capsys.readouterr().err
+    assert re.match(r"error: iteration \d+: [^\n]*(moved, replaced or deleted|No such file)", err), err
+    assert err.count("\n") == 1 and not list(here.glob("runs/*"))
+
+
+class BoxLong(Long):
+    action_space = Box(-1, 1, (1,))
+
+
+class BoxTally(Tally):
+    action_space = Box(-1, 1, (1,))
+
+
+class Wanderer(BoxLong):
+    """Goes to another folder."""
+
+    length = 20
+
+    def step(self, action):
+        os.chdir("/")
+        return super().step(action)
+
+
+for environment in (BoxLong, BoxTally, Wanderer):
+    gym.register(f"{environment.__name__}-v0", environment)
+
+
+def test_environment_that_goes_elsewhere_takes_nothing_along(here, monkeypatch):
+    assert start("--env-id", "Wanderer-v0")[0] == 0
+    monkeypatch.chdir(here)
+    run = Path("runs/run")
+    assert summary(run)["status"] == "completed" and not (run / "replay.bin").exists()
+
+
+def test_environment_that_carries_something_over_goes_on_and_says_not_exactly(here, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sac.Run, "log", sac.Run.log)
+        in_log(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start("--env-id", "BoxTally-v0", "--num-envs", "2")[0] == 143
+    how, err = resumed(Path("runs/run"), capsys)
+    assert err == "" and how.endswith("but not exactly: environment 0 does not repeat its rewards")
+    assert summary(Path("runs/run"))["status"] == "completed"
+
+
+def test_episodes_that_outlast_the_interval_between_checkpoints_are_counted(here):
+    flags = "--env-id BoxLong-v0 --num-envs 2 --total-timesteps 4200 --log-interval 100 --updates-per-step 0.01"
+    _, run = start(*flags.split())
+    assert [(float(row["return"]), row["length"]) for row in rows(run, "episodes")] == [(2000, "2000")] * 2
 
 
 # ------------------------------------------------------------------------------------------------------ wrong inputs
@@ -434,7 +492,7 @@ def test_columns_of_progress_and_the_size_of_the_buffer(here, capsys):
     table = rows(run, "progress")
     for tag in ("qf_loss", "qf_values", "actor_loss", "entropy", "alpha"):
         assert all(np.isfinite(float(row[f"losses/{tag}"])) for row in table), tag
-    assert {float(row["losses/alpha"]) for row in table} == {pytest.approx(0.3)}
+    assert [float(row["losses/alpha"]) for row in table] == pytest.approx([0.3] * len(table))
     assert [int(row["global_step"]) for row in table] == [76, 102, 128, 154, 180, 206, 232, 258, 284, 300]
     assert len(rows(run, "episodes")) > 10
 

@@ -61,7 +61,7 @@ DRIFT = [
     ("reinforce", "main", "        return 130\n"),
     ("grpo_toy", "run directory", "        self.gathered = []\n"),
     ("dpo_toy", "main", "        return 130\n"),
-    ("sac", "episodes", "        problem = \"an environment does not repeat its observations\"\n"),
+    ("sac", "episodes", '        problem = "an environment does not repeat its observations"\n'),
 ]
 
 
