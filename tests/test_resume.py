@@ -103,7 +103,7 @@ KILLED = {  # seconds each
     "a2c CartPole-v1": "--num-envs 4 --num-steps 8 --total-timesteps 9600 --log-interval 1",
     "trpo CartPole-v1": "--num-envs 4 --num-steps 128 --total-timesteps 10240",
     "reinforce CartPole-v1": "--num-envs 4 --num-steps 100 --total-timesteps 20480",
-    "sac odd_envs:Odd/Slide-v0": "--num-envs 2 --total-timesteps 6000 --buffer-size 500 --learning-starts 100"
+    "sac odd_envs:Odd/Slide-v0": "--num-envs 2 --total-timesteps 4000 --buffer-size 300 --learning-starts 100"
     " --updates-per-step 0.05 --batch-size 16 --log-interval 50",
 }
 
