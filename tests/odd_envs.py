@@ -53,5 +53,23 @@ class Coin(gym.Env):
         return np.zeros(1, np.float32), 1.0, self.t == self.length, False, {}
 
 
-for environment in (Long, Tally, Coin):
+class Slide(gym.Env):
+    """A point that is pushed, paid for being near 1. Episodes end where it slides too far, or after 25 steps."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = spaces.Box(-3, 7, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.state = 0, self.np_random.normal(size=2)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        x, speed = self.state
+        self.state = np.array([x + 0.3 * speed, 0.9 * speed + 0.3 * (float(action[0]) - 2)])
+        self.t += 1
+        return self.state.copy(), -abs(x - 1), abs(self.state[0]) > 3, self.t == 25, {}
+
+
+for environment in (Long, Tally, Coin, Slide):
     gym.register(f"Odd/{environment.__name__}-v0", environment)

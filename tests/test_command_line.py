@@ -22,11 +22,13 @@ import a2c
 import grpo_toy
 import ppo
 import reinforce
+import sac
 import trpo
 from benchmarks import __main__ as harness
 
 __all__ = ["here"]  # a fixture
 SMALL = ["--num-envs", "2", "--num-steps", "40", "--total-timesteps", "160", "--compile", "off"]
+OF_SAC = [*SMALL[:2], *SMALL[4:], "--learning-starts", "60", "--log-interval", "20", "--batch-size", "16"]
 
 
 # --------------------------------------------------------------------------------------------------- the machine
@@ -334,7 +336,7 @@ class Global(Quiet):
         return super().step(action)
 
 
-@pytest.mark.parametrize("script", [ppo, reinforce], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [ppo, reinforce, sac], ids=lambda script: script.__name__)
 @pytest.mark.parametrize("where", ["init", "reset", "step"])
 def test_environment_that_changes_how_everything_is_computed_changes_nothing(where, script, here, monkeypatch):
     monkeypatch.setattr(Global, "where", where)
@@ -342,7 +344,7 @@ def test_environment_that_changes_how_everything_is_computed_changes_nothing(whe
         spec = gym.envs.registration.EnvSpec(f"{kind.__name__}-v0", kind)
         monkeypatch.setitem(gym.registry, f"{kind.__name__}-v0", spec)
         flags = ["--env-id", f"{kind.__name__}-v0", "--run-name", kind.__name__, "--num-threads", "1"]
-        assert script.main([*SMALL, *flags]) == 0
+        assert script.main([*(OF_SAC if script is sac else SMALL), *flags]) == 0
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled() and torch.get_num_threads() == 1
     assert np.geterr()["under"] != "raise"
     assert same(newest(here / "runs/Quiet")["agent"], newest(here / "runs/Global")["agent"])
@@ -449,14 +451,14 @@ def test_what_foreign_code_prints_to_a_closed_stdout_goes_into_no_file(here):
     assert all("printf" not in path.read_text() for path in (here / "runs/run").glob("*.csv"))
 
 
-@pytest.mark.parametrize("script", [ppo, a2c, trpo, reinforce], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [ppo, a2c, trpo, reinforce, sac], ids=lambda script: script.__name__)
 def test_environment_that_seeds_everything_changes_nothing(script, here, monkeypatch):
     for kind in (Quiet, Seeding):
         monkeypatch.setitem(
             gym.registry, f"{kind.__name__}-v0", gym.envs.registration.EnvSpec(f"{kind.__name__}-v0", kind)
         )
         flags = ["--env-id", f"{kind.__name__}-v0", "--run-name", kind.__name__]
-        assert script.main([*SMALL, *flags]) == 0
+        assert script.main([*(OF_SAC if script is sac else SMALL), *flags]) == 0
     quiet, seeding = here / "runs/Quiet", here / "runs/Seeding"
     assert same(newest(quiet)["agent"], newest(seeding)["agent"])
     assert timeless(quiet, "episodes") == timeless(seeding, "episodes")

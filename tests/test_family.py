@@ -1,4 +1,4 @@
-"""What every user of a2c.py, trpo.py and reinforce.py meets; the text they share is tested in test_run_directory."""
+"""What users of a2c.py, trpo.py, reinforce.py and sac.py meet; the text they share is tested in test_run_directory."""
 
 import importlib
 import json
@@ -33,8 +33,11 @@ SMALL = {
     "a2c": "--num-envs 2 --num-steps 8 --log-interval 3 --checkpoint-interval 8",
     "trpo": "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2 --checkpoint-interval 2",
     "reinforce": "--num-envs 2 --num-steps 60 --value-batch-size 60 --checkpoint-interval 2",
+    "sac": "--num-envs 2 --learning-starts 60 --log-interval 50 --updates-per-step 0.04 --batch-size 16"
+    " --checkpoint-interval 2",
 }
 every_script = pytest.mark.parametrize("name", SMALL)
+on_policy = pytest.mark.parametrize("name", ["a2c", "trpo", "reinforce"])
 
 
 def small(name: str, *flags: str) -> list[str]:
@@ -123,7 +126,8 @@ def test_signal_from_outside_stops_a_real_process_that_can_go_on(name, here, cap
         assert same(one[key], other[key]), key
     assert timeless(here / "runs" / "whole", "episodes") == timeless(run, "episodes")
     steps = [int(row["global_step"]) for row in rows(run, "progress")]
-    assert steps == sorted(set(steps)) and [step for step, _ in scalars(run)["losses/policy_loss"]] == steps
+    loss = "losses/actor_loss" if name == "sac" else "losses/policy_loss"
+    assert steps == sorted(set(steps)) and [step for step, _ in scalars(run)[loss]] == steps
 
 
 @every_script
@@ -140,7 +144,7 @@ def test_evaluation_plays_and_records(name, here, capsys):
     assert script(name).main([*small(name), "--total-timesteps", "600", "--run-name", "run"]) == 0
     weights = newest(here / "runs" / "run")["agent"]
     assert script(name).main(["--evaluate", "runs/run", "--eval-episodes", "3"]) == 0
-    assert re.search(r"^3 deterministic episodes: mean [\d.]+, std", capsys.readouterr().out, re.M)
+    assert re.search(r"^3 deterministic episodes: mean -?[\d,.]+, std", capsys.readouterr().out, re.M)
     assert summary(here / "runs" / "run")["eval"]["deterministic"]["episodes"] == 3
     assert all(torch.equal(x, weights[key]) for key, x in newest(here / "runs" / "run")["agent"].items())
 
@@ -202,7 +206,7 @@ def test_normal_run_prints_plain_lines_and_no_warning(name, env_id, tmp_path):
     assert json.loads((tmp_path / "runs/run/config.json").read_text())["args"]["exp_name"] == "mine"
 
 
-@every_script
+@on_policy
 def test_help_shows_the_defaults_of_the_family(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         script(name).main(["--help", "--env-id", "HalfCheetah-v4"])
@@ -223,7 +227,7 @@ def test_same_seed_is_the_same_run_and_another_seed_is_not(name, here):
     assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
 
 
-@every_script
+@on_policy
 def test_compiled_gradient_takes_discrete_observations(name, here):
     flags = ["--env-id", "FrozenLake-v1", "--total-timesteps", "256", "--compile", "on", "--run-name", "run"]
     assert script(name).main([*small(name), *flags]) == 0

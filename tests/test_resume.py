@@ -4,9 +4,11 @@ import contextlib
 import importlib
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +85,11 @@ def run_script(name, argv, output):
 def processes():
     """Processes begin as forks of one that has imported all and computed nothing, which saves seconds for each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume", *SCRIPTS])
+    context.set_forkserver_preload(["test_resume", *SCRIPTS, "sac"])
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:  # it imports the scripts beside these tests, not installed ones
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent))))
+        forkserver.ensure_running()
     return context
 
 
@@ -97,6 +103,8 @@ KILLED = {  # seconds each
     "a2c CartPole-v1": "--num-envs 4 --num-steps 8 --total-timesteps 9600 --log-interval 1",
     "trpo CartPole-v1": "--num-envs 4 --num-steps 128 --total-timesteps 10240",
     "reinforce CartPole-v1": "--num-envs 4 --num-steps 100 --total-timesteps 20480",
+    "sac odd_envs:Odd/Slide-v0": "--num-envs 2 --total-timesteps 4000 --buffer-size 300 --learning-starts 100"
+    " --updates-per-step 0.05 --batch-size 16 --log-interval 50",
 }
 
 

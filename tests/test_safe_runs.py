@@ -43,7 +43,7 @@ import grpo_toy
 import ppo
 
 __all__ = ["here"]  # a fixture
-SCRIPTS = ("ppo", "a2c", "trpo", "reinforce", "grpo_toy", "rlhf_toy", "dpo_toy")
+SCRIPTS = ("ppo", "a2c", "trpo", "reinforce", "sac", "grpo_toy", "rlhf_toy", "dpo_toy")
 
 
 def contents(folder):
@@ -334,7 +334,8 @@ def test_all_text_is_utf8():
             if not isinstance(node, ast.Call) or ast.unparse(node.func) == "os.open":
                 continue
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            binary = any(isinstance(x, ast.Constant) and "b" in str(x.value) for x in node.args[1:2])
+            modes = [x.value for mode in node.args[1:2] for x in ast.walk(mode) if isinstance(x, ast.Constant)]
+            binary = any("b" in str(mode) for mode in modes)
             if name in ("read_text", "write_text") or (name == "open" and not binary):
                 assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{script}.py:{node.lineno}"
 
