@@ -1355,8 +1355,9 @@ class Replay:
         observed, acted = math.prod(agent.observation_space.shape), math.prod(agent.action_space.shape)
         self.parts = [observed, acted, 1, observed, 1]  # of a row: those of Batch
         self.width = sum(self.parts)
-        interval = args.checkpoint_interval * args.log_interval or math.ceil(total / 20) + args.log_interval
-        spare = 0 if args.buffer_in_memory else 3 * max(interval, args.num_envs) + args.learning_starts
+        iteration = math.ceil(args.log_interval / args.num_envs) * args.num_envs  # its steps
+        interval = args.checkpoint_interval * iteration or math.ceil(total / 20) + iteration
+        spare = 0 if args.buffer_in_memory else 3 * interval + args.learning_starts
         self.length = min(total, args.buffer_size + spare)  # rows of the ring
         self.count = 0  # rows ever put in
         self.gone = 0  # the oldest of them, which a resumed run does not have
