@@ -738,7 +738,8 @@ def test_compiled_updates_are_those_without(flags, tmp_path):
     rngs = sac.Rng(5, "cpu"), sac.Rng(5, "cpu")
     near = dict(rtol=1e-3, atol=1e-4) if "--bf16 off" in " ".join(flags) else dict(rtol=0.05, atol=0.02)
     for number in range(1, 7):
-        batch = random_batch(16, 2, 2)
+        columns = [x.reshape(16, -1) for x in random_batch(16, 2, 2)]
+        batch = agents[0].replay.batch(torch.cat(columns, dim=1))  # columns of one array, as they are compiled for
         told = [sac.update(setup.learner, batch, number, rng, setup.args) for setup, rng in zip(agents, rngs)]
         assert told[0].keys() == told[1].keys()
         for name in told[0]:
