@@ -2,8 +2,8 @@
 
 The two sides take turns, because a machine's speed drifts. Steps per second leave start-up out on both sides: ours are
 in summary.json, theirs are measured from the end of a first learn() of one batch. SAC's steps before its first update
-count on neither side. Two rows have no peer: "process" is the time of the README's first command, "environment" the
-part of its wall time that reinforce.py spends inside the environments.
+count on neither side. Three rows have no peer: "process" is the time of the README's first command, "environment" the
+part of its wall time that reinforce.py spends inside the environments, "workers" what A3C's bring.
 """
 
 import contextlib
@@ -89,8 +89,9 @@ ROWS = {
 ALONE = {  # rows without a peer, each a function below: what it measures, and the unit
     "process": ("whole process, python ppo.py --env-id CartPole-v1", "s"),
     "environment": ("part of reinforce.py's wall time inside the environments, CartPole-v1", ""),
+    "workers": ("steps per second of a3c.py over those of A2C, the defaults of each, CartPole-v1", ""),
 }
-SCRIPTS = ("ppo", "a2c", "trpo", "reinforce", "sac")
+SCRIPTS = ("ppo", "a2c", "trpo", "reinforce", "sac", "a3c")
 NEEDED = ("stable_baselines3", "sb3_contrib", "cv2", "matplotlib")
 NAMES = ", ".join([*SCRIPTS, *ROWS, *ALONE])
 HELP = f"rows, or scripts, which stand for all their rows, of {NAMES} (none: all)"
@@ -252,6 +253,13 @@ def environment() -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = reinforce.train(reinforce.parse_args(["--env-id", "CartPole-v1", "--runs-dir", folder]))
         return sum(spent) / json.loads((run / "summary.json").read_text(encoding="utf-8"))["wall_time"]
+
+
+def workers() -> float:
+    """Steps per second of a3c.py, with a worker on each core, over those of a2c.py."""
+    rows = [Row("", f"{name}.py --env-id CartPole-v1", 200_000, "", "", 0) for name in ("a3c", "a2c")]
+    a3c, a2c = (run_ours(row, "cpu")["sps"] for row in rows)
+    return a3c / a2c
 
 
 def process() -> float:

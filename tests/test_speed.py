@@ -184,7 +184,7 @@ def test_a_script_stands_for_its_rows_and_a_gpu_for_more(tmp_path, monkeypatch):
     a2c = [("a2c-cartpole", "cpu"), ("a2c-breakout", "cpu")]
     assert planned("a2c") == a2c and planned("a2c", "a2c-cartpole") == a2c
     assert [name for name, _ in planned("ppo")] == ["cartpole", "cheetah", "cheetah-default", "breakout", "process"]
-    assert planned("sac") == [("sac-cheetah", "cpu")]
+    assert planned("sac") == [("sac-cheetah", "cpu")] and planned("a3c") == [("workers", "cpu")]
     assert planned("reinforce") == [("environment", "cpu")] and planned("trpo") == [("trpo-cheetah", "cpu")]
     assert [name for name, _ in planned()] == [*speed.ROWS, *speed.ALONE]
     assert planned("a2c", cuda=True) == a2c + [(name, "cuda") for name, _ in a2c]
@@ -207,14 +207,26 @@ def test_both_sides_of_a_row_are_what_their_programs_take(name, device, monkeypa
     assert f'device="{device}"' in commands[0][-1] and f".learn({speed.ROWS[name].their_steps}, " in commands[0][-1]
 
 
-NOT_YET = ("sac-cheetah",)  # to be measured when nothing else runs
+NOT_YET = ("sac-cheetah", "workers")  # to be measured when nothing else runs
 
 
 def test_the_table_of_the_repository_can_be_read():
     table = json.loads((speed.ROOT / "benchmarks" / "results" / "speed.json").read_text())
     text = speed.markdown(table)
-    rows = {name for name in speed.ROWS if name not in NOT_YET}
-    assert all(f"| {name} |" in text for name in rows) and all(f"\n{name}: " in text for name in speed.ALONE)
+    rows, alone = ([name for name in names if name not in NOT_YET] for names in (speed.ROWS, speed.ALONE))
+    assert all(f"| {name} |" in text for name in rows) and all(f"\n{name}: " in text for name in alone)
+
+
+def test_workers_are_compared_with_a2c(monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        speed, "run_ours", lambda row, device: commands.append(row.command(device)) or {"sps": 60 / len(commands)}
+    )
+    assert speed.workers() == 2.0  # 60 over 30
+    assert [command[0] for command in commands] == ["a3c.py", "a2c.py"]
+    for script, *flags in commands:
+        args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+        assert (args.env_id, args.device, args.num_threads) == ("CartPole-v1", "cpu", 1)
 
 
 def check(rates):

@@ -566,7 +566,7 @@ def test_the_shipped_spaces_fit_their_scripts():
     jobs = plan.jobs("trial-0000", plan.defaults[0])
     assert set(plan.defaults[0]) == set(plan.space.params) and [job.seed for job in jobs] == [1001, 1002, 1003]
     assert plan.algo == "ppo" and plan.shown == ("python", "ppo.py") and jobs[0].eval_episodes == 0
-    for name in ("ppo", "a2c", "trpo", "reinforce", "sac"):
+    for name in ("ppo", "a2c", "a3c", "trpo", "reinforce", "sac"):
         env_id = "Pendulum-v1" if name == "sac" else "CartPole-v1"
         known, read = arguments_of(name, env_id), space.read_space(name)
         space.check_flags(read, name, known)
