@@ -414,11 +414,7 @@ def train(args: RunArgs) -> Path:
     shared = Shared(optimizer, agent.obs_norm, agent.return_norm, steps, Mutex())
     total = args.total_timesteps // (args.num_envs * args.num_steps) * (args.num_envs * args.num_steps)
     with Workers(args, shared, total) as workers:
-        learner = {
-            "workers": workers,
-            "agent": agent,
-            "optimizer": optimizer,
-        }  # the workers wait before the rest is saved
+        learner = {"workers": workers, "agent": agent, "optimizer": optimizer}  # in this order: the workers wait first
         with Run(args, total, started, args.log_interval, **learner) as run:
             run.notes |= reproducible(args)
             workers.start()
