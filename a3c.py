@@ -1744,15 +1744,14 @@ def share(part: nn.Module | Tensor) -> None:
 class Mutex:
     """Lets in one process at a time. The kernel opens it when that process dies; nor has it a name that could stay."""
 
-    def __init__(self, file: int | None = None):
-        self.file = open(os.memfd_create("a3c") if file is None else file, "wb")
+    def __init__(self) -> None:
+        self.file = os.memfd_create("a3c")
 
-    def __reduce__(self) -> tuple:
-        return Mutex.received, (DupFd(self.file.fileno()),)
+    def __getstate__(self) -> Any:
+        return DupFd(self.file)
 
-    @staticmethod
-    def received(file: Any) -> Mutex:
-        return Mutex(file.detach())
+    def __setstate__(self, file: Any) -> None:
+        self.file = file.detach()
 
     def __enter__(self) -> None:
         fcntl.lockf(self.file, fcntl.LOCK_EX)
@@ -1850,7 +1849,8 @@ class Line:
             self.tell_all()
 
     def tell_all(self) -> None:
-        self.say("tells", self.updates)
+        if self.updates:
+            self.say("tells", self.updates)
         self.updates = []
         self.told = time.perf_counter()
 
@@ -1891,6 +1891,7 @@ class Workers:
 
     def __exit__(self, *error: Any) -> None:
         self.end()
+        os.close(self.shared.lock.file)
 
     def start(self) -> None:
         """Starts the processes, unless they run or have nothing to do, and hears that they are ready."""
