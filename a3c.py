@@ -1717,6 +1717,8 @@ def check_workers(args: RunArgs) -> None:
     """Decides how many workers there are, and what they compute on. Raises UsageError for what cannot be."""
     if not SCRIPT.is_file():
         raise UsageError("workers are processes that read this script, but it is in no file; save it as one.")
+    if not sys.platform.startswith("linux"):
+        raise UsageError("the workers of A3C need Linux; use a2c.py here.")
     if args.device == "cuda":
         raise UsageError("--device cuda: the workers of A3C compute on processor cores; use --device cpu, or a2c.py.")
     if args.num_threads > 1:

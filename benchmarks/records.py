@@ -29,7 +29,7 @@ SECONDARY = (  # arguments that do not make another algorithm of a script
     *("evaluate", "eval_episodes", "eval_seed", "eval_stochastic", "track", "wandb_project_name", "wandb_entity"),
     *("device", "num_threads", "compile", "bf16"),
 )
-ORDER = ("ppo", "trpo", "a2c", "reinforce", "sb3:ppo", "sb3:trpo", "sb3:a2c", "random")  # in tables and figures
+ORDER = ("ppo", "trpo", "a2c", "a3c", "reinforce", "sb3:ppo", "sb3:trpo", "sb3:a2c", "random")  # in tables and figures
 MEASURES = ("train_last100", "train_auc", "eval_deterministic", "eval_stochastic", "sps", "wall_time")
 STORED = ", stored"  # ends the name of an algorithm of which there are newer runs, too
 ORIGIN = ("commit", "versions", "hardware", "threads")

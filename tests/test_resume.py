@@ -17,11 +17,12 @@ from test_run_directory import here, newest, rows, same, timeless
 import ppo
 
 __all__ = ["here"]  # a fixture
-SCRIPTS = ("ppo", "a2c", "trpo", "reinforce")
+SCRIPTS = ("ppo", "a2c", "a3c", "trpo", "reinforce")
 COMMON = "--device cpu --compile off --num-threads 1"
 BRIEF = {  # one cheap update per iteration
     "ppo": "--num-minibatches 1 --update-epochs 1",
     "a2c": "",
+    "a3c": "--num-workers 1",
     "trpo": "--num-minibatches 1 --update-epochs 1 --cg-iters 2",
     "reinforce": "",
 }
@@ -45,6 +46,7 @@ def forget_the_end(run):
 COIN = {
     "ppo": "--num-envs 8 --num-steps 128 --total-timesteps 81920 --checkpoint-interval",
     "a2c": "--num-envs 8 --num-steps 64 --total-timesteps 81920 --checkpoint-interval",
+    "a3c": "--num-envs 8 --num-steps 64 --total-timesteps 81920 --checkpoint-interval",
     "trpo": "--num-envs 8 --num-steps 128 --total-timesteps 81920 --checkpoint-interval",
     "reinforce": "--num-envs 8 --num-steps 2000 --total-timesteps 81920 --checkpoint-interval",
 }
@@ -95,6 +97,7 @@ KILLED = {  # seconds each
     "ppo ALE/Pong-v5": "--num-envs 2 --num-steps 16 --total-timesteps 320 --num-minibatches 1 --update-epochs 1",
     "ppo PongNoFrameskip-v4": "--num-envs 2 --num-steps 16 --total-timesteps 320 --num-minibatches 1 --update-epochs 1",
     "a2c CartPole-v1": "--num-envs 4 --num-steps 8 --total-timesteps 9600 --log-interval 1",
+    "a3c CartPole-v1": "--num-workers 1 --num-envs 4 --num-steps 8 --total-timesteps 9600 --log-interval 1",
     "trpo CartPole-v1": "--num-envs 4 --num-steps 128 --total-timesteps 10240",
     "reinforce CartPole-v1": "--num-envs 4 --num-steps 100 --total-timesteps 20480",
 }

@@ -6,14 +6,16 @@ from collections import Counter
 
 from benchmarks.__main__ import main
 
+ALGOS = ("ppo", "a2c", "a3c", "trpo", "reinforce")
+
 
 def test_smoke_runs_to_a_report_and_passes_its_own_check(tmp_path, capsys):
     runs = tmp_path / "runs"
     command = ["run", "smoke", "--runs-dir", str(runs), "--workers", "2"]
     assert main(command) == 0
-    assert "16 of 16 runs are done" in capsys.readouterr().out
+    assert "20 of 20 runs are done" in capsys.readouterr().out
     written = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
-    assert len(written) == 16
+    assert len(written) == 20
     for path in written:
         evaluations = json.loads(path.read_text())["eval"]
         assert {kind: result["episodes"] for kind, result in evaluations.items()} == dict(
@@ -24,12 +26,12 @@ def test_smoke_runs_to_a_report_and_passes_its_own_check(tmp_path, capsys):
     capsys.readouterr()
 
     assert main(["report", str(runs)]) == 0
-    assert capsys.readouterr().out.startswith("16 of 16 runs are complete")
+    assert capsys.readouterr().out.startswith("20 of 20 runs are complete")
     out = runs / "report"
     with open(out / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert Counter((row["env_id"], row["algo"]) for row in rows) == {
-        (env_id, algo): 2 for env_id in ("CartPole-v1", "Pendulum-v1") for algo in ("ppo", "a2c", "trpo", "reinforce")
+        (env_id, algo): 2 for env_id in ("CartPole-v1", "Pendulum-v1") for algo in ALGOS
     }
     for row in rows:
         summary = json.loads(
