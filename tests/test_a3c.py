@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker_envs
 from test_run_directory import SCRIPT, checkpoints, here, newest, process, rows, same, summary, timeless
 
 import a2c
@@ -117,6 +118,27 @@ def test_the_shared_counter_stops_at_the_budget(here):
     assert [int(row["global_step"]) for row in rows(run, "progress")] == list(range(10, 1231, 10))
     rates = [float(row["charts/learning_rate"]) for row in rows(run, "progress")]
     assert sorted(rates, reverse=True) == pytest.approx([2e-3 * (1 - n / 123) for n in range(123)])
+
+
+def test_no_steps_are_taken_twice_however_fast_workers_take_them(here):
+    """Without the lock two workers read the same counter again and again."""
+    norm = a3c.RunningNorm(())
+    norm.share_memory()
+    shared = a3c.Shared(None, None, norm, torch.tensor([0, 40_005]).share_memory_(), a3c.Mutex())
+    context, ends, processes = torch.multiprocessing.get_context("spawn"), [], []
+    for _ in range(2):
+        end, other = context.Pipe()
+        processes.append(context.Process(target=worker_envs.take_all, args=(shared, 10, other, os.getpid())))
+        processes[-1].start()
+        ends.append(end)
+    assert [end.recv() for end in ends] == ["ready"] * 2
+    for end in ends:
+        end.send("go")
+    taken = [end.recv() for end in ends]
+    for process_ in processes:
+        process_.join()
+    os.close(shared.lock.file)
+    assert sum(taken) == 4000 == norm.count and min(taken) > 0 and shared.steps.tolist() == [40_000, 40_005]
 
 
 def test_workers_have_seeds_of_their_own_and_the_first_that_of_the_run(here):

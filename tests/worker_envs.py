@@ -7,6 +7,7 @@ import time
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 
 WORKER = multiprocessing.current_process().name  # "worker 1"
@@ -83,6 +84,19 @@ class Spy(Endless):
 
         if WORKER.startswith("worker"):
             sys.modules["a3c"].RMSprop.step = step
+
+
+def take_all(shared, batch, pipe, parent):
+    """What a worker does that only takes: how many rollouts it got goes into the pipe."""
+    line = sys.modules["a3c"].Line(0, shared, batch, 0, pipe, parent)
+    pipe.send("ready")
+    pipe.recv()
+    taken = 0
+    while line.take():
+        taken += 1
+        with shared.lock:
+            shared.return_norm.update(torch.ones(1))
+    pipe.send(taken)
 
 
 for name in ("raises", "exits", "sleeps", "pays nan", "cannot be made"):
