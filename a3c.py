@@ -1726,7 +1726,7 @@ def check_workers(args: RunArgs) -> None:
         raise UsageError(f"--num-threads is {args.num_threads}, but each worker has one thread; {more}.")
     args.device, args.num_threads = "cpu", 1
     args.num_workers = args.num_workers or cores()
-    # 2**28 bytes each; those of CartPole took 180 MB of their own.
+    # 2**28 bytes each; one of CartPole took 170 MB of its own.
     check_memory(lambda n: n * 2**28, f"{args.num_workers:,} workers", "--num-workers", args.num_workers)
 
 
@@ -1923,16 +1923,13 @@ class Workers:
 
     def hear(self, worker: int) -> None:
         """Takes in what a worker says. Raises Failed for one that fails or is dead."""
-        who = f"worker {worker} of {self.args.env_id}"
         try:
             kind, content = pickle.loads(self.pipes[worker].recv_bytes())
         except (EOFError, OSError):
-            self.processes[worker].join(5)
-            code = self.processes[worker].exitcode
-            how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
-            raise Failed(f"{who} {how}, near step {self.shared.steps[0]:,}", "failed") from None
+            raise self.death_of(worker) from None
         if kind == "fails":
             step, reason, status = content
+            who = f"worker {worker} of {self.args.env_id}"
             raise Failed(f"{who}, in its rollout from step {step:,} on: {reason}", status)
         if kind == "waits":
             self.states[worker], inexact = content
@@ -1940,13 +1937,22 @@ class Workers:
         else:
             self.updates += content
 
+    def death_of(self, worker: int) -> Failed:
+        """How a worker has died."""
+        self.processes[worker].join(5)
+        code = self.processes[worker].exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
+        who = f"worker {worker} of {self.args.env_id}"
+        return Failed(f"{who} {how}, near step {self.shared.steps[0]:,}", "failed")
+
     def hear_all(self) -> None:
         """Waits for somebody to say something."""
         ready = connection.wait(self.pipes, timeout=1)
         for worker, process in enumerate(self.processes):
-            # The pipe of a dead worker may be open, in a program that its environment has started.
-            if self.pipes[worker] in ready or not (ready or process.is_alive()):
+            if self.pipes[worker] in ready:
                 self.hear(worker)
+            elif not ready and not process.is_alive():  # and its pipe is open, in what its environment has started
+                raise self.death_of(worker)
 
     def hear_until_all_wait(self) -> None:
         while not all(self.states):

@@ -234,7 +234,7 @@ def forget_the_end(run: Path) -> None:
 
 
 def test_one_worker_says_what_it_cannot_repeat(here, capsys):
-    run = train("--env-id odd_envs:Odd/Tally-v0 --num-workers 1 --total-timesteps 600 --checkpoint-interval 20")
+    run = train("--env-id odd_envs:Odd/Tally-v0 --num-workers 1 --total-timesteps 6000 --checkpoint-interval 200")
     forget_the_end(run)
     assert a3c.main(["--resume", str(run)]) == 0
     assert "not exactly: environment 0 does not repeat its rewards\n" in capsys.readouterr().out
@@ -242,7 +242,7 @@ def test_one_worker_says_what_it_cannot_repeat(here, capsys):
 
 def test_two_workers_go_on_with_their_episodes_and_say_not_exactly(here, capsys):
     """No episode is cut: all have 2,000 steps, also those in which the run was stopped."""
-    shape = "--env-id odd_envs:Odd/Long-v0 --num-workers 2 --total-timesteps 12000 --checkpoint-interval 100"
+    shape = "--env-id odd_envs:Odd/Long-v0 --num-workers 2 --total-timesteps 12000 --checkpoint-interval 400"
     run = train(shape)
     forget_the_end(run)
     before = newest(run)

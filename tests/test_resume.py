@@ -152,7 +152,7 @@ def test_run_that_was_killed_again_and_again_equals_one_that_was_not(case, proce
 
 
 # ----------------------------------------------------------------------------------------------- what is not exact
-@every_script
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "a3c"])  # a worker runs ahead of what is logged
 @pytest.mark.parametrize("num_steps", [30, 40])  # the second ends with episodes
 def test_environment_that_carries_something_over_goes_on_and_says_not_exactly(name, num_steps, here, capsys):
     size = f"--num-envs 2 --num-steps {num_steps} --checkpoint-interval 1 --total-timesteps {8 * num_steps}"
