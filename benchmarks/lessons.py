@@ -1,6 +1,8 @@
 """What the scripts teach, one command a lesson: python -m benchmarks.lessons LESSON [--seeds N] [--out FILE]
 
     variance     reinforce.py: the variance of the gradient with each pair of --returns and --baseline
+    async        a3c.py against a2c.py on the same two cores, against steps and against seconds: CartPole
+    async-breakout    the same: Breakout
     accuracy     grpo_toy.py: GRPO against the verifier
     methods      every --method, with its defaults
     gdpo         GDPO against GRPO, rewards of unequal scale
@@ -14,9 +16,9 @@
     preferences  every --loss and several beta, from a weak and from the default warm start
     offline      preferences offline against GRPO online, by tokens sampled
 
-Starts the runs, one thread each, two at a time. A run is known by the script's text, its flags and its seed: a complete
-one is kept, one that was cut off goes on. Prints a table, and writes FILE.png and FILE.csv (default:
-benchmarks/results/SCRIPT_LESSON).
+Starts the runs, one thread each, two at a time. Those of the lessons async run one at a time, for each has both cores.
+A run is known by the script's text, its flags and its seed: a complete one is kept, one that was cut off goes on.
+Prints a table, and writes FILE.png and FILE.csv (default: benchmarks/results/SCRIPT_LESSON).
 """
 
 import argparse
@@ -45,12 +47,14 @@ Results = dict[str, list[Series]]  # by arm, one for each seed
 @dataclass(frozen=True)
 class Lesson:
     arms: dict[str, Flags]
-    """flags of each arm; the key "script" replaces the lesson's script"""
+    """flags of each arm; the key "script" replaces the lesson's script, and "num-threads" the one thread"""
     panels: tuple[str, ...]
     """columns of read_run, drawn over iterations, or over x where one is written "y against x" """
     goals: bool = False
     """whether the table has the iterations to the GOALS, and not the first and last values of the panels"""
     seeds: int = 3
+    at_a_time: int = 2
+    """runs"""
     script: str = "grpo_toy"
     env_id: str = ""
     model_of: str = ""
@@ -73,6 +77,9 @@ METHODS = ("grpo", "dr_grpo", "dapo", "gspo", "gdpo", "rloo", "cispo", "sapo", "
 LOSSES = ("dpo", "ipo", "kto", "orpo")
 QUARTER = {"num-prompts": 1024}  # of the default, which sets the losses further apart
 WARM_STARTS = {"weak": 140, "default": 300}  # steps of --sft-steps
+FIVE = {"num-steps": 5, "total-timesteps": 300_000}
+BREAKOUT = {"num-steps": 5, "total-timesteps": 1_000_000, "learning-rate": 5e-4}
+RACE = ("return of the last 100 episodes", "return of the last 100 episodes against seconds")
 SHARES = ("right format", "right answer", "short enough")
 LESSONS = {
     "variance": Lesson(
@@ -84,6 +91,30 @@ LESSONS = {
         seeds=2,
         script="reinforce",
         env_id="CartPole-v1",
+    ),
+    "async": Lesson(
+        {
+            "A2C, 8 environments": FIVE | {"script": "a2c", "num-envs": 8},
+            "A3C, 2 workers of 4": FIVE | {"num-workers": 2, "num-envs": 4},
+            "A3C, 8 workers": FIVE | {"num-workers": 8, "num-envs": 1},
+            "A3C, 8 workers, 20 steps": FIVE | {"num-workers": 8, "num-envs": 1, "num-steps": 20},
+        },
+        panels=RACE,
+        at_a_time=1,
+        script="a3c",
+        env_id="CartPole-v1",
+    ),
+    "async-breakout": Lesson(
+        {
+            "A2C, 16 environments": BREAKOUT | {"script": "a2c", "num-envs": 16, "num-threads": 2},
+            "A3C, 2 workers of 8": BREAKOUT | {"num-workers": 2, "num-envs": 8},
+            "A3C, 16 workers, 20 steps": BREAKOUT
+            | {"num-workers": 16, "num-envs": 1, "num-steps": 20, "learning-rate": 1e-4},
+        },
+        panels=RACE,
+        at_a_time=1,
+        script="a3c",
+        env_id="BreakoutNoFrameskip-v4",
     ),
     "accuracy": Lesson(
         {"GRPO": OFTEN | {"method": "grpo"}}, panels=("accuracy", "accuracy, greedy", "pass@8"), seeds=5
@@ -183,6 +214,7 @@ COLUMNS = {  # of progress.csv
     "losses/grad_variance": "variance of the gradient",
     "losses/grad_snr": "its signal-to-noise ratio",
     "charts/episodic_return": "return",
+    "charts/train_last100": "return of the last 100 episodes",
 }
 BOUNDED = {*SHARES, "accuracy", "accuracy, greedy", "pass@8", "right format, held out"}  # between 0 and 1
 EDGES = (15, 20, 30, 45, 70, 100, 150, 220, 300, 400, 475)  # of mean returns; at 500 all arms are equal
@@ -200,7 +232,8 @@ def jobs_of(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> dict[str, l
             models = {"init-from": runs_dir / trained[0].name}
         for arm, flags in lesson.arms.items():
             path = ROOT / f"{flags.get('script', lesson.script)}.py"
-            flags = {name: value for name, value in flags.items() if name != "script"}
+            threads = flags.get("num-threads", 1)
+            flags = {name: value for name, value in flags.items() if name not in ("script", "num-threads")}
             jobs[arm].append(
                 Job(
                     algo=" ".join(as_flags(flags)).replace("--", ""),
@@ -210,7 +243,7 @@ def jobs_of(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> dict[str, l
                     seed=seed,
                     flags=as_flags(flags | models),
                     eval_episodes=0,
-                    threads=1,
+                    threads=threads,
                 )
             )
     return jobs
@@ -224,7 +257,7 @@ def run_lesson(lesson: Lesson, seeds: Iterable[int], runs_dir: Path) -> tuple[in
             return status, {}
     jobs = jobs_of(lesson, seeds, runs_dir)
     by_seed = [job for row in zip(*jobs.values()) for job in row]
-    if status := run_all(by_seed, runs_dir, Options(suite=lesson.script, workers=2, retry=True)):
+    if status := run_all(by_seed, runs_dir, Options(suite=lesson.script, workers=lesson.at_a_time, retry=True)):
         return status, {}
     results = {arm: [read_run(runs_dir / job.name) for job in row] for arm, row in jobs.items()}
     if lesson.best_of_n:
@@ -315,7 +348,8 @@ def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray)
             for curve in curves:
                 axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
             axis.plot(*np.mean(list(zip(*curves)), 1).T, color=color, label=arm)
-        axis.set_xlabel(f"{'iterations' if x == 'step' else x} ({len(seeds)} seeds)")
+        unit = "steps" if lesson.env_id else "iterations"
+        axis.set_xlabel(f"{unit if x == 'step' else x} ({len(seeds)} seeds)")
         if name in BOUNDED:
             axis.set_ylim(-0.03, 1.03)
     figure.legend(

@@ -79,7 +79,7 @@ def test_scripts_of_one_name_and_new_texts_do_not_collide(write):
     assert not list(Path(one).parent.rglob("__pycache__"))
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c", "trpo", "reinforce"])
+@pytest.mark.parametrize("name", ["ppo", "a2c", "a3c", "trpo", "reinforce"])
 def test_a_copy_of_a_script_is_asked_as_the_script_is(name, tmp_path):
     copy = shutil.copy(ROOT / f"{name}.py", tmp_path / "my_copy.py")
     ours, mine = arguments_of(name, "HalfCheetah-v4"), arguments_of(str(copy), "HalfCheetah-v4")

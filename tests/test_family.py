@@ -1,4 +1,4 @@
-"""What users of a2c.py, trpo.py, reinforce.py and sac.py meet; the text they share is tested in test_run_directory."""
+"""What users of a2c, a3c, trpo, reinforce and sac meet; the text they share is tested in test_run_directory."""
 
 import importlib
 import json
@@ -31,6 +31,7 @@ __all__ = ["here"]  # a fixture
 ROOT = SCRIPT.parent
 SMALL = {
     "a2c": "--num-envs 2 --num-steps 8 --log-interval 3 --checkpoint-interval 8",
+    "a3c": "--num-workers 1 --num-envs 2 --num-steps 8 --log-interval 3 --checkpoint-interval 8",
     "trpo": "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2 --checkpoint-interval 2",
     "reinforce": "--num-envs 2 --num-steps 60 --value-batch-size 60 --checkpoint-interval 2",
     "sac": "--num-envs 2 --learning-starts 60 --log-interval 50 --updates-per-step 0.04 --batch-size 16"
@@ -112,7 +113,7 @@ def test_signal_from_outside_stops_a_real_process_that_can_go_on(name, here, cap
     run = here / "runs" / "run"
     stopped = summary(run)
     assert stopped["status"] == "interrupted" and stopped["global_step"] < 6000
-    row = 2 * 8 * 3 if name == "a2c" else 1  # steps of a row; one that a signal cuts comes after the resume
+    row = 2 * 8 * 3 if name in ("a2c", "a3c") else 1  # steps of a row; one that a signal cuts comes after the resume
     assert stopped["global_step"] == newest(run)["global_step"]
     steps = [0] + [int(line["global_step"]) for line in rows(run, "progress")]
     assert steps[-1] == stopped["global_step"] // row * row
@@ -179,6 +180,11 @@ QUIET = {
         "CartPole-v1": "--total-timesteps 240",
         "HalfCheetah-v4": "--total-timesteps 240",
         "BreakoutNoFrameskip-v4": "--total-timesteps 16 --num-steps 2",
+    },
+    "a3c": {
+        "CartPole-v1": "--total-timesteps 240",
+        "HalfCheetah-v4": "--total-timesteps 240 --num-workers 2",
+        "BreakoutNoFrameskip-v4": "--total-timesteps 16 --num-steps 2 --num-workers 2",
     },
     "trpo": {
         "CartPole-v1": "--total-timesteps 512",

@@ -166,7 +166,7 @@ if __name__ == "__main__":
     main()
 """
 SHIPPED = {
-    "smoke": 18,
+    "smoke": 22,
     "classic": 160,
     "mujoco": 100,
     "mujoco-v4": 60,

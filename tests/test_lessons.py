@@ -146,6 +146,20 @@ def test_the_lesson_of_reinforce_runs_to_a_figure(lesson, capsys):
     assert re.search(r"^a: \S+ at return \d+", capsys.readouterr().out, re.M)
 
 
+def test_the_lesson_of_a3c_runs_to_a_figure_against_steps_and_seconds(lesson, capsys):
+    short = {"total-timesteps": 4000, "num-steps": 5, "log-interval": 10}
+    arms = {"A2C": short | {"script": "a2c", "num-envs": 4}, "A3C": short | {"num-workers": 2, "num-envs": 2}}
+    status, table = lesson(name="async", seeds=2, **arms)
+    assert status == 0 and Path("figure.png").stat().st_size > 1000
+    for arm, row in (("A2C", 200), ("A3C", 100)):
+        for seed in "12":
+            points = [point for point in table if (point["arm"], point["seed"]) == (arm, seed)]
+            assert [float(point["step"]) for point in points] == list(range(row, 4001, row))
+            assert float(points[-1]["return of the last 100 episodes"]) > 9 and float(points[-1]["seconds"]) > 0
+    out = capsys.readouterr().out
+    assert re.search(r"^A3C: return of the last 100 episodes [\d.]+ -> [\d.]+, [\d.]+ -> [\d.]+$", out, re.M)
+
+
 def test_no_seed_is_refused(lesson, capsys):
     with pytest.raises(SystemExit):
         lesson(seeds=0, one=TINY)
@@ -164,7 +178,8 @@ def test_the_scripts_take_the_flags_of_every_lesson(name, tmp_path):
     for arm in lessons.jobs_of(lesson, [1], tmp_path).values():
         _, path, *flags = arm[0].start(tmp_path)
         args = importlib.import_module(Path(path).stem).parse_args(flags)
-        assert (args.seed, args.run_name, args.num_threads) == (1, arm[0].name, 1)
+        assert (args.seed, args.run_name, args.num_threads) == (1, arm[0].name, arm[0].threads)
+        assert arm[0].threads == 1 or lesson.at_a_time == 1  # the machine has two cores
     derived = {"completions sampled", "tokens sampled", "root of the KL"}
     quantities = {name for panel in lesson.panels for name in panel.split(" against ")}
     assert quantities <= {*lessons.COLUMNS.values(), *derived}

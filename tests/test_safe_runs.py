@@ -43,7 +43,7 @@ import grpo_toy
 import ppo
 
 __all__ = ["here"]  # a fixture
-SCRIPTS = ("ppo", "a2c", "trpo", "reinforce", "sac", "grpo_toy", "rlhf_toy", "dpo_toy")
+SCRIPTS = ("ppo", "a2c", "a3c", "trpo", "reinforce", "sac", "grpo_toy", "rlhf_toy", "dpo_toy")
 
 
 def contents(folder):

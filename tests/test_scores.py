@@ -15,7 +15,7 @@ def train_last100(name, env_id, seed, runs_dir):
     return json.loads((run / "summary.json").read_text())["train_last100"]
 
 
-@pytest.mark.parametrize("name, mean", [("ppo", 490), ("a2c", 475), ("trpo", 475), ("reinforce", 475)])
+@pytest.mark.parametrize("name, mean", [("ppo", 490), ("a2c", 475), ("a3c", 475), ("trpo", 475), ("reinforce", 475)])
 def test_cartpole_is_solved_by_ten_seeds(name, mean, tmp_path):
     scores = [train_last100(name, "CartPole-v1", seed, tmp_path) for seed in range(1, 11)]
     assert np.mean(scores) >= mean, scores

@@ -16,7 +16,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-CONTROL = ("ppo", "a2c", "trpo", "reinforce", "sac")
+CONTROL = ("ppo", "a2c", "a3c", "trpo", "reinforce", "sac")
 SCRIPTS = (*CONTROL, "grpo_toy", "rlhf_toy", "dpo_toy")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -94,6 +94,7 @@ LANGUAGE = ["shared: language run flags", "shared: command line", "shared: langu
 LANGUAGE += ["checks", "reporting", "shared: run directory", "shared: language warm start and evaluation"]
 LANGUAGE += ["shared: main"]
 ORDER = dict.fromkeys(CONTROL, SECTIONS)
+ORDER["a3c"] = [*SECTIONS[:9], "workers", *SECTIONS[9:]]
 ORDER["grpo_toy"] = [*LANGUAGE[:4], "completions and their rewards", *LANGUAGE[4:]]
 ORDER["rlhf_toy"] = [*LANGUAGE[:4], "shared: language preferences", *LANGUAGE[4:]]
 ORDER["dpo_toy"] = [*LANGUAGE[:4], "shared: language preferences", "checks", "pairs", *LANGUAGE[5:]]

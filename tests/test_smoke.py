@@ -6,6 +6,8 @@ from collections import Counter
 
 from benchmarks.__main__ import main
 
+ALGOS = ("ppo", "a2c", "a3c", "trpo", "reinforce")
+
 
 def test_smoke_runs_to_a_report_and_passes_its_own_check(tmp_path, capsys):
     runs = tmp_path / "runs"
@@ -13,9 +15,9 @@ def test_smoke_runs_to_a_report_and_passes_its_own_check(tmp_path, capsys):
     assert main(command) == 0
     out = capsys.readouterr().out
     assert out.startswith("left out: sac acts in boxes only, and CartPole-v1 has other actions\n")
-    assert "18 of 18 runs are done" in out
+    assert "22 of 22 runs are done" in out
     written = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
-    assert len(written) == 18
+    assert len(written) == 22
     for path in written:
         evaluations = json.loads(path.read_text())["eval"]
         assert {kind: result["episodes"] for kind, result in evaluations.items()} == dict(
@@ -26,12 +28,12 @@ def test_smoke_runs_to_a_report_and_passes_its_own_check(tmp_path, capsys):
     capsys.readouterr()
 
     assert main(["report", str(runs)]) == 0
-    assert capsys.readouterr().out.startswith("18 of 18 runs are complete")
+    assert capsys.readouterr().out.startswith("22 of 22 runs are complete")
     out = runs / "report"
     with open(out / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert Counter((row["env_id"], row["algo"]) for row in rows) == {
-        (env_id, algo): 2 for env_id in ("CartPole-v1", "Pendulum-v1") for algo in ("ppo", "a2c", "trpo", "reinforce")
+        (env_id, algo): 2 for env_id in ("CartPole-v1", "Pendulum-v1") for algo in ALGOS
     } | {("Pendulum-v1", "sac"): 2}
     for row in rows:
         summary = json.loads(
