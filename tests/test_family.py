@@ -34,7 +34,7 @@ SMALL = {
     "a3c": "--num-workers 1 --num-envs 2 --num-steps 8 --log-interval 3 --checkpoint-interval 8",
     "trpo": "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2 --checkpoint-interval 2",
     "reinforce": "--num-envs 2 --num-steps 60 --value-batch-size 60 --checkpoint-interval 2",
-    "sac": "--num-envs 2 --learning-starts 60 --log-interval 50 --updates-per-step 0.04 --batch-size 16"
+    "sac": "--num-envs 2 --learning-starts 60 --log-interval 50 --updates-per-step 0.02 --batch-size 16"
     " --checkpoint-interval 2",
 }
 every_script = pytest.mark.parametrize("name", SMALL)
