@@ -35,8 +35,10 @@ def train(*more: str, name: str = "run", script=a3c) -> Path:
     return Path("runs") / name
 
 
-def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm")} if Path("/dev/shm").is_dir() else set()
+def memory_of(pids: set[int]) -> list[str]:
+    """The shared memory of processes; what has lost its name goes with the last of them, and ends with (deleted)."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return [line for line in lines if "/dev/shm/" in line]
 
 
 # ----------------------------------------------------------------------------------------- a2c.py, but asynchronous
@@ -56,9 +58,9 @@ def test_what_is_not_asynchronous_is_the_text_of_a2c(name):
 
 
 ALIKE = {
-    "CartPole": "--env-id CartPole-v1 --optimizer rmsprop --total-timesteps 4000",
+    "CartPole": "--env-id CartPole-v1 --optimizer rmsprop --total-timesteps 3000",
     "several environments": "--env-id CartPole-v1 --num-envs 3 --optimizer adam --norm-adv --total-timesteps 6000",
-    "normalisers": "--env-id Pendulum-v1 --norm-obs --norm-reward --gamma 0.9 --optimizer adam --total-timesteps 4000",
+    "normalisers": "--env-id Pendulum-v1 --norm-obs --norm-reward --gamma 0.9 --optimizer adam --total-timesteps 3000",
 }
 
 
@@ -75,12 +77,10 @@ def test_one_worker_takes_the_steps_of_a2c(case, here):
     progress = [[float(row["losses/policy_loss"]) for row in rows(run, "progress")] for run in (one, other)]
     assert len(progress[0]) >= 2 and progress[1] == pytest.approx(progress[0], rel=1e-4, abs=1e-5)
     assert summary(other)["reproducible"] is True
-    different = newest(train(ALIKE[case], "--anneal-lr --seed 6 --num-workers 1", name="seed"))["agent"]
-    assert any((different[key] - x).abs().max() > 1e-3 for key, x in states[1]["agent"].items())
 
 
 def test_all_workers_learn_one_policy(here):
-    run = train("--env-id worker_envs:Workers/Choice-v0 --num-workers 2 --total-timesteps 16000 --learning-rate 1e-2")
+    run = train("--env-id worker_envs:Workers/Choice-v0 --num-workers 2 --total-timesteps 10000 --learning-rate 1e-2")
     args = a3c.read_config(run)[0]
     with a3c.make_envs(args, 1, 0) as envs, torch.no_grad():
         agent = a3c.make_agent(envs, args)
@@ -142,7 +142,7 @@ def test_no_steps_are_taken_twice_however_fast_workers_take_them(here):
 
 
 def test_workers_have_seeds_of_their_own_and_the_first_that_of_the_run(here):
-    run = train("--env-id Pendulum-v1 --num-workers 3 --total-timesteps 3000 --checkpoint-interval 100")
+    run = train("--env-id Pendulum-v1 --num-workers 3 --total-timesteps 600 --checkpoint-interval 1000")
     states = newest(run)["workers"]["states"]
     observations = [state["player"]["obs"] for state in states]
     noise = [state["rng"]["torch"] for state in states]
@@ -242,19 +242,19 @@ def test_one_worker_says_what_it_cannot_repeat(here, capsys):
 
 def test_two_workers_go_on_with_their_episodes_and_say_not_exactly(here, capsys):
     """No episode is cut: all have 2,000 steps, also those in which the run was stopped."""
-    shape = "--env-id odd_envs:Odd/Long-v0 --num-workers 2 --total-timesteps 12000 --checkpoint-interval 400"
+    shape = "--env-id odd_envs:Odd/Long-v0 --num-workers 2 --total-timesteps 8000 --checkpoint-interval 300"
     run = train(shape)
     forget_the_end(run)
     before = newest(run)
-    assert before["workers"]["taken"] % 2000  # in the middle of episodes
+    assert before["workers"]["taken"] < 8000 and any(len(x) % 2000 for x in played(before))  # in the middle of episodes
     assert a3c.main(["--resume", str(run)]) == 0
     sentence = f"goes on from step {before['global_step']:,}, but not exactly: its workers do not wait for each other\n"
     assert sentence in capsys.readouterr().out
     assert {(float(row["return"]), int(row["length"])) for row in rows(run, "episodes")} == {(2000, 2000)}
     state = newest(run)
-    assert summary(run)["status"] == "completed" and state["global_step"] == state["workers"]["taken"] == 12000
+    assert summary(run)["status"] == "completed" and state["global_step"] == state["workers"]["taken"] == 8000
     begun = [one["player"]["episodes"]["begun"][0] for one in state["workers"]["states"]]
-    assert 2000 * len(rows(run, "episodes")) + sum(map(len, played(state))) - sum(begun) == 12000
+    assert 2000 * len(rows(run, "episodes")) + sum(map(len, played(state))) - sum(begun) == 8000
 
 
 def test_resume_of_a_completed_run_starts_no_process(here, capsys, monkeypatch):
@@ -272,13 +272,12 @@ def test_resume_of_a_completed_run_starts_no_process(here, capsys, monkeypatch):
 def fails(capsys, *more: str) -> tuple[str, dict]:
     """The one sentence of a run of two workers that fails, and its summary."""
     capsys.readouterr()
-    before = shared_memory()
     assert a3c.main([*flags("--num-workers 2 --total-timesteps 100000", *more), "--run-name", "run"]) == 1
     err = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]+\n", err), err
     told = summary(Path("runs/run"))
     assert f"error: {told['error']}\n" == err
-    assert not multiprocessing.active_children() and shared_memory() <= before
+    assert not multiprocessing.active_children()
     return err, told
 
 
@@ -353,7 +352,6 @@ class Process:
     """a3c.py as it is started from a shell: the leader of a process group, which Ctrl-C reaches as a whole."""
 
     def __init__(self, *more: str):
-        self.before = shared_memory()
         command = [sys.executable, ROOT / "a3c.py", *flags("--num-workers 2 --run-name run", *more)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.it = subprocess.Popen(command, start_new_session=True, env=os.environ | {"PYTHONPATH": PATH}, **pipes)
@@ -376,7 +374,7 @@ class Process:
             deadline = time.monotonic() + 30
             while alive(below) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert not alive(below) and shared_memory() <= self.before
+            assert not alive(below)
             return err
         finally:
             self.it.kill()
@@ -394,6 +392,8 @@ LONG = "--env-id CartPole-v1 --total-timesteps 10000000 --log-interval 10 --chec
 def test_signal_leaves_no_process_and_no_memory_behind_and_the_run_goes_on(signum, group, here, capsys, monkeypatch):
     run = Process(LONG)
     run.wait_for(lambda: run.is_training() and len(list(Path("runs/run/checkpoints").glob("step_*.pt"))) > 1)
+    memory = memory_of({run.it.pid, *children_of(run.it.pid)})
+    assert len(memory) >= 6 and all(line.endswith(" (deleted)") for line in memory)
     run.signal(signum, group)
     killed = signum == signal.SIGKILL
     assert run.ends(-signum if killed else 128 + signum) == ""
@@ -482,21 +482,21 @@ def test_script_in_no_file_is_refused(monkeypatch, here, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------- the command
-@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "BreakoutNoFrameskip-v4"])
-def test_two_workers_of_a_copy_play_everything(env_id, tmp_path):
+def test_two_workers_of_a_copy_play_from_another_folder(tmp_path):
     shutil.copy(ROOT / "a3c.py", tmp_path / "mine.py")
     (tmp_path / "elsewhere").mkdir()
     size = "--num-workers 2 --num-steps 4 --total-timesteps 80 --log-interval 2 --run-name run"
-    done = process("-W", "default", "../mine.py", "--env-id", env_id, *size.split(), cwd=tmp_path / "elsewhere")
+    done = process(
+        "-W", "default", "../mine.py", "--env-id", "HalfCheetah-v5", *size.split(), cwd=tmp_path / "elsewhere"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     first, understood, *progress, last = done.stdout.splitlines()
     assert first == "runs/run (cpu, threads: 1)" and understood.startswith("observes Box(") and progress
     assert last == "completed after 80 steps: runs/run"
     state = newest(tmp_path / "elsewhere/runs/run")
     assert len(state["workers"]["states"]) == 2 and state["workers"]["taken"] == 80
-    if env_id == "HalfCheetah-v5":
-        done = process("../mine.py", "--evaluate", "runs/run", "--eval-episodes", "1", cwd=tmp_path / "elsewhere")
-        assert done.returncode == 0 and "1 deterministic episodes: mean" in done.stdout
+    done = process("../mine.py", "--evaluate", "runs/run", "--eval-episodes", "1", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0 and "1 deterministic episodes: mean" in done.stdout
 
 
 def test_importing_does_nothing(here):
