@@ -496,7 +496,7 @@ class RunArgs(Args):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cpu for the MLP; for the CNN cuda, where there is one
     num_threads: int = 0  # CPU threads of torch and of the Atari emulators (0: one for the MLP, all cores for the CNN)
     compile: Literal["auto", "on", "off"] = "auto"  # compile the gradient (auto: MLP, in runs long enough to win)
-    bf16: Literal["auto", "on", "off"] = "auto"  # run the CNN in bfloat16 (auto: where that is native), or SAC (auto: off)
+    bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16 in the CNN (auto: where that is native) or SAC (auto: off)
 
 
 METRICS = ("charts/train_last100", "eval/episodic_return")  # of the HParams tab
