@@ -1,18 +1,18 @@
 """SAC along its runs: python -m benchmarks.sac_figure RUNS_DIR [--out benchmarks/results/sac]
 
 RUNS_DIR holds run directories of sac.py, and of ppo.py and trpo.py on HalfCheetah to compare with. Those of sac.py were
-made with --keep-checkpoints, and `python -m benchmarks evaluate` has evaluated their checkpoints. A run of sac.py in
-float32 is drawn beside that in bfloat16 of the same seed. Draws
+made with --keep-checkpoints, and `python -m benchmarks evaluate` has evaluated their checkpoints. Draws
 
-    a panel for each environment: mean return of the evaluations against steps, and the published curve
+    a panel for each environment: mean return of the evaluations of SAC against steps, and the published curve
     HalfCheetah: running mean return of 20 training episodes of SAC, PPO and TRPO against steps and wall-clock time
-    the same of SAC in bfloat16 and in float32
+    Hopper: the same of SAC in bfloat16 and in float32
 
 Writes OUT.png and OUT.csv, which has all points, with env_id, algo, seed, step, wall_time, kind and return.
 """
 
 import argparse
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +75,7 @@ def draw_curves(axis: Any, seeds: list[Points], against: str, name: str, color: 
         )
     common = sorted(set.intersection(*({p["step"] for p in curve} for curve in seeds)))
     both = [[[p[against] / per, p["return"]] for p in curve if p["step"] in common] for curve in seeds]
-    axis.plot(*np.mean(both, 0).T, color=color, linewidth=2, label=f"{name}, {len(seeds)} seeds")
+    axis.plot(*np.mean(both, 0).T, color=color, linewidth=2, label=f"{name}, {len(seeds)} seed{'s' * (len(seeds) > 1)}")
 
 
 def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
@@ -84,7 +84,9 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
         seeds = list(curves(points, env_id=env_id, algo="sac", kind="eval"))
         if not seeds:
             continue
-        draw_curves(axis, seeds, "step", "sac.py", COLORS["sac"])
+        draw_curves(axis, seeds, "step", "sac.py --bf16 on", COLORS["sac"])
+        if exact := list(curves(points, env_id=env_id, algo="sac float32", kind="eval")):
+            draw_curves(axis, exact, "step", "sac.py", COLORS["sac float32"])
         last = max(curve[-1]["step"] for curve in seeds)
         rows = [row for row in published if row["env_id"].split("-")[0] == env_id.split("-")[0]]
         x, y, spread = (
@@ -102,20 +104,18 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
             if seeds := list(curves(points, env_id=ENVS[0], algo=algo, kind="train")):
                 draw_curves(axis, seeds, against, NAMES[algo], COLORS[algo], per)
         axis.set(title=f"{ENVS[0]}, in training", xlabel=label, ylabel=f"return, {EPISODES} episodes")
-    rounded = list(curves(points, env_id=ENVS[0], algo="sac float32", kind="train"))
-    if rounded:
-        last, compared = max(curve[-1]["step"] for curve in rounded), {curve[0]["seed"] for curve in rounded}
-        native = [
-            [p for p in curve if p["step"] <= last]
-            for curve in curves(points, env_id=ENVS[0], algo="sac", kind="train")
-            if curve[0]["seed"] in compared
-        ]
-        draw_curves(axes[1, 2], native, "step", "bfloat16", COLORS["sac"])
-        draw_curves(axes[1, 2], rounded, "step", "float32", COLORS["sac float32"])
-        axes[1, 2].set(title=f"{ENVS[0]}, in training", xlabel="steps")
+        if against == "wall_time":
+            axis.set(xscale="log")
+            axis.set_xticks((0.2, 1, 5, 20), labels=("0.2", "1", "5", "20"))
+            axis.minorticks_off()
+    for algo, name in (("sac", "bfloat16"), ("sac float32", "float32")):
+        if seeds := list(curves(points, env_id=ENVS[1], algo=algo, kind="train")):
+            draw_curves(axes[1, 2], seeds, "step", name, COLORS[algo])
+    axes[1, 2].set(title=f"{ENVS[1]}, in training", xlabel="steps", ylabel=f"return, {EPISODES} episodes")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-        axis.locator_params(axis="x", nbins=5)
+        if axis.get_xscale() == "linear":
+            axis.locator_params(axis="x", nbins=5)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False)
     save_figure(figure, path)
@@ -123,13 +123,14 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
 
 def print_table(points: Points) -> None:
     """Mean and seeds of the evaluations, by environment and step."""
-    for env_id in ENVS:
+    for env_id, algo in itertools.product(ENVS, ("sac", "sac float32")):
         found: dict[int, list[float]] = {}
-        for curve in curves(points, env_id=env_id, algo="sac", kind="eval"):
+        for curve in curves(points, env_id=env_id, algo=algo, kind="eval"):
             for point in curve:
                 found.setdefault(point["step"], []).append(point["return"])
         for step, returns in sorted(found.items()):
-            print(f"{env_id} {step:>9,} {np.mean(returns):8,.0f}  ({', '.join(f'{x:,.0f}' for x in returns)})")
+            seeds = ", ".join(f"{x:,.0f}" for x in returns)
+            print(f"{env_id:15} {NAMES[algo]:12} {step:>9,} {np.mean(returns):8,.0f}  ({seeds})")
 
 
 def main(argv: list[str] | None = None) -> None:
