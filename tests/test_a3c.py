@@ -210,7 +210,10 @@ a3c.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("env_id, more", [("CartPole-v1", ""), ("Pendulum-v1", "--norm-obs --norm-reward")])
+@pytest.mark.parametrize(
+    "env_id, more",
+    [("CartPole-v1", ""), pytest.param("Pendulum-v1", "--norm-obs --norm-reward", marks=pytest.mark.slow)],
+)
 def test_run_of_one_worker_that_was_killed_goes_on_exactly(env_id, more, here, capsys):
     size = f"--env-id {env_id} --num-workers 1 --total-timesteps 3000 --checkpoint-interval 40 --log-interval 7 {more}"
     whole = train(size, name="whole")
@@ -233,6 +236,7 @@ def forget_the_end(run: Path) -> None:
     (run / "summary.json").unlink()
 
 
+@pytest.mark.slow
 def test_one_worker_says_what_it_cannot_repeat(here, capsys):
     run = train("--env-id odd_envs:Odd/Tally-v0 --num-workers 1 --total-timesteps 6000 --checkpoint-interval 200")
     forget_the_end(run)
@@ -388,7 +392,10 @@ class Process:
 LONG = "--env-id CartPole-v1 --total-timesteps 10000000 --log-interval 10 --checkpoint-interval 50"
 
 
-@pytest.mark.parametrize("signum, group", [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)])
+@pytest.mark.parametrize(
+    "signum, group",
+    [(signal.SIGINT, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow), (signal.SIGKILL, False)],
+)
 def test_signal_leaves_no_process_and_no_memory_behind_and_the_run_goes_on(signum, group, here, capsys, monkeypatch):
     run = Process(LONG)
     run.wait_for(lambda: run.is_training() and len(list(Path("runs/run/checkpoints").glob("step_*.pt"))) > 1)
@@ -433,6 +440,7 @@ def test_parent_that_dies_while_the_workers_start_leaves_none(here):
     run.ends(-signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_second_signal_does_not_wait_for_a_worker(here):
     """Worker 1 sleeps for ten minutes in a step."""
     run = Process("--env-id worker_envs:Bad/sleeps-v0 --total-timesteps 2000 --checkpoint-interval 1000000")
@@ -482,6 +490,7 @@ def test_script_in_no_file_is_refused(monkeypatch, here, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------- the command
+@pytest.mark.slow
 def test_two_workers_of_a_copy_play_from_another_folder(tmp_path):
     shutil.copy(ROOT / "a3c.py", tmp_path / "mine.py")
     (tmp_path / "elsewhere").mkdir()

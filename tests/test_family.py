@@ -38,6 +38,9 @@ SMALL = {
     " --checkpoint-interval 2",
 }
 every_script = pytest.mark.parametrize("name", SMALL)
+every_cheap_script = pytest.mark.parametrize(  # a3c.py has the same tests of its own
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "a3c" else name for name in SMALL]
+)
 on_policy = pytest.mark.parametrize("name", ["a2c", "trpo", "reinforce"])
 
 
@@ -99,7 +102,7 @@ def test_run_without_a_summary_is_completed_by_a_resume(name, content, here):
     assert ([rows(run, kind) for kind in ("episodes", "progress")], checkpoints(run)) == before
 
 
-@every_script
+@every_cheap_script
 def test_signal_from_outside_stops_a_real_process_that_can_go_on(name, here, capsys):
     command = [sys.executable, ROOT / f"{name}.py", *small(name), "--run-name", "run", "--total-timesteps", "6000"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

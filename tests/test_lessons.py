@@ -146,6 +146,7 @@ def test_the_lesson_of_reinforce_runs_to_a_figure(lesson, capsys):
     assert re.search(r"^a: \S+ at return \d+", capsys.readouterr().out, re.M)
 
 
+@pytest.mark.slow
 def test_the_lesson_of_a3c_runs_to_a_figure_against_steps_and_seconds(lesson, capsys):
     short = {"total-timesteps": 4000, "num-steps": 5, "log-interval": 10}
     arms = {"A2C": short | {"script": "a2c", "num-envs": 4}, "A3C": short | {"num-workers": 2, "num-envs": 2}}

@@ -54,7 +54,7 @@ COIN = {
 }
 
 
-@every_script
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x == "a3c" else x for x in SCRIPTS])
 def test_what_is_measured_is_not_bent_by_how_often_it_is_saved(name, here):
     flags = f"--env-id odd_envs:Odd/Coin-v0 {COIN[name]}"
     often = start(name, "often", flags, "1" if name == "reinforce" else "3")
@@ -111,7 +111,9 @@ KILLED = {  # seconds each
 }
 
 
-@pytest.mark.parametrize("case", KILLED)
+@pytest.mark.parametrize(  # a3c.py has the same test of its own
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case.startswith("a3c") else case for case in KILLED]
+)
 def test_run_that_was_killed_again_and_again_equals_one_that_was_not(case, processes, here):
     name, env_id = case.split()
     flags = [*COMMON.split(), "--env-id", env_id, *KILLED[case].split(), "--run-name"]
