@@ -425,6 +425,7 @@ def test_signal_leaves_no_process_and_no_memory_behind_and_the_run_goes_on(signu
     assert newest(Path("runs/run"))["global_step"] == state["global_step"] + 200 * 10
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_workers_start_prints_no_traceback(here):
     run = Process(LONG)
     run.wait_for(lambda: len(children_of(run.it.pid)) >= 3)  # with the tracker of multiprocessing
@@ -433,6 +434,7 @@ def test_ctrl_c_while_the_workers_start_prints_no_traceback(here):
     assert summary(Path("runs/run"))["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_parent_that_dies_while_the_workers_start_leaves_none(here):
     run = Process(LONG)
     run.wait_for(lambda: len(children_of(run.it.pid)) >= 3)

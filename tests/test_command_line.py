@@ -524,7 +524,7 @@ VERBS = {
     "run classic --workers x": "--workers takes a whole number, not 'x'.",
     "sweep --trials 3": "--study STR",
     "walk": "Unrecognized options: walk.",
-    "": "Expected one of {run, report, sweep, speed, check}.",
+    "": "Expected one of {run, report, evaluate, sweep, speed, check}.",
 }
 
 

@@ -224,7 +224,7 @@ def test_help_shows_the_defaults_of_the_family(name, capsys):
     assert "(default: 1000000)" in text.split("--total-timesteps")[1][:200]
 
 
-@every_script
+@every_cheap_script
 def test_same_seed_is_the_same_run_and_another_seed_is_not(name, here):
     weights = []
     for run, seed in (("a", "3"), ("b", "3"), ("c", "4")):

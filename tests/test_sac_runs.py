@@ -402,12 +402,12 @@ class HalfFree(Free):
     action_space = Box(np.float32([-1, -1]), np.float32([1, np.inf]))
 
 
-class Labels(Free):
+class Numbered(Free):
     observation_space = gym.spaces.Discrete(4)
     action_space = Box(-1, 1, (1,))
 
 
-for environment in (Free, HalfFree, Labels):
+for environment in (Free, HalfFree, Numbered):
     gym.register(f"{environment.__name__}-v0", environment)
 
 WRONG = {
@@ -415,7 +415,7 @@ WRONG = {
     "--env-id ALE/Pong-v5": "acts in Discrete(6), and sac.py in boxes only; for such actions there are ppo.py",
     "--env-id test_sac_runs:Free-v0": "has actions without bounds, and",
     "--env-id test_sac_runs:HalfFree-v0": "has actions without bounds, and",
-    "--env-id test_sac_runs:Labels-v0": "observes Discrete(4); sac.py takes vectors; use ppo.py.",
+    "--env-id test_sac_runs:Numbered-v0": "observes Discrete(4); sac.py takes vectors; use ppo.py.",
     "--scale-actions off": "use auto.",
     "--total-timesteps 1000 --learning-starts 1000": "ask for 1001 or more, or for a smaller --learning-starts.",
     "--total-timesteps 1000": "ask for 1001 or more",
