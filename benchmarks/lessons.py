@@ -350,6 +350,7 @@ def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray)
             axis.plot(*np.mean(list(zip(*curves)), 1).T, color=color, label=arm)
         unit = "steps" if lesson.env_id else "iterations"
         axis.set_xlabel(f"{unit if x == 'step' else x} ({len(seeds)} seeds)")
+        axis.locator_params(axis="x", nbins=5)
         if name in BOUNDED:
             axis.set_ylim(-0.03, 1.03)
     figure.legend(
