@@ -1068,13 +1068,6 @@ def prepare(args: RunArgs, image: bool) -> Rng:
     return Rng(args.seed, args.device)
 
 
-def multiplies_bf16(device: str) -> bool:
-    """Whether it multiplies bfloat16 natively."""
-    if device == "cpu":
-        return torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 # ==== shared: settling ====
 def check_batch(args: RunArgs) -> None:
     """Raises UsageError unless the budget has a batch, cut in equal minibatches that can be standardised."""
@@ -1101,7 +1094,11 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
         raise UsageError(f"--norm-obs is for vector observations, not those of {args.env_id}; use --no-norm-obs.")
     rng = prepare(args, image)
     if args.bf16 == "auto":
-        args.bf16 = "on" if image and multiplies_bf16(args.device) else "off"
+        if args.device == "cpu":
+            native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        else:
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.bf16 = "on" if image and native else "off"
     if args.scale_actions == "auto":
         args.scale_actions = "on" if is_far(envs.single_action_space) else "off"
     if args.scale_actions == "on":

@@ -107,7 +107,7 @@ class Args:
 
 
 # Where a family of environments departs from the defaults above; an explicit flag wins over both. "continuous" is
-# classic control with real-valued actions. The others are there for the sentence that names another script.
+# classic control with real-valued actions, "classic" everything of one's own. SAC cannot play "atari" and says so.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
@@ -129,7 +129,7 @@ LOG_STD = (-20.0, 2.0)  # bounds of the policy's log standard deviation
 class Agent(nn.Module):
     """Policy, both Q, their targets and alpha for a pair of spaces. Observations come raw, (batch, *space.shape)."""
 
-    image = one_hot = False
+    image = one_hot = False  # what the shared sections ask of every agent
     obs_norm = None
 
     def __init__(self, observation_space: gym.Space, action_space: gym.spaces.Box, args: RunArgs):
@@ -972,16 +972,9 @@ def prepare(args: RunArgs, image: bool) -> Rng:
     return Rng(args.seed, args.device)
 
 
-def multiplies_bf16(device: str) -> bool:
-    """Whether it multiplies bfloat16 natively."""
-    if device == "cpu":
-        return torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 # ==== settling ====
 def check_budget(args: RunArgs) -> None:
-    """Raises UsageError unless each row of progress.csv has an update of the policy to tell of."""
+    """Raises UsageError unless every whole iteration has an update of the policy to tell of."""
     first = args.learning_starts + args.num_envs
     if args.total_timesteps < first:
         would = f"ask for {first} or more, or for a smaller --learning-starts"
@@ -1413,8 +1406,9 @@ class Replay:
     def checksum(self) -> int:
         """Of the rows that can be drawn, from the oldest to the newest."""
         first, last = (self.count - len(self)) % self.length, self.count % self.length
-        both = [self.rows[first:last]] if first < last else [self.rows[first:], self.rows[:last]]
-        return zlib.crc32(both[-1], zlib.crc32(both[0])) if len(both) > 1 else zlib.crc32(both[0])
+        if first < last:
+            return zlib.crc32(self.rows[first:last])
+        return zlib.crc32(self.rows[:last], zlib.crc32(self.rows[first:]))
 
     def state_dict(self) -> dict[str, int]:
         if self.args.buffer_in_memory or not self.count:

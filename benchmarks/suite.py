@@ -305,7 +305,7 @@ def options_of(suite: Suite, env_id: str, algo: str) -> dict[str, Any]:
 def jobs_of(suite: Suite, threads: int = 0, total_timesteps: int = 0) -> list[Job]:
     """The matrix of a suite, seed by seed, so that every cell has a first result early.
 
-    A cell whose script cannot play its environment is none.
+    A cell whose script cannot play its environment is left out.
 
     threads is --num-threads of Atari runs; other runs keep the script's default, one thread. total_timesteps wins over
     all budgets of the suite. Raises UsageError for what is neither script nor peer nor variant, for two scripts of one
