@@ -113,6 +113,7 @@ class Args:
     vf_coef: float = 0.5  # c1, weight of half the squared value error
     max_grad_norm: float = 0.5  # bound on the gradient's global norm
     log_std_init: float = 0.0  # initial log standard deviation of Gaussian policies
+    log_std_end: float | None = None  # let it fall linearly to this; None: learn it
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
@@ -133,7 +134,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Bounds of numbers. One in none of the three must be 0 or more.
 POSITIVE = ("total_timesteps", "learning_rate", "num_envs", "num_steps", "gamma", "max_grad_norm", "log_interval")
 AT_MOST_ONE = ("gamma", "gae_lambda")
-ANY_SIGN = ("log_std_init",)
+ANY_SIGN = ("log_std_init", "log_std_end")
 # fmt: on
 
 
@@ -154,7 +155,8 @@ class Agent(nn.Module):
         self.return_norm = RunningNorm(())
         if self.continuous:
             outputs = math.prod(action_space.shape)
-            self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
+            log_std = torch.full((outputs,), args.log_std_init)
+            self.log_std = nn.Parameter(log_std) if args.log_std_end is None else nn.Buffer(log_std)
         else:
             self.choices, impossible = choices_of(action_space)  # a component of few choices is padded
             self.register_buffer("impossible", impossible, persistent=False)
@@ -208,8 +210,13 @@ class Agent(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """All that pi depends on."""
-        deviation = [self.log_std] if self.continuous else []
+        deviation = self.parameters(recurse=False)  # where it is learned
         return [*self.body.parameters(), *self.actor.parameters(), *deviation]
+
+    def anneal_log_std(self, part_left: float, args: Args) -> None:
+        """Sets the deviation that --log-std-end has planned, where part_left of the run is left (1 to 0)."""
+        if self.continuous and args.log_std_end is not None:
+            self.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
 
 
 # ---------------------------------------------------------------------------------------------------- the method
@@ -379,6 +386,7 @@ def work(args: RunArgs, shared: Shared, line: Line) -> None:
         gradient = make_gradient(agent, args)
         for part_left in line.turns(player, rng):
             learning_rate = args.learning_rate * part_left if args.anneal_lr else args.learning_rate
+            agent.anneal_log_std(part_left, args)
             parameters.copy_(shared.optimizer.parameters)
             if agent.obs_norm:
                 with shared.lock:
@@ -420,6 +428,7 @@ def train(args: RunArgs) -> Path:
             workers.start()
             run.start_clock()  # the processes have taken seconds to start
             for _ in run.iterations():
+                agent.anneal_log_std(run.part_left(), args)  # for the checkpoints
                 steps, episodes, losses, learning_rate = workers.next()
                 run.log(steps, episodes, losses=losses, charts={"learning_rate": learning_rate})
         return run.path
@@ -1539,6 +1548,8 @@ class Player:
         self.episodes = Episodes(envs)
         self.discounted = np.zeros(envs.num_envs)  # return so far, for scale_rewards
         self.finished: list[Episode] = []  # in the last rollout
+        self.steps: Steps | None = None  # of the last rollout
+        self.final_obs: dict[tuple[int, int], np.ndarray] = {}  # where it was truncated, by step and environment
         self.first = True  # the next rollout is the first one
         self.inexact = ""  # why a resumed run is not the one that stopped
 
@@ -1560,7 +1571,7 @@ class Player:
         rewards = np.zeros(shape)
         terminations, truncations, over = np.zeros((3, *shape), dtype=bool)
         features: list[Tensor] = []
-        final_obs: dict[tuple[int, int], np.ndarray] = {}  # where an episode was truncated, by step and environment
+        self.final_obs = final_obs = {}
         actor = numpy_actor(agent)
         if actor:
             observations_in_numpy, noise = observations.numpy(), noise.numpy()
@@ -1594,7 +1605,7 @@ class Player:
         if self.args.norm_reward:
             ended = terminations | truncations
             rewards = scale_rewards(agent.return_norm, rewards, ended, self.discounted, self.args.gamma)
-        return Steps(
+        self.steps = Steps(
             observations=observations,
             features=torch.cat(features),
             actions=torch.from_numpy(actions).to(agent.device),
@@ -1603,6 +1614,7 @@ class Player:
             truncations=torch.from_numpy(truncations).to(agent.device),
             final_values=values_at(agent, final_obs, shape),
         )
+        return self.steps
 
     def state_dict(self) -> dict[str, Any]:
         return {

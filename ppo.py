@@ -95,6 +95,7 @@ class Args:
     num_steps: int = 128  # steps per environment and iteration (the paper's T)
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 10  # epochs over each batch (the paper's K)
+    recompute_advantages: bool = False  # estimate them again before every epoch, with V as it is by then
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of the generalized advantage estimate
     norm_adv: bool = True  # standardise the advantages of each minibatch
@@ -108,6 +109,7 @@ class Args:
     vf_coef: float = 0.5  # c1, weight of half the squared value error
     max_grad_norm: float = 0.5  # bound on the gradient's global norm
     log_std_init: float = 0.0  # initial log standard deviation of Gaussian policies
+    log_std_end: float | None = None  # let it fall linearly to this; None: learn it
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
@@ -130,7 +132,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 POSITIVE = ("total_timesteps", "learning_rate", "num_envs", "num_steps", "num_minibatches", "update_epochs", "gamma",
             "clip_coef", "kl_beta", "kl_target", "target_kl", "max_grad_norm")
 AT_MOST_ONE = ("gamma", "gae_lambda")
-ANY_SIGN = ("log_std_init",)
+ANY_SIGN = ("log_std_init", "log_std_end")
 # fmt: on
 
 
@@ -151,7 +153,8 @@ class Agent(nn.Module):
         self.return_norm = RunningNorm(())
         if self.continuous:
             outputs = math.prod(action_space.shape)
-            self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
+            log_std = torch.full((outputs,), args.log_std_init)
+            self.log_std = nn.Parameter(log_std) if args.log_std_end is None else nn.Buffer(log_std)
         else:
             self.choices, impossible = choices_of(action_space)  # a component of few choices is padded
             self.register_buffer("impossible", impossible, persistent=False)
@@ -205,8 +208,13 @@ class Agent(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """All that pi depends on."""
-        deviation = [self.log_std] if self.continuous else []
+        deviation = self.parameters(recurse=False)  # where it is learned
         return [*self.body.parameters(), *self.actor.parameters(), *deviation]
+
+    def anneal_log_std(self, part_left: float, args: Args) -> None:
+        """Sets the deviation that --log-std-end has planned, where part_left of the run is left (1 to 0)."""
+        if self.continuous and args.log_std_end is not None:
+            self.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
 
 
 # ---------------------------------------------------------------------------------------------------- the method
@@ -283,6 +291,15 @@ def estimate(agent: Agent, steps: Steps, args: Args) -> Batch:
 def rollout(agent: Agent, player: Player, args: Args) -> Batch:
     """Plays num_steps steps in each environment."""
     return estimate(agent, player.play(agent), args)
+
+
+@torch.no_grad()
+def recompute_advantages(agent: Agent, player: Player, batch: Batch, args: Args) -> Batch:
+    """The batch of the last rollout with advantages and returns by the present V (arXiv 2006.05990, section 3.5)."""
+    features = agent.features(player.steps.observations.flatten(0, 1))
+    final_values = values_at(agent, player.final_obs, player.steps.rewards.shape)
+    present = estimate(agent, player.steps._replace(features=features, final_values=final_values), args)
+    return batch._replace(advantages=present.advantages, returns=present.returns)  # pi_old stays
 
 
 def surrogate_objective(ratio: Tensor, advantages: Tensor, kl: Tensor, kl_beta: Tensor | float, args: Args) -> Tensor:
@@ -364,14 +381,25 @@ def make_gradient(agent: Agent, args: RunArgs) -> Callable[..., tuple[Tensor, di
 
 
 def update(
-    optimizer: Adam, gradient: Callable, batch: Batch, learning_rate: float, kl_beta: Tensor, rng: Rng, args: Args
+    agent: Agent,
+    player: Player,
+    optimizer: Adam,
+    gradient: Callable,
+    batch: Batch,
+    learning_rate: float,
+    kl_beta: Tensor,
+    rng: Rng,
+    args: Args,
 ) -> dict[str, Tensor]:
     """K epochs of minibatch steps. Returns the means over them of what to log."""
     stats = []
+    present = batch
     too_far = False
-    for _ in range(args.update_epochs):
+    for epoch in range(args.update_epochs):
+        if args.recompute_advantages and epoch > 0:
+            present = recompute_advantages(agent, player, batch, args)
         for rows in rng.permutation(len(batch.obs)).chunk(args.num_minibatches):
-            grad, minibatch_stats = gradient(batch, rows, kl_beta)
+            grad, minibatch_stats = gradient(present, rows, kl_beta)
             stats.append(minibatch_stats)
             too_far = args.target_kl is not None and minibatch_stats["approx_kl"].item() > args.target_kl
             if too_far:
@@ -414,8 +442,9 @@ def train(args: RunArgs) -> Path:
         with Run(args, total, started, **learner) as run:
             for _ in run.iterations():
                 learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
+                agent.anneal_log_std(run.part_left(), args)
                 batch = rollout(agent, player, args)
-                losses = update(optimizer, gradient, batch, learning_rate, kl_beta, rng, args)
+                losses = update(agent, player, optimizer, gradient, batch, learning_rate, kl_beta, rng, args)
                 charts = {"learning_rate": learning_rate}
                 if args.objective.startswith("kl"):
                     charts["kl_beta"] = kl_beta.item()
@@ -1541,6 +1570,8 @@ class Player:
         self.episodes = Episodes(envs)
         self.discounted = np.zeros(envs.num_envs)  # return so far, for scale_rewards
         self.finished: list[Episode] = []  # in the last rollout
+        self.steps: Steps | None = None  # of the last rollout
+        self.final_obs: dict[tuple[int, int], np.ndarray] = {}  # where it was truncated, by step and environment
         self.first = True  # the next rollout is the first one
         self.inexact = ""  # why a resumed run is not the one that stopped
 
@@ -1562,7 +1593,7 @@ class Player:
         rewards = np.zeros(shape)
         terminations, truncations, over = np.zeros((3, *shape), dtype=bool)
         features: list[Tensor] = []
-        final_obs: dict[tuple[int, int], np.ndarray] = {}  # where an episode was truncated, by step and environment
+        self.final_obs = final_obs = {}
         actor = numpy_actor(agent)
         if actor:
             observations_in_numpy, noise = observations.numpy(), noise.numpy()
@@ -1596,7 +1627,7 @@ class Player:
         if self.args.norm_reward:
             ended = terminations | truncations
             rewards = scale_rewards(agent.return_norm, rewards, ended, self.discounted, self.args.gamma)
-        return Steps(
+        self.steps = Steps(
             observations=observations,
             features=torch.cat(features),
             actions=torch.from_numpy(actions).to(agent.device),
@@ -1605,6 +1636,7 @@ class Player:
             truncations=torch.from_numpy(truncations).to(agent.device),
             final_values=values_at(agent, final_obs, shape),
         )
+        return self.steps
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -113,6 +113,7 @@ class Args:
     value_steps: int = 16  # minibatches of each batch that fit V
     value_batch_size: int = 256  # rows of such a minibatch
     log_std_init: float = 0.0  # initial log standard deviation of Gaussian policies
+    log_std_end: float | None = None  # let it fall linearly to this; None: learn it
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
@@ -134,7 +135,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 POSITIVE = ("total_timesteps", "learning_rate", "num_envs", "num_steps", "gamma", "max_grad_norm",
             "value_learning_rate", "value_steps", "value_batch_size")
 AT_MOST_ONE = ("gamma",)
-ANY_SIGN = ("log_std_init",)
+ANY_SIGN = ("log_std_init", "log_std_end")
 # fmt: on
 
 
@@ -155,7 +156,8 @@ class Agent(nn.Module):
         self.return_norm = RunningNorm(())
         if self.continuous:
             outputs = math.prod(action_space.shape)
-            self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
+            log_std = torch.full((outputs,), args.log_std_init)
+            self.log_std = nn.Parameter(log_std) if args.log_std_end is None else nn.Buffer(log_std)
         else:
             self.choices, impossible = choices_of(action_space)  # a component of few choices is padded
             self.register_buffer("impossible", impossible, persistent=False)
@@ -209,8 +211,13 @@ class Agent(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """All that pi depends on."""
-        deviation = [self.log_std] if self.continuous else []
+        deviation = self.parameters(recurse=False)  # where it is learned
         return [*self.body.parameters(), *self.actor.parameters(), *deviation]
+
+    def anneal_log_std(self, part_left: float, args: Args) -> None:
+        """Sets the deviation that --log-std-end has planned, where part_left of the run is left (1 to 0)."""
+        if self.continuous and args.log_std_end is not None:
+            self.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
 
 
 # ---------------------------------------------------------------------------------------------------- the method
@@ -409,6 +416,7 @@ def train(args: RunArgs) -> Path:
         with Run(args, total, started, agent=agent, player=player, rng=rng, **optimizers) as run:
             for _ in run.iterations():
                 learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
+                agent.anneal_log_std(run.part_left(), args)
                 batch = rollout(agent, player, args)
                 losses = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, rng, args)
                 if agent.obs_norm:

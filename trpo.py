@@ -110,6 +110,7 @@ class Args:
     update_epochs: int = 10  # epochs of the critic over each batch
     num_minibatches: int = 8  # minibatches of the critic per epoch
     log_std_init: float = 0.0  # initial log standard deviation of Gaussian policies
+    log_std_end: float | None = None  # let it fall linearly to this; None: learn it
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
@@ -131,7 +132,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 POSITIVE = ("total_timesteps", "max_kl", "num_envs", "num_steps", "gamma", "cg_iters", "fisher_fraction",
             "line_search_shrink", "learning_rate", "update_epochs", "num_minibatches")
 AT_MOST_ONE = ("gamma", "gae_lambda", "fisher_fraction", "line_search_shrink")
-ANY_SIGN = ("log_std_init",)
+ANY_SIGN = ("log_std_init", "log_std_end")
 # fmt: on
 
 
@@ -152,7 +153,8 @@ class Agent(nn.Module):
         self.return_norm = RunningNorm(())
         if self.continuous:
             outputs = math.prod(action_space.shape)
-            self.log_std = nn.Parameter(torch.full((outputs,), args.log_std_init))
+            log_std = torch.full((outputs,), args.log_std_init)
+            self.log_std = nn.Parameter(log_std) if args.log_std_end is None else nn.Buffer(log_std)
         else:
             self.choices, impossible = choices_of(action_space)  # a component of few choices is padded
             self.register_buffer("impossible", impossible, persistent=False)
@@ -206,8 +208,13 @@ class Agent(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """All that pi depends on."""
-        deviation = [self.log_std] if self.continuous else []
+        deviation = self.parameters(recurse=False)  # where it is learned
         return [*self.body.parameters(), *self.actor.parameters(), *deviation]
+
+    def anneal_log_std(self, part_left: float, args: Args) -> None:
+        """Sets the deviation that --log-std-end has planned, where part_left of the run is left (1 to 0)."""
+        if self.continuous and args.log_std_end is not None:
+            self.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
 
 
 # ---------------------------------------------------------------------------------------------------- the method
@@ -460,6 +467,7 @@ def train(args: RunArgs) -> Path:
         with Run(args, total, started, agent=agent, optimizer=optimizer, player=player, rng=rng) as run:
             for _ in run.iterations():
                 learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
+                agent.anneal_log_std(run.part_left(), args)
                 batch = rollout(agent, player, args)
                 losses = update(agent, theta, optimizer, gradient, batch, learning_rate, rng, args)
                 if agent.obs_norm:
@@ -1582,6 +1590,8 @@ class Player:
         self.episodes = Episodes(envs)
         self.discounted = np.zeros(envs.num_envs)  # return so far, for scale_rewards
         self.finished: list[Episode] = []  # in the last rollout
+        self.steps: Steps | None = None  # of the last rollout
+        self.final_obs: dict[tuple[int, int], np.ndarray] = {}  # where it was truncated, by step and environment
         self.first = True  # the next rollout is the first one
         self.inexact = ""  # why a resumed run is not the one that stopped
 
@@ -1603,7 +1613,7 @@ class Player:
         rewards = np.zeros(shape)
         terminations, truncations, over = np.zeros((3, *shape), dtype=bool)
         features: list[Tensor] = []
-        final_obs: dict[tuple[int, int], np.ndarray] = {}  # where an episode was truncated, by step and environment
+        self.final_obs = final_obs = {}
         actor = numpy_actor(agent)
         if actor:
             observations_in_numpy, noise = observations.numpy(), noise.numpy()
@@ -1637,7 +1647,7 @@ class Player:
         if self.args.norm_reward:
             ended = terminations | truncations
             rewards = scale_rewards(agent.return_norm, rewards, ended, self.discounted, self.args.gamma)
-        return Steps(
+        self.steps = Steps(
             observations=observations,
             features=torch.cat(features),
             actions=torch.from_numpy(actions).to(agent.device),
@@ -1646,6 +1656,7 @@ class Player:
             truncations=torch.from_numpy(truncations).to(agent.device),
             final_values=values_at(agent, final_obs, shape),
         )
+        return self.steps
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -97,7 +97,9 @@ class Learner:
 
     def update(self, batch: ppo.Batch, learning_rate: float = 1e-3, gradient=None) -> dict[str, torch.Tensor]:
         gradient = gradient or self.gradient
-        return ppo.update(self.optimizer, gradient, batch, learning_rate, self.kl_beta, self.rng, self.args)
+        return ppo.update(
+            self.agent, self.player, self.optimizer, gradient, batch, learning_rate, self.kl_beta, self.rng, self.args
+        )
 
     def log(self, field: str) -> np.ndarray:
         """What the Clocks saw, (steps of their lives, num_envs, ...)."""
