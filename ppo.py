@@ -123,8 +123,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "continuous": dict(norm_obs=True, norm_reward=True),
     "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, learning_rate=3e-4, gamma=0.999,
                   gae_lambda=0.98),
-    "mujoco": dict(total_timesteps=1_000_000, num_steps=256, num_minibatches=16, learning_rate=5e-4, gae_lambda=0.9,
-                   log_std_init=-0.5, norm_obs=True, norm_reward=True),
+    "mujoco": dict(total_timesteps=1_000_000, num_steps=256, num_minibatches=16, learning_rate=5e-4,
+                   recompute_advantages=True, log_std_init=-1.0, log_std_end=-2.0, norm_obs=True, norm_reward=True),
     "atari": dict(total_timesteps=10_000_000, update_epochs=4, learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01,
                   clip_reward=True),
 }

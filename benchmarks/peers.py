@@ -77,7 +77,7 @@ CONVERTED = ("learning_rate", "anneal_lr", "num_minibatches", "update_epochs", "
              "autotune", "buffer_in_memory")
 # The values at which arguments without a counterpart mean nothing.
 IDLE = dict(objective="clip", kl_beta=1.0, kl_target=0.01, clip_vloss=False, fisher_fraction=1.0, ent_coef=0.0,
-            policy_frequency=1)
+            policy_frequency=1, recompute_advantages=False)
 # Our tags for the library's values, and the factor between them: our value error is halved, our entropy is no loss.
 TAGS = {
     "policy_gradient_loss": ("losses/policy_loss", 1.0), "policy_loss": ("losses/policy_loss", 1.0),

@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from test_run_directory import (
     SCRIPT,
     assert_same_run,
@@ -29,7 +31,9 @@ from test_run_directory import (
 
 __all__ = ["here"]  # a fixture
 ROOT = SCRIPT.parent
+SPACES = Box(-np.inf, np.inf, (3,)), Box(-2, 2, (1,))  # of Pendulum
 SMALL = {
+    "ppo": "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2 --checkpoint-interval 2",
     "a2c": "--num-envs 2 --num-steps 8 --log-interval 3 --checkpoint-interval 8",
     "a3c": "--num-workers 1 --num-envs 2 --num-steps 8 --log-interval 3 --checkpoint-interval 8",
     "trpo": "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2 --checkpoint-interval 2",
@@ -37,10 +41,12 @@ SMALL = {
     "sac": "--num-envs 2 --learning-starts 60 --log-interval 50 --updates-per-step 0.02 --batch-size 16"
     " --checkpoint-interval 2",
 }
-every_script = pytest.mark.parametrize("name", SMALL)
+OTHERS = [name for name in SMALL if name != "ppo"]  # ppo.py is tested in test_run_directory and test_method
+every_script = pytest.mark.parametrize("name", OTHERS)
 every_cheap_script = pytest.mark.parametrize(  # a3c.py has the same tests of its own
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "a3c" else name for name in SMALL]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "a3c" else name for name in OTHERS]
 )
+gaussian = pytest.mark.parametrize("name", ["ppo", "a2c", "a3c", "trpo", "reinforce"])
 on_policy = pytest.mark.parametrize("name", ["a2c", "trpo", "reinforce"])
 
 
@@ -73,6 +79,8 @@ EXACT += [
     ("trpo", "Pendulum-v1", 9, 1536, "--norm-obs --fisher-fraction 0.5 --checkpoint-interval 4"),
 ]
 EXACT += [("reinforce", "CartPole-v1", 5, 1200, ""), ("reinforce", "Pendulum-v1", 5, 3000, "--norm-obs --norm-reward")]
+EXACT += [("ppo", "Pendulum-v1", 5, 900, "--log-std-end -2 --recompute-advantages --norm-obs")]
+EXACT += [("reinforce", "Pendulum-v1", 5, 3000, "--log-std-end -2")]
 
 
 @pytest.mark.parametrize("name, env_id, iteration, total, more", EXACT)
@@ -241,3 +249,36 @@ def test_compiled_gradient_takes_discrete_observations(name, here):
     flags = ["--env-id", "FrozenLake-v1", "--total-timesteps", "256", "--compile", "on", "--run-name", "run"]
     assert script(name).main([*small(name), *flags]) == 0
     assert json.loads(Path("runs/run/config.json").read_text())["args"]["compile"] == "on"
+
+
+@gaussian
+def test_deviation_falls_linearly_to_log_std_end_and_nothing_else_moves_it(name, here):
+    """Checkpoints have that of their last iteration, and it has no part in what is optimised."""
+    planned = "--env-id Pendulum-v1 --log-std-init -0.5 --log-std-end -1.5 --ent-coef 0.1 --keep-checkpoints"
+    flags = [*planned.split(), "--total-timesteps", "1280", "--run-name", "run"]
+    assert script(name).main([*small(name), *flags]) == 0
+    run = here / "runs" / "run"
+    found = [torch.load(path, weights_only=True) for path in (run / "checkpoints").glob("step_*.pt")]
+    assert len(found) > 2
+    for checkpoint in found:
+        steps, updates = checkpoint["global_step"], checkpoint["iteration"]
+        before = steps - steps / updates  # when its last iteration began
+        assert checkpoint["agent"]["log_std"].tolist() == pytest.approx([-0.5 - before / 1280], abs=1e-6)
+    entropy = [float(row["losses/entropy"]) for row in rows(run, "progress")]
+    assert entropy == sorted(entropy, reverse=True) and entropy[0] - entropy[-1] > 0.5
+    args = script(name).parse_args([*small(name), *planned.split()])
+    agent = script(name).Agent(*SPACES, args, share_body=False)
+    assert "log_std" in agent.state_dict() and "log_std" not in dict(agent.named_parameters())
+    assert agent.log_std.item() == -0.5
+    learned = script(name).Agent(*SPACES, script(name).parse_args(small(name)), share_body=False)
+    sizes = [sum(p.numel() for p in each.policy_parameters()) for each in (learned, agent)]
+    assert sizes[0] == sizes[1] + 1
+    learned.anneal_log_std(0.0, script(name).parse_args(small(name)))
+    assert learned.log_std.item() == 0  # as it was
+
+
+@gaussian
+def test_log_std_end_means_nothing_to_discrete_actions(name, here):
+    for run, flags in (("plain", []), ("planned", ["--log-std-end", "-2"])):
+        assert script(name).main([*small(name), "--total-timesteps", "600", "--run-name", run, *flags]) == 0
+    assert same(newest(here / "runs" / "plain")["agent"], newest(here / "runs" / "planned")["agent"])

@@ -75,7 +75,17 @@ class Labels(Clock):
         return np.array((self.age + 2 * self.episode) % 4 - 1)
 
 
+class Picture(Clock):
+    """A Clock that shows a grey picture, brighter with its age."""
+
+    observation_space = Box(0, 255, (3, 40, 48), np.uint8)
+
+    def observe(self) -> np.ndarray:
+        return np.full((3, 40, 48), 10 * self.age + self.time, np.uint8)
+
+
 gym.register("Clock-v0", entry_point=Clock)
+gym.register("Picture-v0", entry_point=Picture)
 gym.register("Labels-v0", entry_point=Labels)
 
 
@@ -581,6 +591,27 @@ def test_update_uses_every_row_once_per_epoch_and_logs_means():
         assert logged[name].item() == pytest.approx(mean, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("flags", [(), ("--recompute-advantages",)], ids=["once", "recomputed"])
+def test_every_epoch_but_the_first_sees_advantages_of_its_own_where_asked(flags):
+    learner = clock_learner(Discrete(4), "--num-minibatches", "2", "--update-epochs", "3", *flags)
+    batch, seen = learner.rollout(), []
+
+    def watched(present, rows, beta):
+        expected = ppo.recompute_advantages(learner.agent, learner.player, batch, learner.args)
+        seen.append((present, expected))
+        return learner.gradient(present, rows, beta)
+
+    logged = learner.update(batch, gradient=watched)
+    assert all(present is batch for present, _ in seen[: 2 if flags else 6])
+    if flags:
+        for (first, expected), (second, _) in (seen[2:4], seen[4:6]):
+            assert first is second and first is not batch
+            assert torch.equal(first.advantages, expected.advantages) and torch.equal(first.returns, expected.returns)
+            assert (first.advantages != batch.advantages).any()
+    assert logged["returns_variance"].item() == pytest.approx(batch.returns.numpy().var(), rel=1e-4)
+    close(logged["residual_variance"], (batch.returns - batch.values).var(correction=0), rtol=1e-4, atol=1e-6)
+
+
 def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones():
     learner = clock_learner(Discrete(4))
     batch = learner.rollout()
@@ -666,6 +697,53 @@ def check_targets(learner: Learner) -> None:
         close(batch.values, values.flatten(), rtol=1e-4, atol=1e-5)
         close(batch.advantages, expected.flatten(), rtol=1e-4, atol=1e-4)
         close(batch.returns, (expected + values).flatten(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("env_id", ["Clock-v0", "Labels-v0"])
+def test_recomputed_advantages_are_those_of_the_present_critic(env_id):
+    """Of the last observation of a truncated episode as well; the old policy and the old values stay."""
+    learner = clock_learner(Discrete(4), "--norm-reward", env_id=env_id)
+    learner.rollout()
+    batch = learner.rollout()
+    again = ppo.recompute_advantages(learner.agent, learner.player, batch, learner.args)
+    assert all(torch.equal(*pair) for pair in zip(batch[:-1], again[:-1]))  # as long as nothing has moved
+    for parameter in learner.agent.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    again = ppo.recompute_advantages(learner.agent, learner.player, batch, learner.args)
+    assert (again.advantages - batch.advantages).abs().min() > 0
+    for name in ("obs", "actions", "logprobs", "values"):
+        assert torch.equal(getattr(again, name), getattr(batch, name)), name
+    assert again.old_policy is batch.old_policy
+
+    def value(name: str) -> np.ndarray:
+        obs = torch.from_numpy(learner.log(name)[20:].reshape(60, *batch.obs.shape[1:]))
+        with torch.no_grad():
+            return learner.agent.value(learner.agent.features(obs)).view(20, 3).numpy()
+
+    values, flags = value("obs"), [learner.log(name)[20:] for name in ("terminated", "truncated")]
+    rewards = learner.player.steps.rewards.numpy()
+    assert (flags[1] & ~flags[0]).any()
+    expected = brute_force_gae(rewards, values, value("successor"), *flags, 0.99, 0.95)
+    close(again.advantages, expected.flatten(), rtol=1e-4, atol=1e-4)
+    close(again.returns, (expected + values).flatten(), rtol=1e-4, atol=1e-4)
+
+
+def test_recomputed_advantages_of_images_go_through_the_present_convolutions():
+    """They see the features of now, and not those of the rollout."""
+    learner = Learner("--env-id", "Picture-v0", "--num-envs", "2", "--num-steps", "8", action_space=Discrete(2))
+    batch = learner.rollout()
+    assert learner.player.final_obs
+    for parameter in learner.agent.body.parameters():
+        parameter.data *= 1.5
+    again = ppo.recompute_advantages(learner.agent, learner.player, batch, learner.args)
+    steps = learner.player.steps
+    with torch.no_grad():
+        features = learner.agent.features(steps.observations.flatten(0, 1))
+        final_values = ppo.values_at(learner.agent, learner.player.final_obs, (8, 2))
+    present = steps._replace(features=features, final_values=final_values)
+    expected = ppo.estimate(learner.agent, present, learner.args)
+    assert (expected.advantages != batch.advantages).any()
+    close(again.advantages, expected.advantages)
 
 
 def test_finished_episodes_report_raw_returns():
