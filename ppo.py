@@ -115,8 +115,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
 
 
-# Where a family of environments departs from the defaults above; an explicit flag wins over both. "continuous" is
-# classic control with real-valued actions.
+# Where a family of environments departs from these defaults. "continuous" is classic control with real-valued actions.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
@@ -207,14 +206,8 @@ class Agent(nn.Module):
         return self.critic(features).squeeze(-1)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """All that pi depends on."""
-        deviation = self.parameters(recurse=False)  # where it is learned
-        return [*self.body.parameters(), *self.actor.parameters(), *deviation]
-
-    def anneal_log_std(self, part_left: float, args: Args) -> None:
-        """Sets the deviation that --log-std-end has planned, where part_left of the run is left (1 to 0)."""
-        if self.continuous and args.log_std_end is not None:
-            self.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
+        """All that pi depends on and that is learned; of what is this module's own, only log_std can be."""
+        return [*self.body.parameters(), *self.actor.parameters(), *self.parameters(recurse=False)]
 
 
 # ---------------------------------------------------------------------------------------------------- the method
@@ -243,8 +236,7 @@ def compute_gae(
 
     All tensors are (num_steps, num_envs), and the flags belong to step t. next_values[t] is V of the true successor of
     step t: of the final observation where an episode ended, not of the one after the reset. A terminated state has no
-    future. A truncated one has, so its TD error bootstraps. At both the sum over later TD errors stops, because they
-    belong to another episode.
+    future. A truncated one has, so its TD error bootstraps. At both the sum over later TD errors stops.
     """
     terminations = terminations.bool()
     ended = terminations | truncations.bool()
@@ -258,12 +250,6 @@ def compute_gae(
         advantages.append(later)
     advantages = torch.stack(advantages[::-1])
     return advantages, advantages + values
-
-
-def standardise(x: Tensor) -> Tensor:
-    """(x - mean) / standard deviation. In double precision, because rounding would make equal advantages differ."""
-    x = x.double()
-    return ((x - x.mean()) / (x.std() + 1e-8)).float()
 
 
 @torch.no_grad()
@@ -293,15 +279,6 @@ def rollout(agent: Agent, player: Player, args: Args) -> Batch:
     return estimate(agent, player.play(agent), args)
 
 
-@torch.no_grad()
-def recompute_advantages(agent: Agent, player: Player, batch: Batch, args: Args) -> Batch:
-    """The batch of the last rollout with advantages and returns by the present V (arXiv 2006.05990, section 3.5)."""
-    features = agent.features(player.steps.observations.flatten(0, 1))
-    final_values = values_at(agent, player.final_obs, player.steps.rewards.shape)
-    present = estimate(agent, player.steps._replace(features=features, final_values=final_values), args)
-    return batch._replace(advantages=present.advantages, returns=present.returns)  # pi_old stays
-
-
 def surrogate_objective(ratio: Tensor, advantages: Tensor, kl: Tensor, kl_beta: Tensor | float, args: Args) -> Tensor:
     """The policy's objective, to be maximised. ratio, advantages and kl = KL(pi_old || pi) are (batch,)."""
     surrogate = ratio * advantages  # L^CPI, eq. 6
@@ -316,8 +293,7 @@ def surrogate_objective(ratio: Tensor, advantages: Tensor, kl: Tensor, kl_beta: 
 def value_objective(values: Tensor, old_values: Tensor, returns: Tensor, args: Args) -> Tensor:
     """Half the mean squared error of V, all (batch,).
 
-    With --clip-vloss each state counts the larger of two errors: that of V, and that of V clipped to within clip_coef
-    of its old estimate.
+    With --clip-vloss a state counts the larger error, of V or of V clipped to within clip_coef of its old estimate.
     """
     assert values.shape == old_values.shape == returns.shape
     error = (values - returns) ** 2
@@ -393,28 +369,24 @@ def update(
 ) -> dict[str, Tensor]:
     """K epochs of minibatch steps. Returns the means over them of what to log."""
     stats = []
-    present = batch
-    too_far = False
+    variances = value_variances(batch.returns, batch.values)
     for epoch in range(args.update_epochs):
         if args.recompute_advantages and epoch > 0:
-            present = recompute_advantages(agent, player, batch, args)
+            present = estimate(agent, player.look_again(agent), args)
+            batch = batch._replace(advantages=present.advantages, returns=present.returns)  # pi_old stays
         for rows in rng.permutation(len(batch.obs)).chunk(args.num_minibatches):
-            grad, minibatch_stats = gradient(present, rows, kl_beta)
+            grad, minibatch_stats = gradient(batch, rows, kl_beta)
             stats.append(minibatch_stats)
-            too_far = args.target_kl is not None and minibatch_stats["approx_kl"].item() > args.target_kl
-            if too_far:
-                break
+            if args.target_kl is not None and minibatch_stats["approx_kl"].item() > args.target_kl:
+                return mean_of(stats) | variances
             optimizer.step(grad, learning_rate)
-        if too_far:
-            break
-    return mean_of(stats) | value_variances(batch.returns, batch.values)
+    return mean_of(stats) | variances
 
 
 @torch.no_grad()
 def mean_kl(agent: Agent, batch: Batch) -> float:
     """E[KL(pi_old || pi)] over the batch, for adapt_beta."""
-    policy = agent.policy(agent.features(batch.obs))
-    return batch.old_policy.kl(policy).mean().item()
+    return batch.old_policy.kl(agent.policy(agent.features(batch.obs))).mean().item()
 
 
 def make_agent(envs: Environments, args: RunArgs) -> Agent:
@@ -442,7 +414,7 @@ def train(args: RunArgs) -> Path:
         with Run(args, total, started, **learner) as run:
             for _ in run.iterations():
                 learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
-                agent.anneal_log_std(run.part_left(), args)
+                anneal_log_std(agent, run.part_left(), args)
                 batch = rollout(agent, player, args)
                 losses = update(agent, player, optimizer, gradient, batch, learning_rate, kl_beta, rng, args)
                 charts = {"learning_rate": learning_rate}
@@ -1219,6 +1191,12 @@ class Gaussian:
         return (other.log_std - self.log_std + 0.5 * z2 - 0.5).sum(-1)
 
 
+def anneal_log_std(agent: Agent, part_left: float, args: Args) -> None:
+    """Sets the deviation that --log-std-end plans for a moment when part_left of the run is left, from 1 to 0."""
+    if agent.continuous and args.log_std_end is not None:
+        agent.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
+
+
 Policy = Categorical | Gaussian
 
 
@@ -1638,6 +1616,13 @@ class Player:
         )
         return self.steps
 
+    @torch.no_grad()
+    def look_again(self, agent: Agent) -> Steps:
+        """The steps of the last rollout, with features and final values of the present networks."""
+        features = agent.features(self.steps.observations.flatten(0, 1))
+        final_values = values_at(agent, self.final_obs, self.steps.rewards.shape)
+        return self.steps._replace(features=features, final_values=final_values)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "obs": torch.from_numpy(np.copy(self.obs)),
@@ -1683,6 +1668,12 @@ def clip_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     """The gradient, shrunk to max_norm where it is longer, and its norm."""
     norm = grad.norm()
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+def standardise(x: Tensor) -> Tensor:
+    """(x - mean) / standard deviation. In double precision, because rounding would make equal advantages differ."""
+    x = x.double()
+    return ((x - x.mean()) / (x.std() + 1e-8)).float()
 
 
 class Adam:

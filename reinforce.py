@@ -119,8 +119,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
 
 
-# Where a family of environments departs from the defaults above; an explicit flag wins over both. "continuous" is
-# classic control with real-valued actions.
+# Where a family of environments departs from these defaults. "continuous" is classic control with real-valued actions.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(num_envs=32, num_steps=100),
@@ -210,14 +209,8 @@ class Agent(nn.Module):
         return self.critic(features).squeeze(-1)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """All that pi depends on."""
-        deviation = self.parameters(recurse=False)  # where it is learned
-        return [*self.body.parameters(), *self.actor.parameters(), *deviation]
-
-    def anneal_log_std(self, part_left: float, args: Args) -> None:
-        """Sets the deviation that --log-std-end has planned, where part_left of the run is left (1 to 0)."""
-        if self.continuous and args.log_std_end is not None:
-            self.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
+        """All that pi depends on and that is learned; of what is this module's own, only log_std can be."""
+        return [*self.body.parameters(), *self.actor.parameters(), *self.parameters(recurse=False)]
 
 
 # ---------------------------------------------------------------------------------------------------- the method
@@ -416,7 +409,7 @@ def train(args: RunArgs) -> Path:
         with Run(args, total, started, agent=agent, player=player, rng=rng, **optimizers) as run:
             for _ in run.iterations():
                 learning_rate = args.learning_rate * run.part_left() if args.anneal_lr else args.learning_rate
-                agent.anneal_log_std(run.part_left(), args)
+                anneal_log_std(agent, run.part_left(), args)
                 batch = rollout(agent, player, args)
                 losses = update(agent, policy_optimizer, value_optimizer, gradient, batch, learning_rate, rng, args)
                 if agent.obs_norm:
@@ -1189,6 +1182,12 @@ class Gaussian:
         return (other.log_std - self.log_std + 0.5 * z2 - 0.5).sum(-1)
 
 
+def anneal_log_std(agent: Agent, part_left: float, args: Args) -> None:
+    """Sets the deviation that --log-std-end plans for a moment when part_left of the run is left, from 1 to 0."""
+    if agent.continuous and args.log_std_end is not None:
+        agent.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
+
+
 Policy = Categorical | Gaussian
 
 
@@ -1655,6 +1654,12 @@ def clip_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     """The gradient, shrunk to max_norm where it is longer, and its norm."""
     norm = grad.norm()
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+def standardise(x: Tensor) -> Tensor:
+    """(x - mean) / standard deviation. In double precision, because rounding would make equal advantages differ."""
+    x = x.double()
+    return ((x - x.mean()) / (x.std() + 1e-8)).float()
 
 
 class Adam:

@@ -274,7 +274,7 @@ def test_deviation_falls_linearly_to_log_std_end_and_nothing_else_moves_it(name,
     learned = script(name).Agent(*SPACES, script(name).parse_args(small(name)), share_body=False)
     sizes = [sum(p.numel() for p in each.policy_parameters()) for each in (learned, agent)]
     assert sizes[0] == sizes[1] + 1
-    learned.anneal_log_std(0.0, script(name).parse_args(small(name)))
+    script(name).anneal_log_std(learned, 0.0, script(name).parse_args(small(name)))
     assert learned.log_std.item() == 0  # as it was
 
 

@@ -592,22 +592,24 @@ def test_update_uses_every_row_once_per_epoch_and_logs_means():
 
 
 @pytest.mark.parametrize("flags", [(), ("--recompute-advantages",)], ids=["once", "recomputed"])
-def test_every_epoch_but_the_first_sees_advantages_of_its_own_where_asked(flags):
+def test_every_epoch_but_the_first_has_advantages_of_its_own_where_asked(flags):
+    """The old policy and the old values stay, and the explained variance is that of the old values."""
     learner = clock_learner(Discrete(4), "--num-minibatches", "2", "--update-epochs", "3", *flags)
     batch, seen = learner.rollout(), []
 
     def watched(present, rows, beta):
-        expected = ppo.recompute_advantages(learner.agent, learner.player, batch, learner.args)
-        seen.append((present, expected))
+        seen.append((present, estimate_again(learner)))
         return learner.gradient(present, rows, beta)
 
     logged = learner.update(batch, gradient=watched)
-    assert all(present is batch for present, _ in seen[: 2 if flags else 6])
+    assert len(seen) == 6 and all(present is batch for present, _ in seen[: 2 if flags else 6])
     if flags:
         for (first, expected), (second, _) in (seen[2:4], seen[4:6]):
-            assert first is second and first is not batch
+            assert first is second and first.old_policy is batch.old_policy
             assert torch.equal(first.advantages, expected.advantages) and torch.equal(first.returns, expected.returns)
             assert (first.advantages != batch.advantages).any()
+            for name in ("obs", "actions", "logprobs", "values"):
+                assert getattr(first, name) is getattr(batch, name), name
     assert logged["returns_variance"].item() == pytest.approx(batch.returns.numpy().var(), rel=1e-4)
     close(logged["residual_variance"], (batch.returns - batch.values).var(correction=0), rtol=1e-4, atol=1e-6)
 
@@ -699,21 +701,22 @@ def check_targets(learner: Learner) -> None:
         close(batch.returns, (expected + values).flatten(), rtol=1e-4, atol=1e-4)
 
 
+def estimate_again(learner: Learner) -> ppo.Batch:
+    return ppo.estimate(learner.agent, learner.player.look_again(learner.agent), learner.args)
+
+
 @pytest.mark.parametrize("env_id", ["Clock-v0", "Labels-v0"])
 def test_recomputed_advantages_are_those_of_the_present_critic(env_id):
-    """Of the last observation of a truncated episode as well; the old policy and the old values stay."""
+    """Of the last observation of a truncated episode as well."""
     learner = clock_learner(Discrete(4), "--norm-reward", env_id=env_id)
     learner.rollout()
     batch = learner.rollout()
-    again = ppo.recompute_advantages(learner.agent, learner.player, batch, learner.args)
+    again = estimate_again(learner)
     assert all(torch.equal(*pair) for pair in zip(batch[:-1], again[:-1]))  # as long as nothing has moved
     for parameter in learner.agent.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    again = ppo.recompute_advantages(learner.agent, learner.player, batch, learner.args)
+    again = estimate_again(learner)
     assert (again.advantages - batch.advantages).abs().min() > 0
-    for name in ("obs", "actions", "logprobs", "values"):
-        assert torch.equal(getattr(again, name), getattr(batch, name)), name
-    assert again.old_policy is batch.old_policy
 
     def value(name: str) -> np.ndarray:
         obs = torch.from_numpy(learner.log(name)[20:].reshape(60, *batch.obs.shape[1:]))
@@ -728,22 +731,22 @@ def test_recomputed_advantages_are_those_of_the_present_critic(env_id):
     close(again.returns, (expected + values).flatten(), rtol=1e-4, atol=1e-4)
 
 
-def test_recomputed_advantages_of_images_go_through_the_present_convolutions():
-    """They see the features of now, and not those of the rollout."""
+def test_looking_again_at_images_goes_through_the_present_convolutions():
     learner = Learner("--env-id", "Picture-v0", "--num-envs", "2", "--num-steps", "8", action_space=Discrete(2))
-    batch = learner.rollout()
-    assert learner.player.final_obs
-    for parameter in learner.agent.body.parameters():
+    learner.rollout()
+    steps, final_obs = learner.player.steps, learner.player.final_obs
+    assert final_obs
+    for parameter in learner.agent.parameters():
         parameter.data *= 1.5
-    again = ppo.recompute_advantages(learner.agent, learner.player, batch, learner.args)
-    steps = learner.player.steps
+    again = learner.player.look_again(learner.agent)
     with torch.no_grad():
         features = learner.agent.features(steps.observations.flatten(0, 1))
-        final_values = ppo.values_at(learner.agent, learner.player.final_obs, (8, 2))
-    present = steps._replace(features=features, final_values=final_values)
-    expected = ppo.estimate(learner.agent, present, learner.args)
-    assert (expected.advantages != batch.advantages).any()
-    close(again.advantages, expected.advantages)
+        for place, obs in final_obs.items():
+            value = learner.agent.value(learner.agent.features(torch.from_numpy(obs)[None]))
+            close(again.final_values[place], value[0])
+    close(again.features, features)
+    assert (features != steps.features).any() and (again.final_values != steps.final_values).sum() == len(final_obs)
+    assert again.rewards is steps.rewards and again.actions is steps.actions
 
 
 def test_finished_episodes_report_raw_returns():
