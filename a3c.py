@@ -113,7 +113,7 @@ class Args:
     vf_coef: float = 0.5  # c1, weight of half the squared value error
     max_grad_norm: float = 0.5  # bound on the gradient's global norm
     log_std_init: float = 0.0  # initial log standard deviation of Gaussian policies
-    log_std_end: float | None = None  # let it fall linearly to this; None: learn it
+    log_std_end: float | None = None  # what it falls to, linearly over the run; None: it is learned instead
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
@@ -154,7 +154,7 @@ class Agent(nn.Module):
         self.return_norm = RunningNorm(())
         if self.continuous:
             outputs = math.prod(action_space.shape)
-            log_std = torch.full((outputs,), args.log_std_init)
+            log_std = torch.full((outputs,), float(args.log_std_init))
             self.log_std = nn.Parameter(log_std) if args.log_std_end is None else nn.Buffer(log_std)
         else:
             self.choices, impossible = choices_of(action_space)  # a component of few choices is padded
@@ -208,7 +208,7 @@ class Agent(nn.Module):
         return self.critic(features).squeeze(-1)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """All that pi depends on and that is learned; of what is this module's own, only log_std can be."""
+        """All learned parameters of pi. The agent's own one is log_std, if that is learned."""
         return [*self.body.parameters(), *self.actor.parameters(), *self.parameters(recurse=False)]
 
 
@@ -1184,7 +1184,7 @@ class Gaussian:
 
 
 def anneal_log_std(agent: Agent, part_left: float, args: Args) -> None:
-    """Sets the deviation that --log-std-end plans for a moment when part_left of the run is left, from 1 to 0."""
+    """With --log-std-end, sets the log deviation of this moment. part_left falls from 1 to 0 over the run."""
     if agent.continuous and args.log_std_end is not None:
         agent.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
 
@@ -1540,7 +1540,7 @@ class Player:
         self.episodes = Episodes(envs)
         self.discounted = np.zeros(envs.num_envs)  # return so far, for scale_rewards
         self.finished: list[Episode] = []  # in the last rollout
-        self.steps: Steps | None = None  # of the last rollout
+        self.played: Steps | None = None  # the last rollout
         self.final_obs: dict[tuple[int, int], np.ndarray] = {}  # where it was truncated, by step and environment
         self.first = True  # the next rollout is the first one
         self.inexact = ""  # why a resumed run is not the one that stopped
@@ -1563,7 +1563,7 @@ class Player:
         rewards = np.zeros(shape)
         terminations, truncations, over = np.zeros((3, *shape), dtype=bool)
         features: list[Tensor] = []
-        self.final_obs = final_obs = {}
+        final_obs: dict[tuple[int, int], np.ndarray] = {}  # where an episode was truncated, by step and environment
         actor = numpy_actor(agent)
         if actor:
             observations_in_numpy, noise = observations.numpy(), noise.numpy()
@@ -1597,7 +1597,8 @@ class Player:
         if self.args.norm_reward:
             ended = terminations | truncations
             rewards = scale_rewards(agent.return_norm, rewards, ended, self.discounted, self.args.gamma)
-        self.steps = Steps(
+        self.final_obs = final_obs
+        self.played = Steps(
             observations=observations,
             features=torch.cat(features),
             actions=torch.from_numpy(actions).to(agent.device),
@@ -1606,14 +1607,14 @@ class Player:
             truncations=torch.from_numpy(truncations).to(agent.device),
             final_values=values_at(agent, final_obs, shape),
         )
-        return self.steps
+        return self.played
 
     @torch.no_grad()
     def look_again(self, agent: Agent) -> Steps:
         """The steps of the last rollout, with features and final values of the present networks."""
-        features = agent.features(self.steps.observations.flatten(0, 1))
-        final_values = values_at(agent, self.final_obs, self.steps.rewards.shape)
-        return self.steps._replace(features=features, final_values=final_values)
+        features = agent.features(self.played.observations.flatten(0, 1))
+        final_values = values_at(agent, self.final_obs, self.played.rewards.shape)
+        return self.played._replace(features=features, final_values=final_values)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -1627,6 +1628,12 @@ class Player:
         self.obs, self.inexact = self.episodes.load_state_dict(state["episodes"], state["obs"])
         if not self.inexact:
             self.discounted = state["discounted"].numpy()
+
+
+def standardise(x: Tensor) -> Tensor:
+    """(x - mean) / standard deviation. In double precision, because rounding would make equal advantages differ."""
+    x = x.double()
+    return ((x - x.mean()) / (x.std() + 1e-8)).float()
 
 
 def example_steps(agent: Agent, args: RunArgs) -> Steps:
@@ -1660,12 +1667,6 @@ def clip_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     """The gradient, shrunk to max_norm where it is longer, and its norm."""
     norm = grad.norm()
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
-
-
-def standardise(x: Tensor) -> Tensor:
-    """(x - mean) / standard deviation. In double precision, because rounding would make equal advantages differ."""
-    x = x.double()
-    return ((x - x.mean()) / (x.std() + 1e-8)).float()
 
 
 class Adam:

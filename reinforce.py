@@ -113,7 +113,7 @@ class Args:
     value_steps: int = 16  # minibatches of each batch that fit V
     value_batch_size: int = 256  # rows of such a minibatch
     log_std_init: float = 0.0  # initial log standard deviation of Gaussian policies
-    log_std_end: float | None = None  # let it fall linearly to this; None: learn it
+    log_std_end: float | None = None  # what it falls to, linearly over the run; None: it is learned instead
     norm_obs: bool = False  # normalise observations by their running mean and standard deviation
     norm_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
@@ -155,7 +155,7 @@ class Agent(nn.Module):
         self.return_norm = RunningNorm(())
         if self.continuous:
             outputs = math.prod(action_space.shape)
-            log_std = torch.full((outputs,), args.log_std_init)
+            log_std = torch.full((outputs,), float(args.log_std_init))
             self.log_std = nn.Parameter(log_std) if args.log_std_end is None else nn.Buffer(log_std)
         else:
             self.choices, impossible = choices_of(action_space)  # a component of few choices is padded
@@ -209,7 +209,7 @@ class Agent(nn.Module):
         return self.critic(features).squeeze(-1)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """All that pi depends on and that is learned; of what is this module's own, only log_std can be."""
+        """All learned parameters of pi. The agent's own one is log_std, if that is learned."""
         return [*self.body.parameters(), *self.actor.parameters(), *self.parameters(recurse=False)]
 
 
@@ -1183,7 +1183,7 @@ class Gaussian:
 
 
 def anneal_log_std(agent: Agent, part_left: float, args: Args) -> None:
-    """Sets the deviation that --log-std-end plans for a moment when part_left of the run is left, from 1 to 0."""
+    """With --log-std-end, sets the log deviation of this moment. part_left falls from 1 to 0 over the run."""
     if agent.continuous and args.log_std_end is not None:
         agent.log_std.fill_(args.log_std_end + (args.log_std_init - args.log_std_end) * part_left)
 
@@ -1654,12 +1654,6 @@ def clip_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     """The gradient, shrunk to max_norm where it is longer, and its norm."""
     norm = grad.norm()
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
-
-
-def standardise(x: Tensor) -> Tensor:
-    """(x - mean) / standard deviation. In double precision, because rounding would make equal advantages differ."""
-    x = x.double()
-    return ((x - x.mean()) / (x.std() + 1e-8)).float()
 
 
 class Adam:

@@ -1483,12 +1483,6 @@ def clip_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
 
 
-def standardise(x: Tensor) -> Tensor:
-    """(x - mean) / standard deviation. In double precision, because rounding would make equal advantages differ."""
-    x = x.double()
-    return ((x - x.mean()) / (x.std() + 1e-8)).float()
-
-
 class Adam:
     """Adam (arXiv 1412.6980) on one vector, by the kernel of torch.optim.Adam(fused=True).
 

@@ -71,12 +71,12 @@ script.main(sys.argv[1:])
 """
 EXACT = [
     ("a2c", "CartPole-v1", 20, 30 * 16, ""),
-    ("a2c", "Pendulum-v1", 50, 80 * 16, "--norm-obs --norm-reward --checkpoint-interval 30"),
+    ("a2c", "Pendulum-v1", 50, 80 * 16, "--norm-obs --norm-reward --checkpoint-interval 30 --log-std-end -2"),
 ]
 EXACT += [("a2c", "CartPole-v1", 20, 30 * 16, "--optimizer adam --checkpoint-interval 7")]
 EXACT += [
     ("trpo", "CartPole-v1", 5, 900, ""),
-    ("trpo", "Pendulum-v1", 9, 1536, "--norm-obs --fisher-fraction 0.5 --checkpoint-interval 4"),
+    ("trpo", "Pendulum-v1", 9, 1536, "--norm-obs --fisher-fraction 0.5 --checkpoint-interval 4 --log-std-end -2"),
 ]
 EXACT += [("reinforce", "CartPole-v1", 5, 1200, ""), ("reinforce", "Pendulum-v1", 5, 3000, "--norm-obs --norm-reward")]
 EXACT += [("ppo", "Pendulum-v1", 5, 900, "--log-std-end -2 --recompute-advantages --norm-obs")]
@@ -267,6 +267,10 @@ def test_deviation_falls_linearly_to_log_std_end_and_nothing_else_moves_it(name,
         assert checkpoint["agent"]["log_std"].tolist() == pytest.approx([expected], abs=1e-6)
     entropy = [float(row["losses/entropy"]) for row in rows(run, "progress")]
     assert entropy == sorted(entropy, reverse=True) and entropy[0] - entropy[-1] > 0.5
+    assert script(name).main(["--evaluate", "runs/run", "--eval-episodes", "1"]) == 0
+    assert script(name).main(["--evaluate", "runs/run", "--eval-episodes", "1", "--eval-stochastic"]) == 0
+    told = summary(run)["eval"]
+    assert told["deterministic"]["mean"] != told["stochastic"]["mean"]
     args = script(name).parse_args([*small(name), *planned.split()])
     agent = script(name).Agent(*SPACES, args, share_body=False)
     assert "log_std" in agent.state_dict() and "log_std" not in dict(agent.named_parameters())
@@ -283,3 +287,11 @@ def test_log_std_end_means_nothing_to_discrete_actions(name, here):
     for run, flags in (("plain", []), ("planned", ["--log-std-end", "-2"])):
         assert script(name).main([*small(name), "--total-timesteps", "600", "--run-name", run, *flags]) == 0
     assert same(newest(here / "runs" / "plain")["agent"], newest(here / "runs" / "planned")["agent"])
+
+
+@pytest.mark.parametrize("name", ["ppo", "trpo"])
+def test_none_learns_the_deviation_where_the_family_plans_it(name):
+    assert script(name).parse_args(["--env-id", "Hopper-v5"]).log_std_end == -2
+    args = script(name).parse_args(["--env-id", "Hopper-v5", "--log-std-end", "None"])
+    assert args.log_std_end is None
+    assert "log_std" in dict(script(name).Agent(*SPACES, args, share_body=False).named_parameters())

@@ -508,10 +508,11 @@ def test_gradient_clipping_equals_torch(bound):
     close(stats["grad_norm"], norm, rtol=1e-4, atol=0)
 
 
-def test_compiled_gradients_are_the_eager_ones_and_each_agent_has_its_own():
-    """Two agents in one process; weights, normaliser and beta change between calls of what was compiled once."""
+@pytest.mark.parametrize("planned", [(), ("--log-std-end", "-2")], ids=["learned", "planned"])
+def test_compiled_gradients_are_the_eager_ones_and_each_agent_has_its_own(planned):
+    """Two agents in one process; weights, normaliser, deviation and beta change between calls of what is compiled."""
     flags = ("--env-id", "Clock-v0", "--num-envs", "2", "--num-steps", "8", "--num-minibatches", "2", "--norm-obs")
-    flags += ("--objective", "kl-adaptive", "--ent-coef", "0.1", "--clip-vloss")
+    flags += ("--objective", "kl-adaptive", "--ent-coef", "0.1", "--clip-vloss", *planned)
     learners = [Learner(*flags, action_space=ACTION_SPACES["box"]) for _ in range(2)]
     batches = [learner.rollout() for learner in learners]
     compiled = []
@@ -529,6 +530,7 @@ def test_compiled_gradients_are_the_eager_ones_and_each_agent_has_its_own():
                 close(value, eager_stats[name], rtol=1e-3, atol=1e-5, msg=name)
             learner.optimizer.step(gradient, 0.03)
             learner.agent.obs_norm.update(batch.obs)
+            ppo.anneal_log_std(learner.agent, 0.5, learner.args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -724,7 +726,7 @@ def test_recomputed_advantages_are_those_of_the_present_critic(env_id):
             return learner.agent.value(learner.agent.features(obs)).view(20, 3).numpy()
 
     values, flags = value("obs"), [learner.log(name)[20:] for name in ("terminated", "truncated")]
-    rewards = learner.player.steps.rewards.numpy()
+    rewards = learner.player.played.rewards.numpy()
     assert (flags[1] & ~flags[0]).any()
     expected = brute_force_gae(rewards, values, value("successor"), *flags, 0.99, 0.95)
     close(again.advantages, expected.flatten(), rtol=1e-4, atol=1e-4)
@@ -734,7 +736,7 @@ def test_recomputed_advantages_are_those_of_the_present_critic(env_id):
 def test_looking_again_at_images_goes_through_the_present_convolutions():
     learner = Learner("--env-id", "Picture-v0", "--num-envs", "2", "--num-steps", "8", action_space=Discrete(2))
     learner.rollout()
-    steps, final_obs = learner.player.steps, learner.player.final_obs
+    steps, final_obs = learner.player.played, learner.player.final_obs
     assert final_obs
     for parameter in learner.agent.parameters():
         parameter.data *= 1.5

@@ -249,7 +249,8 @@ def test_ceilings_of_the_scripts_own_functions(name, env_id, monkeypatch):
     monkeypatch.setattr(module, "make_agent", lambda *arguments: agents.append(make(*arguments)) or agents[0])
     monkeypatch.setattr(module, "update", watched)
     flags = ["--env-id", env_id, "--num-envs", "2", "--num-steps", "8", "--compile", "off"]
-    flags += ["--num-minibatches", "2", "--update-epochs", "1"] if name in ("ppo", "trpo") else []
+    flags += ["--num-minibatches", "2", "--update-epochs", "2"] if name in ("ppo", "trpo") else []
+    flags += ["--recompute-advantages"] if name == "ppo" else []
     check(speed.ceilings(f"{name}.py", *flags, seconds=0.02))
     assert module.Player.play is play and module.update is watched  # the spies are gone
     _, _, *timed = starts  # after that of the training and one that warms up
