@@ -119,7 +119,7 @@ class Args:
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
-    "continuous": dict(norm_obs=True, norm_reward=True),
+    "continuous": dict(log_std_end=-1.0, norm_obs=True, norm_reward=True),
     "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, learning_rate=3e-4, gamma=0.999,
                   gae_lambda=0.98),
     "mujoco": dict(total_timesteps=1_000_000, num_steps=256, num_minibatches=16, learning_rate=5e-4,

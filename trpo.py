@@ -120,7 +120,7 @@ class Args:
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
-    "continuous": dict(norm_obs=True, norm_reward=True),
+    "continuous": dict(log_std_end=-1.0, norm_obs=True, norm_reward=True),
     "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98),
     "mujoco": dict(total_timesteps=1_000_000, num_steps=256, gae_lambda=0.9, max_kl=0.03, num_minibatches=16,
                    log_std_init=-1.0, log_std_end=-2.0, norm_obs=True, norm_reward=True),

@@ -300,9 +300,18 @@ def test_the_compiled_gradient_is_the_eager_one(kind, norm):
 @pytest.mark.parametrize("kind", ["discrete", "box"])
 def test_updates_equal_stable_baselines3(kind):
     env_id = {"discrete": "CartPole-v1", "box": "Pendulum-v1"}[kind]
-    learner = Learner(
-        "--env-id", env_id, "--num-envs", "4", "--num-steps", "8", "--ent-coef", "0.02", "--vf-coef", "0.5"
-    )
+    plain = [
+        "--optimizer",
+        "rmsprop",
+        "--no-norm-adv",
+        "--log-std-end",
+        "None",
+        "--ent-coef",
+        "0.02",
+        "--vf-coef",
+        "0.5",
+    ]
+    learner = Learner("--env-id", env_id, "--num-envs", "4", "--num-steps", "8", *plain)
     optimizer = dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(alpha=0.99, eps=1e-5))
     settings = dict(n_steps=32, learning_rate=0.03, ent_coef=0.02, vf_coef=0.25, max_grad_norm=0.5, device="cpu")
     model = stable_baselines3.A2C("MlpPolicy", env_id, policy_kwargs=optimizer, **settings)  # no half in its value loss

@@ -411,7 +411,7 @@ PURE = ("--ent-coef", "0", "--vf-coef", "0", "--max-grad-norm", "1e9", "--num-en
 
 @pytest.mark.parametrize("objective", ["clip", "kl-fixed", "none"])
 @pytest.mark.parametrize(
-    "env", [("--env-id", "CartPole-v1"), ("--env-id", "Pendulum-v1", "--norm-obs", "--norm-reward")], ids=lambda x: x[1]
+    "env", [("--env-id", "CartPole-v1"), ("--env-id", "Pendulum-v1", "--log-std-end", "None")], ids=lambda x: x[1]
 )
 def test_the_first_minibatch_has_ratio_one_and_the_policy_gradient(env, objective):
     learner = Learner(*env, "--objective", objective, *PURE)
