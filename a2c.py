@@ -28,9 +28,9 @@ agree (Huang et al. 2022, arXiv 2205.09123).
 
 Departures from the paper:
 - The environments wait for each other, so no gradient is stale; A3C's workers run free.
-- Lambda is 0.95. Adam replaces RMSprop on MuJoCo and Atari, where it learns faster. There is no LSTM; c1 is 0.5.
+- Lambda is 0.95. Adam replaces RMSprop in all families but classic and box2d. There is no LSTM; c1 is 0.5.
 - The global norm of the gradient is clipped, and weights start orthogonal.
-- On MuJoCo networks and rollouts are not the paper's, and observations, rewards and advantages are normalised.
+- For real-valued actions rollouts are longer, and observations, rewards and advantages are normalised (not in box2d).
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
 The upper half of this file is the method. From the lower half it uses `Player`, which plays environments and returns

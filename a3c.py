@@ -31,10 +31,10 @@ No seed fixes in which order the workers come. With more than one, a run cannot 
 goes on validly, but not as it would have gone on. With one worker this is a2c.py, and both are exact.
 
 Departures from the paper:
-- Adam replaces RMSprop on MuJoCo and Atari, its statistics shared as well. There is no LSTM; c1 is 0.5.
+- Adam replaces RMSprop in all families but classic and box2d, its statistics shared too. There is no LSTM; c1 is 0.5.
 - Rollouts are longer than 5 steps, a worker may have several environments, and weights start orthogonal.
-- On MuJoCo networks are not the paper's, and observations, rewards and advantages are normalised. The statistics for
-  that are those of all workers, and changed under a lock.
+- For real-valued actions observations, rewards and advantages are normalised (not in box2d). The statistics for that
+  are those of all workers, and changed under a lock.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
 The upper half of this file is the method. From the lower half it uses `Player`, which plays environments and returns

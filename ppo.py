@@ -27,7 +27,7 @@ by the paper's other surrogates: kl-fixed and kl-adaptive (eq. 8, section 4), or
 
 Departures from the paper:
 - Advantages are standardised in each minibatch.
-- On MuJoCo running statistics normalise observations and rewards, and the row of FAMILIES is not the paper's.
+- On MuJoCo observations and rewards are normalised, the deviation is planned, and advantages are recomputed.
 - The global norm of the gradient is clipped, weights start orthogonal, and c1 is 0.5, not 1.
 - The learning rate anneals in every family, eps in none; the paper anneals both, on Atari only. Atari takes 4 epochs.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).

@@ -32,7 +32,8 @@ A is the generalized advantage estimate (arXiv 1506.02438), from a critic that s
 Departures from the paper:
 - A comes from a critic, not from rollouts alone. It is standardised over the batch, but for Atari, where L has an
   entropy bonus instead.
-- On MuJoCo observations and rewards are normalised, and delta is 0.03. Weights start orthogonal.
+- On MuJoCo observations and rewards are normalised, the deviation is planned, and delta is 0.03.
+- Weights start orthogonal.
 - The damping c counts for the length too, as in all implementations: the first trial is a little inside the region.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
