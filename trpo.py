@@ -32,8 +32,7 @@ A is the generalized advantage estimate (arXiv 1506.02438), from a critic that s
 Departures from the paper:
 - A comes from a critic, not from rollouts alone. It is standardised over the batch, but for Atari, where L has an
   entropy bonus instead.
-- On MuJoCo observations and rewards are normalised, the deviation is planned, and delta is 0.03.
-- Weights start orthogonal.
+- On MuJoCo observations and rewards are normalised, and delta is 0.03. Weights start orthogonal.
 - The damping c counts for the length too, as in all implementations: the first trial is a little inside the region.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
@@ -124,7 +123,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "continuous": dict(log_std_end=-1.0, norm_obs=True, norm_reward=True),
     "box2d": dict(total_timesteps=1_000_000, num_envs=16, num_steps=256, gamma=0.999, gae_lambda=0.98),
     "mujoco": dict(total_timesteps=1_000_000, num_steps=256, gae_lambda=0.9, max_kl=0.03, num_minibatches=16,
-                   log_std_init=-1.0, log_std_end=-2.0, norm_obs=True, norm_reward=True),
+                   log_std_init=-0.5, norm_obs=True, norm_reward=True),
     "atari": dict(total_timesteps=10_000_000, norm_adv=False, ent_coef=0.01, fisher_fraction=0.1, learning_rate=2.5e-4,
                   update_epochs=2, num_minibatches=4, clip_reward=True),
 }

@@ -78,7 +78,7 @@ ROWS = {
         12_000, "stable_baselines3 A2C n_steps=5, ent_coef=0.01", BREAKOUT.format(16), 4_800, ALL),
     "trpo-cheetah": Row("TRPO, HalfCheetah-v5, 1 x 2048, 15 products, 10 critic epochs, both with normalisers",
         "trpo.py --env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --cg-iters 15 --cg-damping 0.1 --max-kl 0.01"
-        " --num-minibatches 16 --update-epochs 10 --line-search-steps 10 --log-std-end None --compile on",
+        " --num-minibatches 16 --update-epochs 10 --line-search-steps 10 --compile on",
         40_960, "sb3_contrib TRPO n_steps=2048, batch_size=128, n_critic_updates=10, cg_max_steps=15", CHEETAH, 12_288),
     "sac-cheetah": Row("SAC, HalfCheetah-v5, 1 env, one update of 256 per step, 256-256 networks",
         "sac.py --env-id HalfCheetah-v5 --num-envs 1 --learning-starts 500 --batch-size 256 --buffer-size 1000000"
