@@ -124,7 +124,7 @@ class Args:
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
-    "continuous": dict(num_steps=64, optimizer="adam", learning_rate=1e-2, norm_adv=True, log_std_end=-1.0,
+    "continuous": dict(num_steps=64, optimizer="adam", learning_rate=3e-3, norm_adv=True, log_std_end=-1.0,
                        log_interval=10, norm_obs=True, norm_reward=True),
     "box2d": dict(total_timesteps=1_000_000),
     "mujoco": dict(total_timesteps=1_000_000, num_steps=64, optimizer="adam", learning_rate=3e-3, norm_adv=True,
