@@ -26,8 +26,8 @@ by the paper's other surrogates: kl-fixed and kl-adaptive (eq. 8, section 4), or
     python ppo.py --resume runs/<run>                       python ppo.py --evaluate runs/<run>
 
 Departures from the paper:
-- Advantages are standardised in each minibatch.
-- On MuJoCo observations and rewards are normalised, the deviation is planned, and advantages are recomputed.
+- Advantages are standardised in each minibatch, and on MuJoCo computed again before each epoch but the first.
+- With real-valued actions (not in box2d) observations and rewards are normalised, and the deviation is planned.
 - The global norm of the gradient is clipped, weights start orthogonal, and c1 is 0.5, not 1.
 - The learning rate anneals in every family, eps in none; the paper anneals both, on Atari only. Atari takes 4 epochs.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).

@@ -33,6 +33,7 @@ Departures from the paper:
 - A comes from a critic, not from rollouts alone. It is standardised over the batch, but for Atari, where L has an
   entropy bonus instead.
 - On MuJoCo observations and rewards are normalised, and delta is 0.03. Weights start orthogonal.
+- On classic control with real-valued actions they are normalised too, and the deviation is planned.
 - The damping c counts for the length too, as in all implementations: the first trial is a little inside the region.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
