@@ -296,7 +296,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("how", BAD)
+@pytest.mark.parametrize("how", [pytest.param(x, marks=pytest.mark.slow) if x == "exits" else x for x in BAD])
 def test_worker_that_fails_ends_the_run_with_its_reason(how, here, capsys):
     reason, status = BAD[how]
     err, told = fails(capsys, f"--env-id worker_envs:Bad/{how}-v0")

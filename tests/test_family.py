@@ -111,7 +111,9 @@ def test_run_without_a_summary_is_completed_by_a_resume(name, content, here):
     assert ([rows(run, kind) for kind in ("episodes", "progress")], checkpoints(run)) == before
 
 
-@every_cheap_script
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in ("a2c", "sac") else pytest.mark.slow) for x in OTHERS]
+)
 def test_signal_from_outside_stops_a_real_process_that_can_go_on(name, here, capsys):
     command = [sys.executable, ROOT / f"{name}.py", *small(name), "--run-name", "run", "--total-timesteps", "6000"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -211,7 +213,18 @@ QUIET = {
 }
 
 
-@pytest.mark.parametrize("name, env_id", [(name, env_id) for name in QUIET for env_id in QUIET[name]])
+OFTEN = {("a2c", "CartPole-v1"), ("a2c", "BreakoutNoFrameskip-v4"), ("a3c", "HalfCheetah-v4")}
+OFTEN |= {("trpo", "HalfCheetah-v4"), ("reinforce", "CartPole-v1")}  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "name, env_id",
+    [
+        pytest.param(name, env_id, marks=[] if (name, env_id) in OFTEN else pytest.mark.slow)
+        for name in QUIET
+        for env_id in QUIET[name]
+    ],
+)
 def test_normal_run_prints_plain_lines_and_no_warning(name, env_id, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path / "mine.py")  # and alone in an empty folder
     flags = ["--env-id", env_id, *small(name), *QUIET[name][env_id].split(), "--run-name", "run"]
@@ -245,7 +258,7 @@ def test_same_seed_is_the_same_run_and_another_seed_is_not(name, here):
     assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
 
 
-@on_policy
+@pytest.mark.parametrize("name", ["a2c", *(pytest.param(x, marks=pytest.mark.slow) for x in ("trpo", "reinforce"))])
 def test_compiled_gradient_takes_discrete_observations(name, here):
     flags = ["--env-id", "FrozenLake-v1", "--total-timesteps", "256", "--compile", "on", "--run-name", "run"]
     assert script(name).main([*small(name), *flags]) == 0

@@ -1191,7 +1191,12 @@ def test_an_evaluation_is_always_the_same_and_takes_no_random_numbers_from_train
     assert grpo_toy.evaluation(model, args) == first
 
 
-@pytest.mark.parametrize("method", grpo_toy.METHODS)
+OFTEN = ("grpo", "dapo", "gdpo", "rloo", "cispo")  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(x, marks=[] if x in OFTEN else pytest.mark.slow) for x in grpo_toy.METHODS]
+)
 def test_a_small_run_learns_to_sort_two_digits(method, tmp_path):
     flags = "--num-digits 2 --max-completion-length 6 --n-layer 1 --n-head 2 --n-embd 32 --sft-steps 150 --seed 1"
     flags += " --sft-learning-rate 1e-2 --max-steps 50 --generation-batch-size 128 --num-generations 8"

@@ -84,6 +84,7 @@ BAD_ARGUMENTS = {
     "--method rloo --steps-per-generation 2": "--loss-type reinforce has no ratio",
     "--method sapo --sapo-temperature-neg 0": "--sapo-temperature-neg is 0.0, but must be greater than 0",
     "--sapo-temperature-pos nan": "must be a finite number",
+    "--method ppo --max-steps 1": "for argument '--method'. Expected one of ('grpo', 'dr_grpo', 'dapo', 'gspo', 'gdpo',",
     "--loss-type ppo": "Expected one of ('grpo', 'dr_grpo', 'dapo', 'cispo', 'sapo', 'reinforce')",
     "--beta nan": "must be a finite number",
     "--beta inf": "must be a finite number",
@@ -114,16 +115,7 @@ def test_bad_argument_is_refused_in_one_sentence(argv, here, capsys):
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        "--num-generations 1",
-        "--rewards corect",
-        "--beta nan",
-        "--method ppo --max-steps 1 --sft-steps 1",
-        "--epsilon x",
-    ],
-)
+@pytest.mark.parametrize("argv", ["--num-generations 1", "--rewards corect", "--epsilon x"])
 def test_exit_status_of_the_script_for_bad_input(argv, tmp_path):
     done = process(TOY, *argv.split(), cwd=tmp_path)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", []) and done.stderr
@@ -257,10 +249,11 @@ def killed(*flags, iteration, signal="SIGKILL"):
 
 EXACT = [
     "--rewards length",
-    "--method dapo --rewards length overlong",
+    pytest.param("--method dapo --rewards length overlong", marks=pytest.mark.slow),
     "--no-cache-warm-start --method gspo --rewards length",
 ]
-EXACT += ["--method gdpo --steps-per-generation 2 --condition length:correct>=-3", "--method rloo --rewards length"]
+EXACT += ["--method gdpo --steps-per-generation 2 --condition length:correct>=-3"]
+EXACT += [pytest.param("--method rloo --rewards length", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("flags", EXACT)
@@ -288,7 +281,7 @@ def test_run_that_was_killed_before_its_first_interval_ended_loses_nothing(itera
     assert_same_run(Path("runs/whole"), Path("runs/killed"))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_signal_saves_the_iteration_and_the_run_goes_on_exactly(name, here, capsys):
     start(name="whole")
     assert killed(iteration=3, signal=name) == 128 + signal.Signals[name]

@@ -133,6 +133,7 @@ def test_variances_are_compared_at_equal_return():
     assert lessons.binned(lessons.LESSONS["variance"], [seeds[0][3:]]).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_the_lesson_of_reinforce_runs_to_a_figure(lesson, capsys):
     short = {"total-timesteps": 20_000, "num-envs": 8, "num-steps": 50}
     arms = {

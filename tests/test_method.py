@@ -826,6 +826,8 @@ def every_game_has_a_seed(monkeypatch):
 
 
 GAMES = ["BreakoutNoFrameskip-v4", "ALE/Breakout-v5", "PongNoFrameskip-v4", "ALE/Pong-v5"]
+OFTEN = ("BreakoutNoFrameskip-v4", "ALE/Pong-v5")  # the paper's protocol and today's; the others are slow
+EVERY_GAME = [pytest.param(x, marks=[] if x in OFTEN else pytest.mark.slow) for x in GAMES]
 
 
 def make_envs(env_id: str, num_envs: int, seed: int = 1, **options) -> ppo.Environments:
@@ -947,7 +949,7 @@ def test_the_last_observation_of_a_truncated_episode_is_not_that_after_the_reset
     assert kinds == {(True, False), (False, True), (True, True)}
 
 
-@pytest.mark.parametrize("env_id", GAMES)
+@pytest.mark.parametrize("env_id", EVERY_GAME)
 def test_the_last_observation_of_a_truncated_game_is_that_of_a_game_that_goes_on(env_id, every_game_has_a_seed):
     """But for ALE, which leaves the step's very last frame out where the game is over: some pixels of the fourth."""
     limited, twin = make_envs(env_id, 2, max_num_frames_per_episode=200), make_envs(env_id, 2)
@@ -970,7 +972,7 @@ def test_the_last_observation_of_a_truncated_game_is_that_of_a_game_that_goes_on
 
 # -------------------------------------------------------------------------------------- environments come back
 @pytest.mark.parametrize("reseed", [300, 10_000])
-@pytest.mark.parametrize("env_id", GAMES)
+@pytest.mark.parametrize("env_id", EVERY_GAME)
 def test_games_since_the_last_seed_come_back_and_go_on_the_same(env_id, reseed, monkeypatch):
     """Several games lie between two seeds, and the next ones too are as they would have been."""
     monkeypatch.setattr(ppo, "RESEED", reseed)
@@ -995,7 +997,7 @@ def test_games_since_the_last_seed_come_back_and_go_on_the_same(env_id, reseed, 
 @pytest.mark.parametrize(
     "env_id, num_steps",
     [("CartPole-v1", 100), ("Pendulum-v1", 90), ("HalfCheetah-v5", 400)]
-    + [("ALE/Breakout-v5", 100), ("BreakoutNoFrameskip-v4", 100)],
+    + [pytest.param("ALE/Breakout-v5", 100, marks=pytest.mark.slow), ("BreakoutNoFrameskip-v4", 100)],
 )
 def test_a_player_comes_back_bit_for_bit(env_id, num_steps):
     """In the middle of later episodes, and goes on beyond their end as if it had never stopped."""

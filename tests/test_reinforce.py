@@ -331,7 +331,9 @@ def test_an_episode_that_never_ends_is_named(monkeypatch):
     assert dice_learner(Discrete(4)).rollout() is not None
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "BreakoutNoFrameskip-v4"])
+@pytest.mark.parametrize(
+    "env_id", ["CartPole-v1", "Pendulum-v1", pytest.param("BreakoutNoFrameskip-v4", marks=pytest.mark.slow)]
+)
 def test_a_player_comes_back_bit_for_bit(env_id):
     """Although every rollout begins with a reset, which leaves episodes unfinished where an environment waited."""
     flags = ("--env-id", env_id, "--num-envs", "2", "--num-steps", "30")
