@@ -7,7 +7,8 @@ made with --keep-checkpoints, and `python -m benchmarks evaluate` has evaluated 
     HalfCheetah: running mean return of 20 training episodes of SAC, PPO and TRPO against steps and wall-clock time
     Hopper: the same of SAC in bfloat16 and in float32
 
-Writes OUT.png and OUT.csv, which has all points, with env_id, algo, seed, step, wall_time, kind and return.
+Writes OUT.png and OUT.csv, which has all points, with env_id, algo, seed, step, wall_time, kind and return. Runs whose
+points are in OUT.csv already, and that RUNS_DIR does not hold, stay in it: seeds may be trained on several days.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import numpy as np
 from benchmarks.figures import PALETTE, new_figure, save_figure
 
 ENVS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
-NAMES = {"sac": "SAC", "sac float32": "SAC, float32", "ppo": "PPO", "trpo": "TRPO"}
+NAMES = {"sac": "SAC", "sac bf16": "SAC, bfloat16", "ppo": "PPO", "trpo": "TRPO"}
 COLORS = dict(zip(NAMES, PALETTE))
 EPISODES = 20  # of a running mean
 EVERY = 10_000  # steps from a point of a training curve to the next
@@ -42,7 +43,7 @@ def read_run(run: Path) -> Points:
     """Its evaluations, and the running mean return of its training episodes at every EVERY steps."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     args = config["args"]
-    algo = args["exp_name"] + (" float32" if args["exp_name"] == "sac" and args["bf16"] == "off" else "")
+    algo = args["exp_name"] + (" bf16" if args["exp_name"] == "sac" and args["bf16"] == "on" else "")
     names = {"env_id": args["env_id"], "algo": algo, "seed": args["seed"]}
     episodes = read_table(run / "episodes.csv")
     steps = np.array([row["global_step"] for row in episodes])
@@ -58,6 +59,26 @@ def read_run(run: Path) -> Points:
             mean = float(returns[past - EPISODES : past].mean())
             points.append(names | {"step": step, "wall_time": times[past - 1], "kind": "train", "return": mean})
     return points
+
+
+def read_points(path: Path) -> Points:
+    """The points of an earlier OUT.csv; none where there is no such file."""
+    if not path.exists():
+        return []
+    kinds = {"seed": int, "step": int, "wall_time": float, "return": float}
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: kinds.get(name, str)(x) for name, x in row.items()} for row in csv.DictReader(file)]
+
+
+def join(stored: Points, new: Points) -> Points:
+    """The new points, and the stored ones of runs that are not among the new."""
+
+    def run_of(point: dict[str, Any]) -> tuple[str, str, int]:
+        return point["env_id"], point["algo"], point["seed"]
+
+    made_again = {run_of(point) for point in new}
+    kept = [point for point in stored if run_of(point) not in made_again]
+    return sorted(kept + new, key=run_of)
 
 
 def curves(points: Points, **chosen: Any) -> Iterator[Points]:
@@ -108,7 +129,7 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
             axis.set(xscale="log")
             axis.set_xticks((0.2, 1, 5, 20), labels=("0.2", "1", "5", "20"))
             axis.minorticks_off()
-    for algo, name in (("sac", "bfloat16"), ("sac float32", "float32")):
+    for algo, name in (("sac", "float32"), ("sac bf16", "bfloat16")):
         if seeds := list(curves(points, env_id=ENVS[1], algo=algo, kind="train")):
             draw_curves(axes[1, 2], seeds, "step", name, COLORS[algo])
     axes[1, 2].set(title=f"{ENVS[1]}, in training", xlabel="steps", ylabel=f"return, {EPISODES} episodes")
@@ -123,7 +144,7 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
 
 def print_table(points: Points) -> None:
     """Mean and seeds of the evaluations, by environment and step."""
-    for env_id, algo in itertools.product(ENVS, ("sac", "sac float32")):
+    for env_id, algo in itertools.product(ENVS, ("sac", "sac bf16")):
         found: dict[int, list[float]] = {}
         for curve in curves(points, env_id=env_id, algo=algo, kind="eval"):
             for point in curve:
@@ -142,12 +163,13 @@ def main(argv: list[str] | None = None) -> None:
     runs = sorted(path.parent for path in asked.runs_dir.glob("*/config.json"))
     if not runs:
         parser.error(f"{asked.runs_dir} holds no run directories")
-    points = [point for run in runs for point in read_run(run)]
+    table = asked.out.with_suffix(".csv")
+    points = join(read_points(table), [point for run in runs for point in read_run(run)])
     with open(here / "references" / "sac_curves.csv", newline="", encoding="utf-8") as file:
         published = list(csv.DictReader(file))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     draw(points, published, asked.out.with_suffix(".png"))
-    with open(asked.out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+    with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(points[0]))
         writer.writeheader()
         writer.writerows({key: f"{x:.1f}" if isinstance(x, float) else x for key, x in row.items()} for row in points)
