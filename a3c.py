@@ -14,7 +14,7 @@
 """A3C: asynchronous advantage actor-critic (Mnih et al. 2016, arXiv 1602.01783), in one file.
 
 Each of num_workers processes has environments of its own, and repeats without waiting for the others: copy the shared
-parameters theta to theta', play num_steps steps with theta', and take one gradient step on them from theta:
+parameters theta to theta', play num_steps steps with theta', compute the gradient at theta', and apply it to theta:
 
     L(theta') = E[ -log pi(a|s) A + c1 (R - V(s))^2 / 2 - c2 S[pi](s) ],  A = R - V(s),  no gradient through A and R
 
@@ -32,9 +32,10 @@ goes on validly, but not as it would have gone on. With one worker this is a2c.p
 
 Departures from the paper:
 - Adam replaces RMSprop in all families but classic and box2d, its statistics shared too. There is no LSTM; c1 is 0.5.
-- Rollouts are longer than 5 steps, a worker may have several environments, and weights start orthogonal.
-- For real-valued actions observations, rewards and advantages are normalised (not in box2d). The statistics for that
-  are those of all workers, and changed under a lock.
+- Lambda is 0.95. Rollouts are longer than 5 steps, and a worker may have several environments.
+- The global norm of the gradient is clipped, and weights start orthogonal.
+- For real-valued actions observations, rewards and advantages are normalised (not in box2d). The statistics
+  of observations and rewards are those of all workers, and change under a lock.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
 The upper half of this file is the method. From the lower half it uses `Player`, which plays environments and returns
@@ -355,7 +356,7 @@ class Shared(NamedTuple):
     """What the workers have in common, in memory of them all."""
 
     optimizer: Adam | RMSprop  # theta and its statistics, which every worker changes without a lock
-    obs_norm: RunningNorm | None  # it and the next two change under the lock
+    obs_norm: RunningNorm | None  # workers change it and the next two under the lock
     return_norm: RunningNorm
     steps: Tensor  # T, the steps that were taken from the budget so far, and how many may be taken
     lock: Mutex
@@ -1759,7 +1760,7 @@ def check_workers(args: RunArgs) -> None:
 
 
 def reproducible(args: RunArgs) -> dict[str, Any]:
-    """What summary.json tells of that."""
+    """Whether the run can be repeated bit for bit, and why not, for summary.json."""
     if args.num_workers == 1:
         return {"reproducible": True}
     reason = f"{args.num_workers} workers change the parameters in an order that no seed fixes"
@@ -1767,7 +1768,7 @@ def reproducible(args: RunArgs) -> dict[str, Any]:
 
 
 class Mutex:
-    """Lets in one process at a time. The kernel opens it when that process dies; nor has it a name that could stay."""
+    """Lets in one process at a time. The kernel opens it when that process dies. It has no name, so nothing stays."""
 
     def __init__(self) -> None:
         self.file = os.memfd_create("a3c")
@@ -1834,7 +1835,7 @@ class Line:
         return pickle.loads(self.pipe.recv_bytes())
 
     def turns(self, player: Player, rng: Rng) -> Iterator[float]:
-        """Takes the steps of one rollout after the other from the budget. Yields the part of it that was left before.
+        """Takes the steps of one rollout after the other from the budget. Before each it yields the part that is left.
 
         Where there is nothing to take, because the parent saves or all is done, it gives its state and waits. The first
         that it hears is its state in the checkpoint, if there is one.
@@ -1881,7 +1882,7 @@ class Line:
 
 
 def random_state() -> list[Any]:
-    """That of the random numbers that are anybody's, also an environment's."""
+    """The state of the global random numbers, which an environment may draw from."""
     kind, keys, *position = np.random.get_state()
     return [random.getstate(), [kind, keys.tolist(), *position], torch.get_rng_state()]
 
@@ -1894,7 +1895,7 @@ def set_random_state(state: list[Any]) -> None:
 
 
 class Workers:
-    """The parent's end of all lines. It is a part of what a checkpoint saves: to give their states, the workers stop.
+    """The parent's end of all lines. Checkpoints save it: the workers stop to give their states.
 
     They go on when the next update is asked for. So a checkpoint is the state between two rollouts of every worker, and
     holds no half of an update.

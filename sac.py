@@ -28,6 +28,7 @@ Q'_1 and Q'_2 follow Q_1 and Q_2 by Polyak averages.
 
 Departures from the papers:
 - J_alpha has log alpha where eq. 18 has alpha, as in the authors' code.
+- There is no V network, as in the second paper. Equation numbers are those of the second paper.
 - An episode that a time limit cuts did not end there: only a termination keeps y from looking at s'.
 - The first learning_starts actions are uniform, as in the authors' code. Learning begins after them.
 
@@ -98,7 +99,7 @@ class Args:
     q_lr: float = 3e-4  # step size of Adam for both Q, and for alpha
     policy_frequency: int = 1  # every so many updates the policy takes that many steps
     target_network_frequency: int = 1  # updates between two steps of the targets
-    tau: float = 0.005  # part of the way to Q that the targets go
+    tau: float = 0.005  # fraction by which the targets move to Q at a step
     gamma: float = 0.99  # discount factor
     alpha: float = 1.0  # entropy temperature; with --autotune the first one
     autotune: bool = True  # learn alpha, so that the entropy goes to -dim(A)
@@ -174,7 +175,7 @@ class Batch(NamedTuple):
 
 
 def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """a = tanh(u), u = mean + std noise (batch, dims), and log pi(a|s) (batch,), by the change of variables (eq. 21).
+    """a = tanh(u), u = mean + std noise (batch, dims), and log pi(a|s) (batch,), by the change of variables.
 
     log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) is finite for every u, where tanh(u)^2 rounds to 1.
     """
@@ -278,7 +279,7 @@ def update(learner: Learner, batch: Batch, number: int, rng: Rng, args: Args) ->
 
 
 def steps_of_iteration(taken: int, replay: Replay, total: int, args: Args) -> range:
-    """Counts the steps of an iteration, after taken: until the buffer can be learned from, and log_interval more."""
+    """The step counts of the next iteration: until the buffer can be learned from, and then log_interval more."""
     missing = max(args.learning_starts - len(replay), 0)
     rounds = math.ceil((missing + args.log_interval) / args.num_envs)
     return range(taken + args.num_envs, min(taken + rounds * args.num_envs, total) + 1, args.num_envs)
@@ -997,7 +998,8 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
     if not bounded(actions).all():
         would = "SAC scales its actions from tanh to them; give them bounds, or use ppo.py"
         raise UsageError(f"--env-id {args.env_id} has actions without bounds, and {would}.")
-    if not isinstance(observations, gym.spaces.Box):
+    pixels = sum(size >= 16 for size in observations.shape or ()) >= 2
+    if pixels or not isinstance(observations, gym.spaces.Box):
         would = "sac.py takes vectors; use ppo.py"
         raise UsageError(f"--env-id {args.env_id} observes {brief(observations)}; {would}.")
     if args.scale_actions == "off":

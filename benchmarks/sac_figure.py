@@ -102,13 +102,11 @@ def draw_curves(axis: Any, seeds: list[Points], against: str, name: str, color: 
 def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
     figure, axes = new_figure(2, 3, 4.2, 3.4)
     for axis, env_id in zip(axes[0], ENVS):
-        seeds = list(curves(points, env_id=env_id, algo="sac", kind="eval"))
-        if not seeds:
-            continue
-        draw_curves(axis, seeds, "step", "sac.py --bf16 on", COLORS["sac"])
-        if exact := list(curves(points, env_id=env_id, algo="sac float32", kind="eval")):
-            draw_curves(axis, exact, "step", "sac.py", COLORS["sac float32"])
-        last = max(curve[-1]["step"] for curve in seeds)
+        last = 0
+        for algo, name in (("sac", "sac.py"), ("sac bf16", "sac.py --bf16 on")):
+            if seeds := list(curves(points, env_id=env_id, algo=algo, kind="eval")):
+                draw_curves(axis, seeds, "step", name, COLORS[algo])
+                last = max(last, *(curve[-1]["step"] for curve in seeds))
         rows = [row for row in published if row["env_id"].split("-")[0] == env_id.split("-")[0]]
         x, y, spread = (
             np.array([float(row[name]) for row in rows if float(row["env_steps"]) <= last])

@@ -58,18 +58,36 @@ def test_a_run_made_again_replaces_its_stored_points_and_others_stay():
     assert len(joined) == 3
 
 
-def test_the_command_draws_and_joins_what_was_stored(tmp_path, capsys):
+def test_the_command_draws_and_joins_what_was_stored(tmp_path, capsys, monkeypatch):
+    figures = []
+    save = sac_figure.save_figure
+    monkeypatch.setattr(sac_figure, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
     make_run(tmp_path / "first" / "a")
     make_run(tmp_path / "first" / "b", algo="ppo", env_id="HalfCheetah-v4", evaluated=())
+    make_run(tmp_path / "first" / "d", env_id="Walker2d-v4", bf16="on")
     make_run(tmp_path / "second" / "c", seed=2, evaluated=((0, 20.0), (20_000, 70.0)))
     out = tmp_path / "new" / "sac"
     for runs in ("first", "second", "second"):  # the last changes nothing
         sac_figure.main([str(tmp_path / runs), "--out", str(out)])
     assert (tmp_path / "new" / "sac.png").read_bytes().startswith(b"\x89PNG")
     points = sac_figure.read_points(tmp_path / "new" / "sac.csv")
-    assert len(points) == 2 * (4 + 2) + 4
+    assert len(points) == 3 * (4 + 2) + 4
     assert chosen(points, algo="ppo", step=10_000)[0]["return"] == pytest.approx(np.mean(range(80, 100)))
     assert "Hopper-v4       SAC             20,000       50  (30, 70)" in capsys.readouterr().out
+
+    panels = figures[-1].axes
+    published = "published (tianshou, -v3, 10 seeds)"
+    names = [[line.get_label() for line in axis.lines if line.get_label()[0] != "_"] for axis in panels]
+    assert names == [
+        [published],
+        ["sac.py, 2 seeds", published],
+        ["sac.py --bf16 on, 1 seed", published],
+        ["PPO, 1 seed"],
+        ["PPO, 1 seed"],
+        ["float32, 2 seeds"],
+    ]
+    (mean,) = (line for line in panels[1].lines if line.get_label() == "sac.py, 2 seeds")
+    assert mean.get_xydata().tolist() == [[0, 15], [20_000, 50]]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):

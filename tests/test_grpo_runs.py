@@ -84,7 +84,7 @@ BAD_ARGUMENTS = {
     "--method rloo --steps-per-generation 2": "--loss-type reinforce has no ratio",
     "--method sapo --sapo-temperature-neg 0": "--sapo-temperature-neg is 0.0, but must be greater than 0",
     "--sapo-temperature-pos nan": "must be a finite number",
-    "--method ppo --max-steps 1": "for argument '--method'. Expected one of ('grpo', 'dr_grpo', 'dapo', 'gspo', 'gdpo',",
+    "--method ppo --max-steps 1": "for argument '--method'. Expected one of ('grpo', 'dr_grpo',",
     "--loss-type ppo": "Expected one of ('grpo', 'dr_grpo', 'dapo', 'cispo', 'sapo', 'reinforce')",
     "--beta nan": "must be a finite number",
     "--beta inf": "must be a finite number",

@@ -407,7 +407,12 @@ class Numbered(Free):
     action_space = Box(-1, 1, (1,))
 
 
-for environment in (Free, HalfFree, Numbered):
+class Pixels(Free):
+    observation_space = Box(0, 255, (40, 40, 3), np.uint8)
+    action_space = Box(-1, 1, (1,))
+
+
+for environment in (Free, HalfFree, Numbered, Pixels):
     gym.register(f"{environment.__name__}-v0", environment)
 
 WRONG = {
@@ -416,6 +421,7 @@ WRONG = {
     "--env-id test_sac_runs:Free-v0": "has actions without bounds, and",
     "--env-id test_sac_runs:HalfFree-v0": "has actions without bounds, and",
     "--env-id test_sac_runs:Numbered-v0": "observes Discrete(4); sac.py takes vectors; use ppo.py.",
+    "--env-id test_sac_runs:Pixels-v0": "observes Box(40, 40, 3); sac.py takes vectors; use ppo.py.",
     "--scale-actions off": "use auto.",
     "--total-timesteps 1000 --learning-starts 1000": "ask for 1001 or more, or for a smaller --learning-starts.",
     "--total-timesteps 1000": "ask for 1001 or more",
