@@ -729,8 +729,10 @@ def test_agent_comes_back_from_a_file(tmp_path):
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--bf16 off", "--bf16 on", "--bf16 off --policy-frequency 2 --no-autotune"])
+RARE = ("--bf16 on", "--bf16 off --policy-frequency 2 --no-autotune")
+
+
+@pytest.mark.parametrize("flags", ["--bf16 off", *(pytest.param(flags, marks=pytest.mark.slow) for flags in RARE)])
 def test_compiled_updates_are_those_without(flags, tmp_path):
     flags = [*flags.split(), "--alpha", "0.2", "--q-lr", "1e-3", "--tau", "0.1"]
     agents = [made(tmp_path, *flags, "--compile", compiled) for compiled in ("on", "off")]
