@@ -68,6 +68,7 @@ SLOWLY = {"learning-rate": 2e-4, "max-steps": 100}  # a quarter of the default, 
 ALL = SLOWLY | {"rewards": ["correct", "format", "length"]}
 EQUAL = SLOWLY | {"rewards": ["exact", "format", "length"]}
 GDPO = {"multi-objective-aggregation": "normalize_then_sum"}
+RAW = {"num-envs": 32, "norm-reward": False}  # so that the variance is that of a gradient of plain rewards
 NO_DEVIATION = {"scale-rewards": "none"}
 WEIGHTED = EQUAL | GDPO | {"reward-weights": [1, 2, 2]}
 PROXY = {"max-steps": 120, "rewards": ["format", "length"]}
@@ -84,7 +85,7 @@ SHARES = ("right format", "right answer", "short enough")
 LESSONS = {
     "variance": Lesson(
         {
-            f"{returns}, {baseline}": {"returns": returns, "baseline": baseline, "total-timesteps": 300_000}
+            f"{returns}, {baseline}": RAW | {"returns": returns, "baseline": baseline, "total-timesteps": 300_000}
             for returns, baseline in product(("full", "to-go"), ("none", "mean", "value"))
         },
         panels=("variance of the gradient", "its signal-to-noise ratio", "return"),

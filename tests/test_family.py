@@ -303,7 +303,7 @@ def test_log_std_end_means_nothing_to_discrete_actions(name, here):
     assert same(newest(here / "runs" / "plain")["agent"], newest(here / "runs" / "planned")["agent"])
 
 
-@pytest.mark.parametrize("name", ["ppo", "a2c", "a3c", "trpo"])
+@pytest.mark.parametrize("name", ["ppo", "a2c", "a3c", "trpo", "reinforce"])
 def test_none_learns_the_deviation_where_the_family_plans_it(name):
     assert script(name).parse_args(["--env-id", "Pendulum-v1"]).log_std_end == -1
     args = script(name).parse_args(["--env-id", "Pendulum-v1", "--log-std-end", "None"])
