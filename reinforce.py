@@ -123,7 +123,7 @@ class Args:
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(num_steps=100, norm_reward=True),
-    "continuous": dict(num_envs=32, num_steps=100, log_std_end=-1.0, norm_obs=True, norm_reward=True),
+    "continuous": dict(num_steps=100, log_std_end=-1.0, norm_obs=True, norm_reward=True),
     "box2d": dict(total_timesteps=1_000_000, num_steps=500, gamma=0.999),
     "mujoco": dict(total_timesteps=1_000_000, num_envs=4, num_steps=1000, learning_rate=5e-3, value_steps=40,
                    log_std_init=-0.5, norm_obs=True, norm_reward=True),
