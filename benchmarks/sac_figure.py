@@ -125,7 +125,7 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
         axis.set(title=f"{ENVS[0]}, in training", xlabel=label, ylabel=f"return, {EPISODES} episodes")
         if against == "wall_time":
             axis.set(xscale="log")
-            axis.set_xticks((0.2, 1, 5, 20), labels=("0.2", "1", "5", "20"))
+            axis.set_xticks((0.2, 1, 5, 20, 80), labels=("0.2", "1", "5", "20", "80"))
             axis.minorticks_off()
     for algo, name in (("sac", "float32"), ("sac bf16", "bfloat16")):
         if seeds := list(curves(points, env_id=ENVS[1], algo=algo, kind="train")):

@@ -207,14 +207,11 @@ def test_both_sides_of_a_row_are_what_their_programs_take(name, device, monkeypa
     assert f'device="{device}"' in commands[0][-1] and f".learn({speed.ROWS[name].their_steps}, " in commands[0][-1]
 
 
-NOT_YET = ("workers",)  # to be measured when nothing else runs
-
-
 def test_the_table_of_the_repository_can_be_read():
     table = json.loads((speed.ROOT / "benchmarks" / "results" / "speed.json").read_text())
     text = speed.markdown(table)
-    rows, alone = ([name for name in names if name not in NOT_YET] for names in (speed.ROWS, speed.ALONE))
-    assert all(f"| {name} |" in text for name in rows) and all(f"\n{name}: " in text for name in alone)
+    assert all(f"| {name} |" in text for name in speed.ROWS)
+    assert all(f"\n{name}: " in text for name in speed.ALONE)
 
 
 def test_workers_are_compared_with_a2c(monkeypatch):
