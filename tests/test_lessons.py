@@ -135,7 +135,7 @@ def test_variances_are_compared_at_equal_return():
 
 @pytest.mark.slow
 def test_the_lesson_of_reinforce_runs_to_a_figure(lesson, capsys):
-    short = {"total-timesteps": 20_000, "num-envs": 8, "num-steps": 50}
+    short = lessons.RAW | {"total-timesteps": 20_000, "num-envs": 8, "num-steps": 50}
     arms = {
         "a": short | {"returns": "full", "baseline": "none"},
         "b": short | {"returns": "to-go", "baseline": "value"},
