@@ -1008,7 +1008,7 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
     envs.scale = middle_and_half(actions)
     rng = prepare(args, image=False)
     if args.bf16 == "auto":
-        args.bf16 = "off"  # it is faster, but was not seen to learn as well on Hopper
+        args.bf16 = "off"  # it is faster, but has not been shown to learn as well
     torch.set_flush_denormal(True)  # Adam's moments decay to denormal numbers, which made its steps 3 times as slow
     if args.buffer_in_memory:
         row = 4 * (2 * math.prod(observations.shape) + math.prod(actions.shape) + 2)
