@@ -114,7 +114,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),
     "continuous": dict(),
     "box2d": dict(total_timesteps=500_000, learning_starts=5_000),
-    "mujoco": dict(total_timesteps=1_000_000, learning_starts=5_000),
+    "mujoco": dict(total_timesteps=1_000_000, learning_starts=5_000, policy_lr=1e-3, q_lr=1e-3),
     "atari": dict(),
 }
 # Bounds of numbers. One in none of the three must be 0 or more.
