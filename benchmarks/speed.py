@@ -82,7 +82,7 @@ ROWS = {
         40_960, "sb3_contrib TRPO n_steps=2048, batch_size=128, n_critic_updates=10, cg_max_steps=15", CHEETAH, 12_288),
     "sac-cheetah": Row("SAC, HalfCheetah-v5, 1 env, one update of 256 per step, 256-256 networks",
         "sac.py --env-id HalfCheetah-v5 --num-envs 1 --learning-starts 500 --batch-size 256 --buffer-size 1000000"
-        " --tau 0.005 --policy-lr 3e-4 --q-lr 3e-4 --compile on",
+        " --tau 0.005 --policy-lr 3e-4 --q-lr 3e-4 --updates-per-step 1 --bf16 off --compile on",
         6_000, "stable_baselines3 SAC learning_starts=500, batch_size=256, buffer_size=1_000_000, tau=0.005,"
         " learning_rate=3e-4", "make_vec_env('HalfCheetah-v5', 1)", 2_000, random=500),
 }
