@@ -30,7 +30,8 @@ Departures from the paper:
 - The environments wait for each other, so no gradient is stale; A3C's workers run free.
 - Lambda is 0.95. Adam replaces RMSprop in all families but classic and box2d. There is no LSTM; c1 is 0.5.
 - The global norm of the gradient is clipped, and weights start orthogonal.
-- For real-valued actions rollouts are longer, and observations, rewards and advantages are normalised (not in box2d).
+- On MuJoCo and on classic control with real-valued actions rollouts are longer, and observations, rewards and
+  advantages are normalised. On the latter the deviation is planned.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
 The upper half of this file is the method. From the lower half it uses `Player`, which plays environments and returns
@@ -109,7 +110,7 @@ class Args:
     log_interval: int = 100  # updates whose means make a row of progress.csv and a point in TensorBoard
 
 
-# Where a family of environments departs from these defaults. "continuous" is classic control with real-valued actions.
+# Where a family departs from these defaults. "continuous": classic control with Box actions. "classic": also your own.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),

@@ -34,8 +34,8 @@ Departures from the paper:
 - Adam replaces RMSprop in all families but classic and box2d, its statistics shared too. There is no LSTM; c1 is 0.5.
 - Lambda is 0.95. Rollouts are longer than 5 steps, and a worker may have several environments.
 - The global norm of the gradient is clipped, and weights start orthogonal.
-- For real-valued actions observations, rewards and advantages are normalised (not in box2d). The statistics
-  of observations and rewards are those of all workers, and change under a lock.
+- On MuJoCo and on classic control with real-valued actions observations, rewards and advantages are normalised, and on
+  the latter the deviation is planned. The normalisers' statistics are those of all workers, and change under a lock.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
 The upper half of this file is the method. From the lower half it uses `Player`, which plays environments and returns
@@ -121,7 +121,7 @@ class Args:
     log_interval: int = 100  # updates whose means make a row of progress.csv and a point in TensorBoard
 
 
-# Where a family of environments departs from these defaults. "continuous" is classic control with real-valued actions.
+# Where a family departs from these defaults. "continuous": classic control with Box actions. "classic": also your own.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),

@@ -27,8 +27,8 @@ by the paper's other surrogates: kl-fixed and kl-adaptive (eq. 8, section 4), or
 
 Departures from the paper:
 - Advantages are standardised in each minibatch, and on MuJoCo computed again before each epoch but the first.
-- With real-valued actions (not in box2d) observations and rewards are normalised, and the deviation is planned.
-- The global norm of the gradient is clipped, weights start orthogonal, and c1 is 0.5, not 1.
+- On MuJoCo and classic control with real-valued actions inputs are normalised, rewards too; the deviation is planned.
+- The global norm of the gradient is clipped, weights start orthogonal, c1 is 0.5, and the squared error is halved.
 - The learning rate anneals in every family, eps in none; the paper anneals both, on Atari only. Atari takes 4 epochs.
 - An episode that a time limit cuts did not end there, so its last state is bootstrapped (arXiv 1712.00378).
 
@@ -115,7 +115,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
 
 
-# Where a family of environments departs from these defaults. "continuous" is classic control with real-valued actions.
+# Where a family departs from these defaults. "continuous": classic control with Box actions. "classic": also your own.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),

@@ -37,7 +37,8 @@ Departures from the paper:
 - Adam and a clipped norm replace the plain step, and psi is divided by its root mean square.
 - The term of step t has no factor gamma^t, as in all practice. The gradient of the discounted return would have it, so
   full and to-go have the same expectation only at gamma = 1.
-- Observations and rewards are normalised on MuJoCo; Atari has an entropy bonus.
+- Rewards are normalised, except on box2d and Atari; observations on MuJoCo and on classic control with real-valued
+  actions, where the deviation is also planned. Atari has an entropy bonus.
 - The mean of the batch has the episode itself in it, which shrinks the estimate by about one part in M.
 - An episode that a time limit cuts is bootstrapped with the value of its last state if a V is learned. If none is, the
   return is what was seen.
@@ -119,7 +120,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
 
 
-# Where a family of environments departs from these defaults. "continuous" is classic control with real-valued actions.
+# Where a family departs from these defaults. "continuous": classic control with Box actions. "classic": also your own.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(num_steps=100, norm_reward=True),

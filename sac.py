@@ -31,6 +31,7 @@ Departures from the papers:
 - There is no V network, as in the second paper. Equation numbers are those of the second paper.
 - An episode that a time limit cuts did not end there: only a termination keeps y from looking at s'.
 - The first learning_starts actions are uniform, as in the authors' code. Learning begins after them.
+- On MuJoCo the step size is 1e-3, not 3e-4.
 
 The upper half of this file is the method. From the lower half it uses `Player`, which plays environments, `Replay`, the
 buffer D, `Network`, layers side by side, `compile_for`, and `Run`, which logs, saves and stops.

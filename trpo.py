@@ -19,9 +19,9 @@ Play num_steps steps in num_envs environments with the policy pi_old. Then solve
 
 To second order the mean KL is d'Fd / 2. F is the Hessian of the mean KL at theta_old, which is the Fisher matrix. So
 (appendix C) the step goes along s = (F + c I)^-1 g, where g is the gradient of L. Conjugate gradients find s from
-products of F with vectors alone. The length sqrt(2 delta / s'(F + c I)s) ends on the border of the region. A line
-search shrinks it until the KL itself is within delta and L itself has risen; if no length does, theta_old stays.
-`--line-search-steps 0` takes the step as it is: that is the natural policy gradient (Kakade 2001).
+products of F with vectors alone. The length sqrt(2 delta / s'(F + c I)s) ends on the border of the region, for c > 0 a
+little inside. A line search shrinks it until the KL itself is within delta and L itself has risen; if no length does,
+theta_old stays. `--line-search-steps 0` takes the step as it is: that is the natural policy gradient (Kakade 2001).
 
 A is the generalized advantage estimate (arXiv 1506.02438), from a critic that shares nothing with the policy.
 
@@ -30,7 +30,7 @@ A is the generalized advantage estimate (arXiv 1506.02438), from a critic that s
     python trpo.py --resume runs/<run>                       python trpo.py --evaluate runs/<run>
 
 Departures from the paper:
-- A comes from a critic, not from rollouts alone. It is standardised over the batch, but for Atari, where L has an
+- A comes from a critic, not from rollouts alone. It is standardised over the batch, except on Atari, where L has an
   entropy bonus instead.
 - On MuJoCo observations and rewards are normalised, and delta is 0.03. Weights start orthogonal.
 - On classic control with real-valued actions they are normalised too, and the deviation is planned.
@@ -117,7 +117,7 @@ class Args:
     clip_reward: bool = False  # learn from the sign of the reward; reported returns stay raw
 
 
-# Where a family of environments departs from these defaults. "continuous" is classic control with real-valued actions.
+# Where a family departs from these defaults. "continuous": classic control with Box actions. "classic": also your own.
 # fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "classic": dict(),

@@ -1,9 +1,11 @@
 """The README and the pages: their length, and whether what they name is there."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +115,18 @@ def test_readme_quotes_ppo_letter_for_letter():
     (quoted,) = re.findall(r"```python\n(.*?)```", text_of(ROOT / "README.md"), re.DOTALL)
     for function in quoted.strip("\n").split("\n\n\n"):
         assert function in script
+
+
+@pytest.mark.parametrize("script, env_id", [("ppo", "Pendulum-v1"), ("reinforce", "CartPole-v1")])
+def test_a_trained_policy_plays_from_python_as_runs_md_says(script, env_id, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", text_of(ROOT / "docs" / "runs.md"), re.DOTALL)
+    module = importlib.import_module(script)
+    small = ["--total-timesteps", "512", "--num-envs", "2", "--num-steps", "128", "--device", "cpu"]
+    run = module.train(module.parse_args(["--env-id", env_id, "--runs-dir", str(tmp_path), *small]))
+    names = {}
+    exec(code.replace("runs/<run>", str(run)).replace("ppo", script), names)
+    space = names["agent"].action_space
+    assert space.contains(module.to_env(space, names["action"].numpy())[0]) and np.isfinite(names["reward"]).all()
 
 
 def test_readme_says_where_the_lower_halves_begin():
