@@ -5,7 +5,7 @@ made with --keep-checkpoints, and `python -m benchmarks evaluate` has evaluated 
 
     a panel for each environment: mean return of the evaluations of SAC against steps, and the published curve
     HalfCheetah: running mean return of 20 training episodes of SAC, PPO and TRPO against steps and wall-clock time
-    Hopper: the same of SAC in bfloat16 and in float32
+    Hopper: the same of SAC with other step sizes, and in bfloat16
 
 Writes OUT.png and OUT.csv, which has all points, with env_id, algo, seed, step, wall_time, kind and return. Runs whose
 points are in OUT.csv already, and that RUNS_DIR does not hold, stay in it: seeds may be trained on several days.
@@ -24,8 +24,10 @@ import numpy as np
 from benchmarks.figures import PALETTE, new_figure, save_figure
 
 ENVS = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
-NAMES = {"sac": "SAC", "sac bf16": "SAC, bfloat16", "ppo": "PPO", "trpo": "TRPO"}
-COLORS = dict(zip(NAMES, PALETTE))
+NAMES = {"sac": "SAC", "ppo": "PPO", "trpo": "TRPO"}  # with their defaults
+VARIANTS = {"sac": "default", "sac bf16": "bfloat16", "sac 3e-4": "step size 3e-4", "sac 3e-4 bf16": "3e-4, bfloat16"}
+COLORS = dict(zip(NAMES | VARIANTS, PALETTE))
+STEP_SIZE = 1e-3  # the default on MuJoCo
 EPISODES = 20  # of a running mean
 EVERY = 10_000  # steps from a point of a training curve to the next
 
@@ -43,7 +45,11 @@ def read_run(run: Path) -> Points:
     """Its evaluations, and the running mean return of its training episodes at every EVERY steps."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     args = config["args"]
-    algo = args["exp_name"] + (" bf16" if args["exp_name"] == "sac" and args["bf16"] == "on" else "")
+    algo = args["exp_name"]
+    if algo == "sac":
+        step_size = np.format_float_scientific(args["policy_lr"], trim="-", exp_digits=1)
+        algo += "" if args["policy_lr"] == STEP_SIZE else f" {step_size}"
+        algo += " bf16" if args["bf16"] == "on" else ""
     names = {"env_id": args["env_id"], "algo": algo, "seed": args["seed"]}
     episodes = read_table(run / "episodes.csv")
     steps = np.array([row["global_step"] for row in episodes])
@@ -103,10 +109,9 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
     figure, axes = new_figure(2, 3, 4.2, 3.4)
     for axis, env_id in zip(axes[0], ENVS):
         last = 0
-        for algo, name in (("sac", "sac.py"), ("sac bf16", "sac.py --bf16 on")):
-            if seeds := list(curves(points, env_id=env_id, algo=algo, kind="eval")):
-                draw_curves(axis, seeds, "step", name, COLORS[algo])
-                last = max(last, *(curve[-1]["step"] for curve in seeds))
+        if seeds := list(curves(points, env_id=env_id, algo="sac", kind="eval")):
+            draw_curves(axis, seeds, "step", "sac.py", COLORS["sac"])
+            last = max(curve[-1]["step"] for curve in seeds)
         rows = [row for row in published if row["env_id"].split("-")[0] == env_id.split("-")[0]]
         x, y, spread = (
             np.array([float(row[name]) for row in rows if float(row["env_steps"]) <= last])
@@ -119,15 +124,15 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
         (axes[1, 0], "step", 1, "steps"),
         (axes[1, 1], "wall_time", 60, "minutes, one thread"),
     ):
-        for algo in ("sac", "ppo", "trpo"):
+        for algo, name in NAMES.items():
             if seeds := list(curves(points, env_id=ENVS[0], algo=algo, kind="train")):
-                draw_curves(axis, seeds, against, NAMES[algo], COLORS[algo], per)
+                draw_curves(axis, seeds, against, name, COLORS[algo], per)
         axis.set(title=f"{ENVS[0]}, in training", xlabel=label, ylabel=f"return, {EPISODES} episodes")
         if against == "wall_time":
             axis.set(xscale="log")
             axis.set_xticks((0.2, 1, 5, 20, 80), labels=("0.2", "1", "5", "20", "80"))
             axis.minorticks_off()
-    for algo, name in (("sac", "float32"), ("sac bf16", "bfloat16")):
+    for algo, name in VARIANTS.items():
         if seeds := list(curves(points, env_id=ENVS[1], algo=algo, kind="train")):
             draw_curves(axes[1, 2], seeds, "step", name, COLORS[algo])
     axes[1, 2].set(title=f"{ENVS[1]}, in training", xlabel="steps", ylabel=f"return, {EPISODES} episodes")
@@ -142,14 +147,14 @@ def draw(points: Points, published: list[dict[str, str]], path: Path) -> None:
 
 def print_table(points: Points) -> None:
     """Mean and seeds of the evaluations, by environment and step."""
-    for env_id, algo in itertools.product(ENVS, ("sac", "sac bf16")):
+    for env_id, algo in itertools.product(ENVS, VARIANTS):
         found: dict[int, list[float]] = {}
         for curve in curves(points, env_id=env_id, algo=algo, kind="eval"):
             for point in curve:
                 found.setdefault(point["step"], []).append(point["return"])
         for step, returns in sorted(found.items()):
             seeds = ", ".join(f"{x:,.0f}" for x in returns)
-            print(f"{env_id:15} {NAMES[algo]:12} {step:>9,} {np.mean(returns):8,.0f}  ({seeds})")
+            print(f"{env_id:15} {VARIANTS[algo]:14} {step:>9,} {np.mean(returns):8,.0f}  ({seeds})")
 
 
 def main(argv: list[str] | None = None) -> None:

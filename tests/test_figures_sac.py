@@ -6,13 +6,17 @@ import json
 import numpy as np
 import pytest
 
+import sac
 from benchmarks import sac_figure
 
+EVALUATED = ((0, 10.0), (20_000, 30.0))
 
-def make_run(folder, algo="sac", seed=1, env_id="Hopper-v4", bf16="off", evaluated=((0, 10.0), (20_000, 30.0))):
+
+def make_run(folder, algo="sac", seed=1, env_id="Hopper-v4", bf16="off", policy_lr=1e-3, evaluated=EVALUATED):
     """A run directory of 400 episodes of 100 steps: episode i ends at step 100 (i + 1), pays i, and takes a second."""
     folder.mkdir(parents=True)
-    args = {"exp_name": algo, "env_id": env_id, "seed": seed} | ({"bf16": bf16} if algo == "sac" else {})
+    args = {"exp_name": algo, "env_id": env_id, "seed": seed}
+    args |= {"bf16": bf16, "policy_lr": policy_lr} if algo == "sac" else {}
     (folder / "config.json").write_text(json.dumps({"args": args}))
     with open(folder / "episodes.csv", "w", newline="") as file:
         csv.writer(file).writerows([["global_step", "return", "wall_time"]])
@@ -40,8 +44,14 @@ def test_training_returns_are_means_of_the_last_20_episodes_and_evaluations_have
     assert {(p["env_id"], p["algo"], p["seed"]) for p in points} == {("Hopper-v4", "sac", 1)}
 
 
-def test_bfloat16_is_told_from_the_default(tmp_path):
-    assert sac_figure.read_run(make_run(tmp_path / "run", bf16="on"))[0]["algo"] == "sac bf16"
+@pytest.mark.parametrize("bf16, policy_lr, algo", [("on", 1e-3, "sac bf16"), ("off", 3e-4, "sac 3e-4")])
+def test_other_settings_are_told_from_the_default(bf16, policy_lr, algo, tmp_path):
+    run = make_run(tmp_path / "run", bf16=bf16, policy_lr=policy_lr)
+    assert sac_figure.read_run(run)[0]["algo"] == algo and algo in sac_figure.VARIANTS
+
+
+def test_the_default_is_that_of_the_script():
+    assert sac.parse_args(["--env-id", "Hopper-v4"]).policy_lr == sac_figure.STEP_SIZE
 
 
 def test_a_run_made_again_replaces_its_stored_points_and_others_stay():
@@ -64,7 +74,7 @@ def test_the_command_draws_and_joins_what_was_stored(tmp_path, capsys, monkeypat
     monkeypatch.setattr(sac_figure, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
     make_run(tmp_path / "first" / "a")
     make_run(tmp_path / "first" / "b", algo="ppo", env_id="HalfCheetah-v4", evaluated=())
-    make_run(tmp_path / "first" / "d", env_id="Walker2d-v4", bf16="on")
+    make_run(tmp_path / "first" / "d", policy_lr=3e-4, bf16="on")
     make_run(tmp_path / "second" / "c", seed=2, evaluated=((0, 20.0), (20_000, 70.0)))
     out = tmp_path / "new" / "sac"
     for runs in ("first", "second", "second"):  # the last changes nothing
@@ -73,7 +83,7 @@ def test_the_command_draws_and_joins_what_was_stored(tmp_path, capsys, monkeypat
     points = sac_figure.read_points(tmp_path / "new" / "sac.csv")
     assert len(points) == 3 * (4 + 2) + 4
     assert chosen(points, algo="ppo", step=10_000)[0]["return"] == pytest.approx(np.mean(range(80, 100)))
-    assert "Hopper-v4       SAC             20,000       50  (30, 70)" in capsys.readouterr().out
+    assert "Hopper-v4       default           20,000       50  (30, 70)" in capsys.readouterr().out
 
     panels = figures[-1].axes
     published = "published (tianshou, -v3, 10 seeds)"
@@ -81,10 +91,10 @@ def test_the_command_draws_and_joins_what_was_stored(tmp_path, capsys, monkeypat
     assert names == [
         [published],
         ["sac.py, 2 seeds", published],
-        ["sac.py --bf16 on, 1 seed", published],
+        [published],
         ["PPO, 1 seed"],
         ["PPO, 1 seed"],
-        ["float32, 2 seeds"],
+        ["default, 2 seeds", "3e-4, bfloat16, 1 seed"],
     ]
     (mean,) = (line for line in panels[1].lines if line.get_label() == "sac.py, 2 seeds")
     assert mean.get_xydata().tolist() == [[0, 15], [20_000, 50]]
