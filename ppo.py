@@ -2786,7 +2786,8 @@ def evaluate(args: RunArgs) -> list[float]:
         raise Failed(f"{endless}; {ended}.", "failed")
     if not np.isfinite(scores).all():
         raise Failed(f"{args.env_id}: a return is NaN or infinite", "failed")
-    result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
+    result |= {"episodes": len(scores), "seed": args.eval_seed}
+    result |= {name: state[name] for name in ("iteration", "global_step")}
     record_evaluation(path, {kind: result}, {"eval/episodic_return": result["mean"]}, state["global_step"])
     return scores
 

@@ -69,7 +69,7 @@ SAME = {
     "line_search_steps": "line_search_max_iter", "line_search_shrink": "line_search_shrinking_factor",
     "norm_obs": "norm_obs", "norm_reward": "norm_reward", "clip_reward": "clip_reward",
     "buffer_size": "buffer_size", "learning_starts": "learning_starts", "batch_size": "batch_size", "tau": "tau",
-    "target_network_frequency": "target_update_interval", "policy_lr": "learning_rate",
+    "policy_lr": "learning_rate",
 }
 # Our arguments that settings_ours puts in other terms, and those that belong to the run.
 CONVERTED = ("learning_rate", "anneal_lr", "num_minibatches", "update_epochs", "vf_coef", "target_kl", "optimizer",
@@ -77,7 +77,7 @@ CONVERTED = ("learning_rate", "anneal_lr", "num_minibatches", "update_epochs", "
              "autotune", "buffer_in_memory")
 # The values at which arguments without a counterpart mean nothing.
 IDLE = dict(objective="clip", kl_beta=1.0, kl_target=0.01, clip_vloss=False, fisher_fraction=1.0, ent_coef=0.0,
-            policy_frequency=1, recompute_advantages=False)
+            policy_frequency=1, target_network_frequency=1, recompute_advantages=False)
 # Our tags for the library's values, and the factor between them: our value error is halved, our entropy is no loss.
 TAGS = {
     "policy_gradient_loss": ("losses/policy_loss", 1.0), "policy_loss": ("losses/policy_loss", 1.0),
@@ -660,7 +660,8 @@ def evaluate(args: Args) -> list[float]:
         raise Failed(f"{args.env_id}: {endless} (--eval-max-steps); {ended}.", "failed")
     if not np.isfinite(scores).all():
         raise Failed(f"{args.env_id}: a return is NaN or infinite", "failed")
-    result |= {"episodes": len(scores), "seed": args.eval_seed, "iteration": state["iteration"]}
+    result |= {"episodes": len(scores), "seed": args.eval_seed}
+    result |= {name: state[name] for name in ("iteration", "global_step")}
     folder = run_dir_of(Path(args.evaluate))
     ppo.record_evaluation(folder, {kind: result}, {"eval/episodic_return": result["mean"]}, state["global_step"])
     return scores
