@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import run, stats
 from benchmarks.check import interval
-from benchmarks.jobs import OWNER, as_flags, make_folder, read_value, status_of
+from benchmarks.jobs import OWNER, as_flags, make_folder, read_value
 from benchmarks.plan import FAILURE, FLOOR, TUNING, Plan
 from benchmarks.report import literal
 from benchmarks.space import values_of
@@ -80,8 +80,9 @@ def final_check(plan: Plan, winner: Any) -> tuple[int, list[str]]:
         return status, []
     values: dict[str, dict[str, list[float | None]]] = {"default": {}, "winner": {}}
     for job in jobs:
-        done = status_of(job, folder) == "done"
-        value = read_value(folder / job.name / "summary.json", "train_last100") if done else None
+        summary = folder / job.name / "summary.json"
+        trained = read_value(summary, "status", kind=str) == "completed"
+        value = read_value(summary, "train_last100") if trained else None
         values[job.algo].setdefault(job.env_id, []).append(value)
     return status, compare(plan, values["default"], values["winner"])
 

@@ -6,9 +6,11 @@ RUN_DIR/evaluations.csv, which has the results, and it may still be training.
 """
 
 import csv
+import fcntl
 import io
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -112,16 +114,20 @@ def read_rows(run: Path) -> Rows:
 
 
 def add_row(task: Task, result: dict[str, Any]) -> None:
-    """Puts a result into evaluations.csv, in the order of the steps."""
+    """Puts a result into evaluations.csv, in the order of the steps. A second command may do so at the same time."""
     row = {"step": task.step} | {name: result[name] for name in COLUMNS[1:]}
-    rows = read_rows(task.run) | {(task.step, result["episodes"], result["seed"]): row}
-    temporary = task.run / ".evaluations.csv"
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for key in sorted(rows):
-            writer.writerow(rows[key] | dict(zip(("step", "episodes", "seed"), key)))
-    temporary.replace(task.run / "evaluations.csv")
+    temporary, folder = task.run / ".evaluations.csv", os.open(task.run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        rows = read_rows(task.run) | {(task.step, result["episodes"], result["seed"]): row}
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for key in sorted(rows):
+                writer.writerow(rows[key] | dict(zip(("step", "episodes", "seed"), key)))
+        temporary.replace(task.run / "evaluations.csv")
+    finally:
+        os.close(folder)
 
 
 def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:

@@ -77,6 +77,11 @@ class Job:
         return hashlib.sha256(known_by.encode()).hexdigest()[:10]
 
     @property
+    def recipe(self) -> str:
+        """As key, for what all seeds and environments of an algorithm share."""
+        return hashlib.sha256(json.dumps([self.text, self.flags]).encode()).hexdigest()[:10]
+
+    @property
     def name(self) -> str:
         """Name of the run directory."""
         parts = [safe(self.env_id), safe(self.algo), str(self.seed), self.key]
@@ -349,10 +354,15 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def missing_evaluations(job: Job, run: Path) -> list[str]:
-    """Those of "deterministic" and "stochastic" that summary.json lacks, or has over too few episodes."""
-    kinds = ("deterministic", "stochastic") if job.eval_episodes else ()
-    played = {kind: read_value(run / "summary.json", "eval", kind, "episodes") or 0 for kind in kinds}
-    return [kind for kind in kinds if played[kind] < job.eval_episodes]
+    """Those of "deterministic" and "stochastic" that summary.json lacks, or has over too few episodes.
+
+    One of an earlier checkpoint, which somebody has played by hand, does not count.
+    """
+    kinds, summary = ("deterministic", "stochastic") if job.eval_episodes else (), run / "summary.json"
+    last = (None, read_value(summary, "global_step"))  # None: from before this was recorded
+    played = {kind: read_value(summary, "eval", kind, "episodes") or 0 for kind in kinds}
+    early = [kind for kind in kinds if read_value(summary, "eval", kind, "global_step") not in last]
+    return [kind for kind in kinds if kind in early or played[kind] < job.eval_episodes]
 
 
 def is_running(job: Job, runs_dir: Path) -> bool:
@@ -455,6 +465,9 @@ def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: b
             return "failed"
         kills = 0
         while command := next_command(job, runs_dir):
+            if not is_present(job):
+                log.write(b"the script has changed since this run was asked for; give the command again\n")
+                return "failed"
             if command == job.start(runs_dir) and run.exists():
                 shutil.rmtree(run)  # killed before its first checkpoint, which comes before the first iteration
             log.write(f"$ {shlex.join(command)} # {OWNER}\n".encode())
@@ -474,6 +487,12 @@ def execute(job: Job, runs_dir: Path, children: Children | None = None, retry: b
                 log.write(b"exit status 0, but summary.json does not have what this command was for\n")
                 return "failed"
     return "done"
+
+
+def is_present(job: Job) -> bool:
+    """Whether the script still has the text that the job is known by, which a process would read now."""
+    script = Path(job.command[1])
+    return job.command[1] == "-m" or not script.is_file() or read_text(script) == job.text
 
 
 def next_command(job: Job, runs_dir: Path) -> list[str] | None:

@@ -343,12 +343,17 @@ def draw_curves(lesson: Lesson, results: Results, figure: Any, axes: np.ndarray)
         name, _, x = panel.partition(" against ")
         x = x or "step"
         for (arm, seeds), color in zip(results.items(), (*PALETTE, *OTHERS[1:])):
-            curves = [[(point[x], point[name]) for point in series if name in point and x in point] for series in seeds]
-            if not all(curves):
+            curves = [
+                {point["step"]: (point[x], point[name]) for point in series if name in point and x in point}
+                for series in seeds
+            ]
+            common = sorted(set.intersection(*(set(curve) for curve in curves)))
+            if not common:
                 continue
             for curve in curves:
-                axis.plot(*zip(*curve), color=color, alpha=0.3, linewidth=0.8)
-            axis.plot(*np.mean(list(zip(*curves)), 1).T, color=color, label=arm)
+                axis.plot(*zip(*curve.values()), color=color, alpha=0.3, linewidth=0.8)
+            means = np.mean([[curve[step] for step in common] for curve in curves], 0)
+            axis.plot(*means.T, color=color, label=arm)
         unit = "steps" if lesson.env_id else "iterations"
         axis.set_xlabel(f"{unit if x == 'step' else x} ({len(seeds)} seeds)")
         axis.locator_params(axis="x", nbins=5)

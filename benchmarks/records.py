@@ -27,7 +27,7 @@ from benchmarks.suite import NOTE_KEYS, damage_of, damage_of_cell
 SECONDARY = (  # arguments that do not make another algorithm of a script
     *("env_id", "exp_name", "seed", "runs_dir", "run_name", "resume", "checkpoint_interval", "keep_checkpoints"),
     *("capture_video", "evaluate", "eval_episodes", "eval_seed", "eval_stochastic"),
-    *("track", "wandb_project_name", "wandb_entity", "device", "num_threads", "compile", "bf16", "buffer_in_memory"),
+    *("track", "wandb_project_name", "wandb_entity", "device", "num_threads", "compile", "buffer_in_memory"),
 )
 ORDER = (  # in tables and figures
     *("ppo", "trpo", "a2c", "a3c", "reinforce", "sac", "sb3:ppo", "sb3:trpo", "sb3:a2c", "sb3:sac", "random"),
@@ -249,7 +249,9 @@ def scores_of(rows: np.ndarray, summary: dict[str, Any], budget: int) -> dict[st
         scores["train_auc"] = stats.area_under_curve(rows[:, 0], rows[:, 2], budget)
     evaluations = summary.get("eval") or {}
     for kind in ("deterministic", "stochastic"):
-        scores[f"eval_{kind}"] = finite((evaluations.get(kind) or {}).get("mean"))
+        evaluation = evaluations.get(kind) or {}
+        if evaluation.get("global_step") in (None, summary.get("global_step")):  # not that of an earlier checkpoint
+            scores[f"eval_{kind}"] = finite(evaluation.get("mean"))
     for name in ("sps", "wall_time"):
         scores[name] = finite(summary.get(name) or None)
     return scores
@@ -431,7 +433,7 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str], dict[tuple[str, 
         if damage := damage_of(file):
             problems.append(f"{file}: {damage}; what is damaged of it is left out.")
     missing = missing_seeds(runs, asked)
-    for group in group_by(runs, "env_id", "algo").values():
+    for group in group_by(runs, "algo").values():
         tell_apart(group)
     kept, older = [], []
     for group in group_by(runs, "env_id", "algo", "seed").values():
@@ -451,13 +453,13 @@ def read_directories(
 ) -> tuple[list[Run], list[str]]:
     """The runs of the run directories that were found, less those that suite.json has replaced, and the problems."""
     runs, problems, replaced = [], [], []
-    last = {(path.parent, path.name.rpartition("__")[0]): path for path in asked}  # a name without its key is a cell
+    columns = {(path.parent, column_of(path)) for path in asked}
     for path in found:
         if is_stored(path):
             continue
         run, problem = read_run(path)
-        newest = last.get((path.parent, path.name.rpartition("__")[0]), path)
-        if run and run.key and path != newest and path not in named:
+        replaces = path not in asked and (path.parent, column_of(path)) in columns
+        if run and run.key and replaces and path not in named:
             replaced.append(path.name)
             continue
         if run:
@@ -470,6 +472,11 @@ def read_directories(
             names += f" and {len(replaced) - 3} more"
         problems.append(f"Left out, because another script text or other flags were asked for later: {names}.")
     return runs, problems
+
+
+def column_of(path: Path) -> str:
+    """The name of a run directory of `run` without its seed and its key."""
+    return path.name.rsplit("__", 2)[0]
 
 
 def missing_seeds(runs: list[Run], asked: dict[Path, dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
@@ -525,15 +532,27 @@ def group_by(runs: list[Run], *names: str) -> dict[tuple, list[Run]]:
     return dict(groups)
 
 
-def tell_apart(group: list[Run]) -> None:
-    """Adds to the names of the runs the arguments in which they differ from most of the group."""
+def tell_apart(runs: list[Run]) -> None:
+    """Adds to the names of runs of one algorithm the arguments in which they differ from most of them.
 
-    def identity(run: Run) -> tuple:
-        arguments = run.arguments.items()
-        return tuple(sorted((name, str(value)) for name, value in arguments if name not in SECONDARY))
+    Only what differs within an environment counts: environments have defaults of their own. The name without an
+    addition is the same setting in all environments that have it.
+    """
+    groups = list(group_by(runs, "env_id").values())
 
-    count = Counter(map(identity, group))
-    usual = dict(count.most_common(1)[0][0])
-    for run in group:
-        changed = [printable(f"{name}={value}") for name, value in identity(run) if usual.get(name) != value]
-        run.algo = ", ".join([run.algo, *changed])
+    def varying_in(group: list[Run]) -> list[str]:
+        every = {name for run in group for name in run.arguments} - {*SECONDARY}
+        return sorted(name for name in every if len({str(run.arguments.get(name)) for run in group}) > 1)
+
+    def setting(run: Run, names: list[str]) -> tuple[str, ...]:
+        return tuple(str(run.arguments.get(name)) for name in names)
+
+    for group in groups:
+        names = varying_in(group)
+        there = Counter(setting(run, names) for run in group)
+        everywhere = Counter(setting(run, names) for run in runs)
+        usual = max(there, key=lambda one: (everywhere[one], there[one]))
+        for run in group:
+            triples = zip(names, setting(run, names), usual)
+            changed = [printable(f"{name}={value}") for name, value, most in triples if value != most]
+            run.algo = ", ".join([run.algo, *changed])

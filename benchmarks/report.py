@@ -47,8 +47,9 @@ ABOUT_SCORES = """
 Mean over seeds and its 95% bootstrap interval, which with few seeds is too narrow: with 5 it holds the truth in about \
 82% of cases, with 10 in 89%; with 3 it is their least and largest score (75%). `train_last100` is the mean return of \
 the last 100 training episodes; the area under the curve is its average over the run; eval plays the last policy, \
-normalisers frozen, with the most likely and with sampled actions, on seeds that are the same for every run. Steps/s \
-are the median and the range. Runs that failed or did not end are counted, and are in no score.
+normalisers frozen, with the most likely and with sampled actions, on seeds that are the same for every run of the \
+scripts (a peer's library draws its own). Steps/s are the median and the range. Runs that failed or did not end are \
+counted, and are in no score.
 
 """
 STYLE = (  # of the page
@@ -298,7 +299,7 @@ def published_row(env_id: str, algo: str, runs: list[Run], row: dict[str, str]) 
     ours, evaluated = (scores(runs, measure).mean() for measure in ("train_last100", "eval_deterministic"))
     measured = np.nan
     if same_steps(row, budget) and row["env_id"] in (env_id, game_of(env_id)):
-        if row["statistic"].startswith("train_last100"):
+        if row["statistic"] == "train_last100":
             measured = ours
         elif row["statistic"] in ("final_eval", "eval_deterministic_single_run"):
             measured = evaluated

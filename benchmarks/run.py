@@ -110,7 +110,10 @@ def main(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
 
 
 def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
-    """Writes suite.json: what was asked for, so that a report can say what is missing. Earlier cells stay."""
+    """Writes suite.json: what was asked for, so that a report can say what is missing.
+
+    Earlier cells stay, except those of another text or other flags of an algorithm that is asked for again.
+    """
     with open(runs_dir / ".suite.lock", "wb") as guard:  # two terminals do not lose each other's cells
         fcntl.flock(guard, fcntl.LOCK_EX)
         write_cells(suite, jobs, runs_dir)
@@ -119,8 +122,15 @@ def note_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
 def write_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     """As note_cells; the caller holds the lock."""
     earlier = read_json(runs_dir / "suite.json")
-    asked = [{"env_id": job.env_id, "algo": job.algo, "seed": job.seed, "name": job.name} for job in jobs]
-    cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*earlier.get("cells", []), *asked]}
+    keys = ("env_id", "algo", "seed", "name", "recipe")
+    asked = [{key: getattr(job, key) for key in keys} for job in jobs]
+    recipes = {(job.env_id, job.algo): job.recipe for job in jobs}
+    kept = [
+        cell
+        for cell in earlier.get("cells", [])
+        if cell.get("recipe") in (None, recipes.get((cell["env_id"], cell["algo"]), cell.get("recipe")))
+    ]
+    cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*kept, *asked]}
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     note = {
         "name": suite.name,

@@ -55,11 +55,14 @@ def read_run(run: Path) -> Points:
     steps = np.array([row["global_step"] for row in episodes])
     times, returns = (np.array([row[name] for row in episodes]) for name in ("wall_time", "return"))
     points = []
-    for row in read_table(run / "evaluations.csv"):
+    evaluations = read_table(run / "evaluations.csv")
+    kinds = [(row.get("episodes"), row.get("seed")) for row in evaluations]
+    most = max(kinds, key=kinds.count, default=None)  # others are not of the same curve
+    for row in (row for row, kind in zip(evaluations, kinds) if kind == most):
         past = np.searchsorted(steps, row["step"], "right") - 1
         time = times[past] if past >= 0 else 0.0
         points.append(names | {"step": int(row["step"]), "wall_time": time, "kind": "eval", "return": row["mean"]})
-    for step in range(EVERY, int(steps[-1]) + 1, EVERY):
+    for step in range(EVERY, int(steps.max(initial=0)) + 1, EVERY):
         past = int(np.searchsorted(steps, step, "right"))
         if past >= EPISODES:
             mean = float(returns[past - EPISODES : past].mean())
@@ -167,7 +170,11 @@ def main(argv: list[str] | None = None) -> None:
     if not runs:
         parser.error(f"{asked.runs_dir} holds no run directories")
     table = asked.out.with_suffix(".csv")
-    points = join(read_points(table), [point for run in runs for point in read_run(run)])
+    new = [read_run(run) for run in runs]
+    names = [(curve[0]["env_id"], curve[0]["algo"], curve[0]["seed"]) for curve in new if curve]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        parser.error(f"{asked.runs_dir} has more than one run of {', '.join(map(str, twice))}; keep one of each")
+    points = join(read_points(table), [point for curve in new for point in curve])
     with open(here / "references" / "sac_curves.csv", newline="", encoding="utf-8") as file:
         published = list(csv.DictReader(file))
     asked.out.parent.mkdir(parents=True, exist_ok=True)

@@ -183,12 +183,11 @@ def write_wandb(space: Space, known: Arguments, program: str, study: str, env_id
         if table.get("choices") in ([True, False], [False, True]) and known[flag].default is True:
             name = f"no_{name}"  # an agent passes --flag, or nothing
         parameters[name] = wandb_parameter(table)
-    several = len(env_ids) > 1
     sweep = {
         "name": study,
         "program": program,
-        "method": "random" if several else "bayes",
-        "metric": {"name": "charts/episodic_return", "goal": "maximize"},
+        "method": "random",
+        "metric": {"name": "charts/train_last100", "goal": "maximize"},
         "parameters": parameters | {"env_id": {"values": env_ids}, "seed": {"values": seeds}},
         "command": [
             "${env}",
@@ -199,10 +198,8 @@ def write_wandb(space: Space, known: Arguments, program: str, study: str, env_id
             "${args_no_boolean_flags}",
         ],
     }
-    text = yaml.safe_dump(sweep, sort_keys=False)
-    if several:
-        text = "# random, not bayes: a run is of one environment, and returns of several do not compare\n" + text
-    return text
+    why = "# random, not bayes: that would search for the luckiest seed and the environment with the largest returns\n"
+    return why + yaml.safe_dump(sweep, sort_keys=False)
 
 
 def wandb_parameter(table: dict[str, Any]) -> dict[str, Any]:

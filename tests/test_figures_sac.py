@@ -54,6 +54,31 @@ def test_the_default_is_that_of_the_script():
     assert sac.parse_args(["--env-id", "Hopper-v4"]).policy_lr == sac_figure.STEP_SIZE
 
 
+def test_evaluations_of_another_number_of_episodes_are_another_curve(tmp_path):
+    run = make_run(tmp_path / "run", evaluated=())
+    with open(run / "evaluations.csv", "w", newline="") as file:
+        rows = [(0, 10.0, 10), (20_000, 30.0, 10), (20_000, 50.0, 100)]
+        csv.writer(file).writerows([["step", "mean", "episodes"], *rows])
+    points = chosen(sac_figure.read_run(run), kind="eval")
+    assert [(p["step"], p["return"]) for p in points] == [(0, 10.0), (20_000, 30.0)]
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path, capsys):
+    make_run(tmp_path / "runs" / "first")
+    make_run(tmp_path / "runs" / "again")
+    with pytest.raises(SystemExit):
+        sac_figure.main([str(tmp_path / "runs"), "--out", str(tmp_path / "sac")])
+    assert "more than one run of ('Hopper-v4', 'sac', 1)" in capsys.readouterr().err and not list(
+        tmp_path.glob("*.png")
+    )
+
+
+def test_a_run_without_a_finished_episode_has_no_training_curve(tmp_path):
+    run = make_run(tmp_path / "run", evaluated=())
+    (run / "episodes.csv").write_text("global_step,return,wall_time\n")
+    assert sac_figure.read_run(run) == []
+
+
 def test_a_run_made_again_replaces_its_stored_points_and_others_stay():
     def point(algo, seed, value):
         return {"env_id": "Hopper-v4", "algo": algo, "seed": seed, "return": value}

@@ -22,6 +22,7 @@ import tyro
 from benchmarks import jobs, run
 from benchmarks.__main__ import main
 from benchmarks.jobs import UsageError, status_of
+from benchmarks.records import read_runs
 from benchmarks.suite import SUITES, jobs_of, read_suite
 
 ROOT = Path(run.__file__).parent.parent
@@ -330,6 +331,45 @@ def test_more_episodes_of_evaluation_are_played_without_training(lab, go):
     assert go("--seeds", "1", "--eval-episodes", "5")[0] == 0
     assert lab.trace()[1] == [*WHOLE, "evaluate", "evaluate"]
     assert go("--seeds", "1", "--eval-episodes", "3")[0] == 0 and lab.trace()[1].count("evaluate") == 4
+
+
+def test_an_evaluation_of_an_earlier_checkpoint_does_not_stand_for_the_last(lab, go):
+    """As `--evaluate RUN` of a run that is stopped half-way leaves one, and `--evaluate RUN/checkpoints/best.pt`."""
+    assert go("--seeds", "1")[0] == 0 and lab.trace()[1] == WHOLE
+    (file,) = lab.runs.glob("*__1__*/summary.json")
+    summary = json.loads(file.read_text())
+    summary["eval"]["deterministic"] |= {"global_step": 200}
+    summary["eval"]["stochastic"] |= {"global_step": summary["global_step"]}
+    file.write_text(json.dumps(summary))
+    assert lab.statuses()[1] == "partial"
+    assert go("--seeds", "1")[0] == 0 and lab.trace()[1] == [*WHOLE, "evaluate"]
+
+
+def test_a_script_that_changes_meanwhile_is_not_run_under_its_old_text(lab, go):
+    lab.tell("hold")
+    harness = lab.start("--seeds", "2", "--eval-episodes", "0")
+    wait_for(lambda: 1 in lab.trace(), "start")
+    (lab.path / "fake.py").write_text(SCRIPT + "\n# another learning rate\n")
+    lab.forget("hold")
+    assert harness.wait() == 1
+    assert lab.trace() == {1: ["start", *STEPS]}
+    assert "the script has changed" in next((lab.runs / "logs").glob("*__2__*")).read_text()
+    assert go("--seeds", "2", "--eval-episodes", "0")[0] == 0  # of the new text
+
+
+def test_fewer_seeds_of_another_text_leave_no_seeds_of_the_old_one_behind(lab, go):
+    def reported():
+        runs, problems, missing = read_runs([lab.runs])
+        return [run.seed for run in runs], missing, " ".join(problems)
+
+    assert go("--eval-episodes", "0")[0] == 0
+    assert go("--seeds", "2", "--eval-episodes", "0")[0] == 0
+    assert reported()[0] == [1, 2, 3]  # the same text, so all count
+    (lab.path / "fake.py").write_text(SCRIPT + "\n# another learning rate\n")
+    assert go("--seeds", "2", "--eval-episodes", "0")[0] == 0
+    seeds, missing, problems = reported()
+    assert seeds == [1, 2] and missing == {}
+    assert problems.partition("Left out, because another script text")[2].count("__3__") == 1
 
 
 def test_directory_without_a_checkpoint_starts_afresh(lab, go):

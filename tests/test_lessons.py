@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import lessons
+from benchmarks.figures import plt
 
 TINY = {
     "num-digits": 2,
@@ -200,3 +201,12 @@ def test_collapse_prints_the_worked_numbers(capsys):
         r"-0.707 \+0.707 +-1.000 \+1.000 +-1.095 \+1.095",
     ):
         assert re.search(numbers, out)
+
+
+def test_the_mean_of_a_panel_is_at_equal_iterations_where_a_seed_begins_later():
+    series = [[{"step": 1, "x": 1.0}, {"step": 2, "x": 2.0}], [{"step": 1}, {"step": 2, "x": 4.0}]]
+    figure, axis = plt.subplots()
+    lessons.draw_curves(replace(lessons.LESSONS["gdpo"], panels=("x",)), {"arm": series}, figure, np.array([axis]))
+    (mean,) = (line for line in axis.lines if line.get_label() == "arm")
+    assert mean.get_xydata().tolist() == [[2, 3]]
+    plt.close(figure)

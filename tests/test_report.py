@@ -209,6 +209,46 @@ def test_runs_that_differ_in_an_argument_are_told_apart(tmp_path):
     assert row_of(text, "CartPole-v1", "ppo, learning_rate=0.5")[3] == "1"
 
 
+def test_the_name_without_an_addition_is_one_setting_in_all_environments(tmp_path):
+    """Also where most runs of one environment have another. What an older text did not have is a setting, too."""
+    for env_id, few, many in (("CartPole-v1", 0.1, 0.5), ("Acrobot-v1", 0.5, 0.1), ("Pendulum-v1", 0.1, 0.1)):
+        for seed in (1, 2, 3):
+            make_run(tmp_path / "many", env_id, seed=seed, learning_rate=many)
+        make_run(tmp_path / "few", env_id, seed=4, learning_rate=few)
+    make_run(tmp_path / "old", "Pendulum-v1", seed=5, learning_rate=0.1, clip=True)
+    runs, _, _ = read_runs([tmp_path])
+    settings = {(run.env_id, run.algo): run.arguments["learning_rate"] for run in runs if run.seed < 5}
+    assert settings == {
+        ("CartPole-v1", "ppo"): 0.1,
+        ("CartPole-v1", "ppo, learning_rate=0.5"): 0.5,
+        ("Acrobot-v1", "ppo"): 0.1,
+        ("Acrobot-v1", "ppo, learning_rate=0.5"): 0.5,
+        ("Pendulum-v1", "ppo"): 0.1,
+    }
+    assert [run.algo for run in runs if run.seed == 5] == ["ppo, clip=True"]
+
+
+@pytest.mark.parametrize("bf16", ["on", "off"])
+def test_runs_in_bfloat16_are_not_in_one_mean_with_others(tmp_path, bf16):
+    for seed in (1, 2):
+        make_run(tmp_path, seed=seed, bf16=bf16)
+    make_run(tmp_path, seed=3, bf16="on" if bf16 == "off" else "off")
+    assert sorted(run.algo for run in read_runs([tmp_path])[0])[1:] == [
+        "ppo",
+        "ppo, bf16=" + ("on" if bf16 == "off" else "off"),
+    ]
+
+
+def test_only_an_evaluation_of_the_last_policy_is_reported(tmp_path):
+    for seed, step in ((1, 2000), (2, 1000), (3, None)):
+        run = make_run(tmp_path, seed=seed, evaluation=90.0)
+        evaluation = {"mean": 90.0, "episodes": 100} | ({"global_step": step} if step else {})
+        set_summary(run, eval={"deterministic": evaluation})
+    runs, _, _ = read_runs([tmp_path])
+    found = [run.scores["eval_deterministic"] for run in runs]
+    assert found[0] == found[2] == 90.0 and math.isnan(found[1])  # an old summary does not say which
+
+
 def test_of_two_runs_of_one_cell_the_later_counts(tmp_path):
     make_run(tmp_path / "a", seed=1, returns=[1.0] * 100)
     later = make_run(tmp_path / "b", seed=1, returns=[2.0] * 100)
@@ -482,6 +522,14 @@ def test_a_difference_is_taken_only_from_the_same_measure_after_the_same_steps(t
     assert differences["HalfCheetah-v4 trpo", "final_eval"] == "-"  # of -v3
     assert differences["HalfCheetah-v4 ppo", "max_over_training"] == "-"
     assert {row[6] for row in rows} == {"1,000,000"}
+
+
+def test_a_mean_of_logged_means_is_another_measure(tmp_path):
+    make_run(tmp_path, "Pendulum-v1", "ppo", 1, [-150.0] * 100, total_timesteps=300_000)
+    note(tmp_path, [], published=["slm_lab"])
+    rows = [line.strip("| ").split(" | ") for line in report_of(tmp_path).splitlines() if "| Pendulum-v1 ppo" in line]
+    (row,) = [row for row in rows if row[5:7] == ["train_last100_logged", "300,000"]]
+    assert row[4] == "-"
 
 
 def test_published_numbers_stand_beside_ours_with_their_protocol(tmp_path):

@@ -612,7 +612,7 @@ def test_the_space_as_a_sweep_file_of_wandb(here):
     assert done.returncode == 0 and not Path("runs").exists()
     content = yaml.safe_load(Path("wandb.yaml").read_text())
     assert content["program"] == "fake.py" and content["method"] == "random"
-    assert content["metric"] == {"name": "charts/episodic_return", "goal": "maximize"}
+    assert content["metric"] == {"name": "charts/train_last100", "goal": "maximize"}
     parameters = content["parameters"]
     assert parameters["learning_rate"] == {"distribution": "log_uniform_values", "min": 1e-5, "max": 1.0}
     assert parameters["width"] == {"distribution": "q_log_uniform_values", "q": 1, "min": 16, "max": 128}
