@@ -963,6 +963,8 @@ def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Enviro
     """The environments of a run. Raises UsageError for a missing extra and for spaces that networks cannot take."""
     if environment_family(args.env_id) == "atari":
         return Environments(make_atari(args, num_envs, **options), seed)
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # a constructor may draw from these
+        set_seed(seed)
     envs: list[gym.Env] = []
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
@@ -1090,6 +1092,8 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
     if args.norm_obs and (image or not isinstance(envs.single_observation_space, gym.spaces.Box)):
         raise UsageError(f"--norm-obs is for vector observations, not those of {args.env_id}; use --no-norm-obs.")
     rng = prepare(args, image)
+    if args.bf16 == "on" and not image and not args.resume and not args.evaluate:
+        raise UsageError(f"--bf16 on is for the CNN, and {args.env_id} has no images; use --bf16 auto.")
     if args.bf16 == "auto":
         if args.device == "cpu":
             native = torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -1105,7 +1109,8 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
     space = envs.single_observation_space
     row = 2000 + 8 * (numbers_of(space) + numbers_of(envs.single_action_space))  # bytes; CartPole took 900 to 3,000
     what = f"a rollout of {args.num_envs} x {args.num_steps} steps"
-    check_memory(lambda num_steps: row * args.num_envs * num_steps, what, "--num-steps", args.num_steps)
+    if not args.evaluate:  # which plays no rollout
+        check_memory(lambda num_steps: row * args.num_envs * num_steps, what, "--num-steps", args.num_steps)
     return rng
 
 
@@ -2184,7 +2189,7 @@ def processor() -> str:
 
 # Arguments that have no part in what a run computes, besides those of its evaluations.
 NO_PART = ("exp_name", "runs_dir", "run_name", "checkpoint_interval", "cache_warm_start", *MAY_DIFFER)
-MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "NPY_")  # what their variables begin with
+MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "OMP_", "NPY_")  # what their variables begin with
 
 
 def conditions(args: RunArgs) -> dict[str, Any]:
@@ -2198,6 +2203,9 @@ def conditions(args: RunArgs) -> dict[str, Any]:
         **{name: vars(args).get(name) for name in MACHINE},
         **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "number of cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),  # numpy
         **texts,
         "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
     }
@@ -2634,6 +2642,9 @@ class Run:
         if self.complete:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
+        for file in (self.path / "checkpoints").glob("step_*.pt") if state else ():
+            if file.name > f"step_{self.global_step:012}.pt":  # it was left out, and the run takes another course now
+                file.replace(file.with_suffix(".unused"))
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
         self.files = Log(self.path, self.args, state, self.tables)

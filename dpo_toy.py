@@ -327,13 +327,15 @@ def train(args: RunArgs) -> Path:
 
     # Its total is not known before the pairs are.
     with Run(args, 0, started, model=model, reference=reference, optimizer=optimizer, pairs=pairs) as run:
-        if not run.iteration:
+        if not is_prepared(run):
             if not args.init_from:
                 warm_start(model, run)
             reference.load_state_dict(model.state_dict())
             keep_pairs(pairs, pairs.list or sample_pairs(model, args.num_prompts, run), run)
+            keep_prepared(run)
         data = tokens_of(pairs.list, reference, args)
         run.total = args.num_train_epochs * batches_per_epoch(len(pairs.list), args)
+        run.start_clock()
         if not run.iteration:
             evaluate_before(model, run)
         for iteration in run.iterations():
@@ -881,6 +883,9 @@ def check_method(args: RunArgs) -> None:
         path, flag = Path(here(), args.save_pairs).resolve(), f"--save-pairs {args.save_pairs[:80]}"
         try:
             refuse(path.exists() and not path.is_file(), f"{flag} is no file; name one.")
+            refuse(
+                args.pairs and path == Path(here(), args.pairs).resolve(), f"{flag} is that of --pairs; name another."
+            )
             refuse(not path.parent.is_dir(), f"{flag}: there is no folder {shown(path.parent)}; make it.")
             refuse(len(os.fsencode(path.name)) > 250, f"{flag}... is too long a name; choose one of at most 250 bytes.")
             with tempfile.TemporaryFile(dir=path.parent):
@@ -1120,7 +1125,7 @@ def processor() -> str:
 
 # Arguments that have no part in what a run computes, besides those of its evaluations.
 NO_PART = ("exp_name", "runs_dir", "run_name", "checkpoint_interval", "cache_warm_start", *MAY_DIFFER)
-MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "NPY_")  # what their variables begin with
+MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "OMP_", "NPY_")  # what their variables begin with
 
 
 def conditions(args: RunArgs) -> dict[str, Any]:
@@ -1134,6 +1139,9 @@ def conditions(args: RunArgs) -> dict[str, Any]:
         **{name: vars(args).get(name) for name in MACHINE},
         **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "number of cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),  # numpy
         **texts,
         "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
     }
@@ -1570,6 +1578,9 @@ class Run:
         if self.complete:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
+        for file in (self.path / "checkpoints").glob("step_*.pt") if state else ():
+            if file.name > f"step_{self.global_step:012}.pt":  # it was left out, and the run takes another course now
+                file.replace(file.with_suffix(".unused"))
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
         self.files = Log(self.path, self.args, state, self.tables)
@@ -1909,8 +1920,8 @@ def warm_start(model: GPT, run: Run) -> None:
     """Fine-tunes the model on answers of the teacher (SFT), or takes the result from runs-dir if it is there."""
     args = run.args
     recipe = ("seed", "device", "num_threads", "sft_steps", "sft_learning_rate", *SIZES)
-    made_of = json.dumps({name: vars(args)[name] for name in recipe} | versions()).encode()
-    key = hashlib.sha256(made_of + (SCRIPT.read_bytes() if SCRIPT.is_file() else b"")).hexdigest()[:16]
+    made_of = {name: vars(args)[name] for name in recipe} | run.conditions | {"arguments": None}
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     cached = run.path.parent / "warm_starts" / f"{key}.pt"
     if args.cache_warm_start and cached.exists():
         try:
@@ -1963,6 +1974,26 @@ def write_stage(run: Run, stage: str, curves: dict[str, list[float]]) -> None:
         run.files.waiting += [(f"{stage}/{name}", value, i) for name, value in zip(curves, values)]
 
 
+def keep_prepared(run: Run) -> None:
+    """Saves what comes before the first iteration."""
+    run.notes["warm_start"] = run.args.init_from or f"{run.args.sft_steps} steps"
+    run.start_clock()
+    run.save(best=False)
+
+
+def is_prepared(run: Run) -> bool:
+    """Whether the run goes on from a checkpoint of keep_prepared, or a later one. If so, shows the stages again.
+
+    TensorBoard forgets at a resume whatever has a later step, also their curves, whose steps are their own.
+    """
+    prepared = "warm_start" in run.notes
+    for file in (run.path / "sft.csv", run.path / "reward_model.csv") if prepared and run.files else ():
+        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()) if file.exists() else ():
+            if (step := int(row.pop("step"))) > run.global_step:
+                run.files.waiting += [(f"{file.stem}/{name}", float(value), step) for name, value in row.items()]
+    return prepared
+
+
 def show_table(run: Run, tag: str, table: list[list[str]]) -> None:
     """A table, its head first: in TensorBoard, and the top of it on the terminal."""
     run.files.text(tag, [[f"`{cell}`" for cell in row] for row in table], run.iteration)
@@ -1995,11 +2026,17 @@ def report_accuracy(run: Run, values: dict[str, float]) -> None:
 
 def load_model(model: GPT, path: Path, args: RunArgs) -> dict[str, Any]:
     """Gives model the weights of a run or one of its checkpoints, which is returned; UsageError if they do not fit."""
+
+    def use(state: dict[str, Any]) -> None:
+        if not state["notes"] and not made["init_from"]:
+            raise ValueError("it is from before the warm start")
+        model.load_state_dict(state["model"])
+
     try:
         made = json.loads((run_dir_of(path) / "config.json").read_text(encoding="utf-8"))["args"]
         other = [f"{name} {made[name]}" for name in SIZES if made[name] != vars(args)[name]]
         refuse(other, f"{path} has a model of another size; ask for its {', '.join(other)}.")
-        return load_checkpoint(path, lambda state: model.load_state_dict(state["model"]))
+        return load_checkpoint(path, use)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UsageError(f"{path} is no run of this project with a model in it, nor one of its checkpoints.") from None
 

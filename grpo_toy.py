@@ -347,18 +347,16 @@ def is_flat(group: Group) -> bool:
     return all_equal(group.rewards[None, :, 0]).item()
 
 
-def rollout(model: GPT, reference: GPT, rng: Rng, args: Args) -> tuple[list[Group], Batch]:
-    """Samples groups of completions and compares each with its group; returns all groups, the batch's first."""
-    num_prompts, groups = args.generation_batch_size // args.num_generations, []
+def rollout(model: GPT, reference: GPT, rng: Rng, args: Args) -> tuple[list[Group], list[Group], Batch]:
+    """Samples groups of completions and compares each with its group; returns all groups, those chosen, their batch."""
+    num_prompts, drawn = args.generation_batch_size // args.num_generations, []
     for _ in range(10):
         prompts = sample_prompts(num_prompts, args.num_digits, rng)
-        groups += sample_groups(model, prompts, args.num_generations, args.rewards, rng, args)
-        if not args.dynamic_sampling:
+        drawn += sample_groups(model, prompts, args.num_generations, args.rewards, rng, args)
+        if not args.dynamic_sampling or sum(not is_flat(group) for group in drawn) >= num_prompts:
             break
-        groups.sort(key=is_flat)  # flat groups go to the end (DAPO eq. 11)
-        if not is_flat(groups[num_prompts - 1]):
-            break
-    chosen = groups[:num_prompts]
+    chosen = sorted(drawn, key=is_flat) if args.dynamic_sampling else drawn  # flat groups last (DAPO eq. 11)
+    chosen = chosen[:num_prompts]
     prompts = encode_prompts([group.prompt for group in chosen], args.device).repeat_interleave(args.num_generations, 0)
     completions = torch.cat([group.completions for group in chosen])
     mask = completion_mask(completions)
@@ -375,7 +373,7 @@ def rollout(model: GPT, reference: GPT, rng: Rng, args: Args) -> tuple[list[Grou
     advantages = group_advantages(rewards, weights, *how).flatten().to(mask.device)
     if args.mask_truncated_completions:
         mask = mask & (completions == EOS).any(1, keepdim=True)
-    return groups, Batch(prompts, completions, mask, advantages)
+    return drawn, chosen, Batch(prompts, completions, mask, advantages)
 
 
 def update(
@@ -425,23 +423,25 @@ def train(args: RunArgs) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
 
     with Run(args, args.max_steps, started, model=model, reference=reference, optimizer=optimizer, rng=rng) as run:
-        if not run.iteration:
+        if not is_prepared(run):
             if not args.init_from:
                 warm_start(model, run)
             reference.load_state_dict(model.state_dict())
+            keep_prepared(run)
+        if not run.iteration:
             evaluate_before(model, run)
         for iteration in run.iterations():
             learning_rate = args.learning_rate * (1 - 0.9 * iteration / args.max_steps if args.anneal_lr else 1)
             clock = [time.perf_counter()]
-            groups, batch = rollout(model, reference, rng, args)
+            drawn, chosen, batch = rollout(model, reference, rng, args)
             clock.append(time.perf_counter())
-            completions, values = statistics(groups, args)
+            completions, values = statistics(drawn, args)
             values |= update(model, reference, optimizer, batch, learning_rate, rng, args)
             values |= speed(completions, batch, clock, args)
             values["learning_rate"] = learning_rate
             if iteration == args.max_steps or iteration % args.eval_interval == 0:
                 values |= evaluation(model, args)
-            report(run, groups, batch, values)
+            report(run, completions, chosen, batch, values)
             run.log(1, [(1, *completion) for completion in completions], values)
     return run.path
 
@@ -1017,11 +1017,13 @@ def speed(completions: list[tuple[float, int]], batch: Batch, clock: list[float]
     }
 
 
-def report(run: Run, groups: list[Group], batch: Batch, values: dict[str, float]) -> None:
+def report(
+    run: Run, completions: list[tuple[float, int]], groups: list[Group], batch: Batch, values: dict[str, float]
+) -> None:
     """What a run tells besides its values: accuracy, tokens a second, and now and then a group of completions."""
     last = run.iteration == run.args.max_steps
     report_accuracy(run, values)
-    run.notes["tokens"] = run.notes.get("tokens", 0) + sum(len(text) for group in groups for text in group.texts)
+    run.notes["tokens"] = run.notes.get("tokens", 0) + sum(length for _, length in completions)
     run.notes["tokens_per_second"] = run.notes["tokens"] / run.wall_time()
     if run.iteration == 1 or last or run.iteration % math.ceil(run.args.max_steps / 4) == 0:
         show_table(run, "completions", table_of(groups, batch, run.args))
@@ -1176,7 +1178,7 @@ def processor() -> str:
 
 # Arguments that have no part in what a run computes, besides those of its evaluations.
 NO_PART = ("exp_name", "runs_dir", "run_name", "checkpoint_interval", "cache_warm_start", *MAY_DIFFER)
-MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "NPY_")  # what their variables begin with
+MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "OMP_", "NPY_")  # what their variables begin with
 
 
 def conditions(args: RunArgs) -> dict[str, Any]:
@@ -1190,6 +1192,9 @@ def conditions(args: RunArgs) -> dict[str, Any]:
         **{name: vars(args).get(name) for name in MACHINE},
         **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "number of cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),  # numpy
         **texts,
         "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
     }
@@ -1626,6 +1631,9 @@ class Run:
         if self.complete:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
+        for file in (self.path / "checkpoints").glob("step_*.pt") if state else ():
+            if file.name > f"step_{self.global_step:012}.pt":  # it was left out, and the run takes another course now
+                file.replace(file.with_suffix(".unused"))
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
         self.files = Log(self.path, self.args, state, self.tables)
@@ -1965,8 +1973,8 @@ def warm_start(model: GPT, run: Run) -> None:
     """Fine-tunes the model on answers of the teacher (SFT), or takes the result from runs-dir if it is there."""
     args = run.args
     recipe = ("seed", "device", "num_threads", "sft_steps", "sft_learning_rate", *SIZES)
-    made_of = json.dumps({name: vars(args)[name] for name in recipe} | versions()).encode()
-    key = hashlib.sha256(made_of + (SCRIPT.read_bytes() if SCRIPT.is_file() else b"")).hexdigest()[:16]
+    made_of = {name: vars(args)[name] for name in recipe} | run.conditions | {"arguments": None}
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     cached = run.path.parent / "warm_starts" / f"{key}.pt"
     if args.cache_warm_start and cached.exists():
         try:
@@ -2019,6 +2027,26 @@ def write_stage(run: Run, stage: str, curves: dict[str, list[float]]) -> None:
         run.files.waiting += [(f"{stage}/{name}", value, i) for name, value in zip(curves, values)]
 
 
+def keep_prepared(run: Run) -> None:
+    """Saves what comes before the first iteration."""
+    run.notes["warm_start"] = run.args.init_from or f"{run.args.sft_steps} steps"
+    run.start_clock()
+    run.save(best=False)
+
+
+def is_prepared(run: Run) -> bool:
+    """Whether the run goes on from a checkpoint of keep_prepared, or a later one. If so, shows the stages again.
+
+    TensorBoard forgets at a resume whatever has a later step, also their curves, whose steps are their own.
+    """
+    prepared = "warm_start" in run.notes
+    for file in (run.path / "sft.csv", run.path / "reward_model.csv") if prepared and run.files else ():
+        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()) if file.exists() else ():
+            if (step := int(row.pop("step"))) > run.global_step:
+                run.files.waiting += [(f"{file.stem}/{name}", float(value), step) for name, value in row.items()]
+    return prepared
+
+
 def show_table(run: Run, tag: str, table: list[list[str]]) -> None:
     """A table, its head first: in TensorBoard, and the top of it on the terminal."""
     run.files.text(tag, [[f"`{cell}`" for cell in row] for row in table], run.iteration)
@@ -2051,11 +2079,17 @@ def report_accuracy(run: Run, values: dict[str, float]) -> None:
 
 def load_model(model: GPT, path: Path, args: RunArgs) -> dict[str, Any]:
     """Gives model the weights of a run or one of its checkpoints, which is returned; UsageError if they do not fit."""
+
+    def use(state: dict[str, Any]) -> None:
+        if not state["notes"] and not made["init_from"]:
+            raise ValueError("it is from before the warm start")
+        model.load_state_dict(state["model"])
+
     try:
         made = json.loads((run_dir_of(path) / "config.json").read_text(encoding="utf-8"))["args"]
         other = [f"{name} {made[name]}" for name in SIZES if made[name] != vars(args)[name]]
         refuse(other, f"{path} has a model of another size; ask for its {', '.join(other)}.")
-        return load_checkpoint(path, lambda state: model.load_state_dict(state["model"]))
+        return load_checkpoint(path, use)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UsageError(f"{path} is no run of this project with a model in it, nor one of its checkpoints.") from None
 

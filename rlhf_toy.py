@@ -186,8 +186,9 @@ def train_reward_model(reward_model: GPT, reference: GPT, run: Run) -> None:
     write_stage(run, "reward_model", curves)
     held_out = sample_pairs(reference, math.ceil(args.num_prompts / 4), run, held_out=True)
     prompts, *answers = encode_pairs(held_out, args)
-    with torch.no_grad():
-        chosen, rejected = (model_scores(reward_model, prompts, answer) for answer in answers)
+    with torch.no_grad():  # in parts, because there may be very many
+        parts = [zip(prompts.split(1024), answer.split(1024)) for answer in answers]
+        chosen, rejected = (torch.cat([model_scores(reward_model, *part) for part in side]) for side in parts)
     accuracy = (chosen > rejected).float().mean().item()
     run.notes |= {"pairs": count, "held_out_pairs": len(held_out), "reward_model_accuracy": accuracy}
     say(f"reward model: {count:,} pairs; {accuracy:.1%} of {len(held_out):,} held-out pairs are ranked right")
@@ -415,9 +416,9 @@ def train(args: RunArgs) -> Path:
     learner |= dict(optimizer=optimizer, critic_optimizer=critic_optimizer, scale=scale, controller=controller, rng=rng)
 
     with Run(args, args.max_steps, started, **learner) as run:
-        if not run.notes:  # prepare leaves some
+        if not is_prepared(run):
             prepare(models, scale, run)
-            run.save(best=False)
+            keep_prepared(run)
         if not run.iteration:
             evaluate_before(policy, run)
         for iteration in run.iterations():
@@ -1146,7 +1147,7 @@ def processor() -> str:
 
 # Arguments that have no part in what a run computes, besides those of its evaluations.
 NO_PART = ("exp_name", "runs_dir", "run_name", "checkpoint_interval", "cache_warm_start", *MAY_DIFFER)
-MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "NPY_")  # what their variables begin with
+MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "OMP_", "NPY_")  # what their variables begin with
 
 
 def conditions(args: RunArgs) -> dict[str, Any]:
@@ -1160,6 +1161,9 @@ def conditions(args: RunArgs) -> dict[str, Any]:
         **{name: vars(args).get(name) for name in MACHINE},
         **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "number of cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),  # numpy
         **texts,
         "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
     }
@@ -1596,6 +1600,9 @@ class Run:
         if self.complete:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
+        for file in (self.path / "checkpoints").glob("step_*.pt") if state else ():
+            if file.name > f"step_{self.global_step:012}.pt":  # it was left out, and the run takes another course now
+                file.replace(file.with_suffix(".unused"))
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
         self.files = Log(self.path, self.args, state, self.tables)
@@ -1935,8 +1942,8 @@ def warm_start(model: GPT, run: Run) -> None:
     """Fine-tunes the model on answers of the teacher (SFT), or takes the result from runs-dir if it is there."""
     args = run.args
     recipe = ("seed", "device", "num_threads", "sft_steps", "sft_learning_rate", *SIZES)
-    made_of = json.dumps({name: vars(args)[name] for name in recipe} | versions()).encode()
-    key = hashlib.sha256(made_of + (SCRIPT.read_bytes() if SCRIPT.is_file() else b"")).hexdigest()[:16]
+    made_of = {name: vars(args)[name] for name in recipe} | run.conditions | {"arguments": None}
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     cached = run.path.parent / "warm_starts" / f"{key}.pt"
     if args.cache_warm_start and cached.exists():
         try:
@@ -1989,6 +1996,26 @@ def write_stage(run: Run, stage: str, curves: dict[str, list[float]]) -> None:
         run.files.waiting += [(f"{stage}/{name}", value, i) for name, value in zip(curves, values)]
 
 
+def keep_prepared(run: Run) -> None:
+    """Saves what comes before the first iteration."""
+    run.notes["warm_start"] = run.args.init_from or f"{run.args.sft_steps} steps"
+    run.start_clock()
+    run.save(best=False)
+
+
+def is_prepared(run: Run) -> bool:
+    """Whether the run goes on from a checkpoint of keep_prepared, or a later one. If so, shows the stages again.
+
+    TensorBoard forgets at a resume whatever has a later step, also their curves, whose steps are their own.
+    """
+    prepared = "warm_start" in run.notes
+    for file in (run.path / "sft.csv", run.path / "reward_model.csv") if prepared and run.files else ():
+        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()) if file.exists() else ():
+            if (step := int(row.pop("step"))) > run.global_step:
+                run.files.waiting += [(f"{file.stem}/{name}", float(value), step) for name, value in row.items()]
+    return prepared
+
+
 def show_table(run: Run, tag: str, table: list[list[str]]) -> None:
     """A table, its head first: in TensorBoard, and the top of it on the terminal."""
     run.files.text(tag, [[f"`{cell}`" for cell in row] for row in table], run.iteration)
@@ -2021,11 +2048,17 @@ def report_accuracy(run: Run, values: dict[str, float]) -> None:
 
 def load_model(model: GPT, path: Path, args: RunArgs) -> dict[str, Any]:
     """Gives model the weights of a run or one of its checkpoints, which is returned; UsageError if they do not fit."""
+
+    def use(state: dict[str, Any]) -> None:
+        if not state["notes"] and not made["init_from"]:
+            raise ValueError("it is from before the warm start")
+        model.load_state_dict(state["model"])
+
     try:
         made = json.loads((run_dir_of(path) / "config.json").read_text(encoding="utf-8"))["args"]
         other = [f"{name} {made[name]}" for name in SIZES if made[name] != vars(args)[name]]
         refuse(other, f"{path} has a model of another size; ask for its {', '.join(other)}.")
-        return load_checkpoint(path, lambda state: model.load_state_dict(state["model"]))
+        return load_checkpoint(path, use)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UsageError(f"{path} is no run of this project with a model in it, nor one of its checkpoints.") from None
 

@@ -872,6 +872,8 @@ def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Enviro
     """The environments of a run. Raises UsageError for a missing extra and for spaces that networks cannot take."""
     if environment_family(args.env_id) == "atari":
         return Environments(make_atari(args, num_envs, **options), seed)
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # a constructor may draw from these
+        set_seed(seed)
     envs: list[gym.Env] = []
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
@@ -1011,7 +1013,7 @@ def settle(args: RunArgs, envs: Environments) -> Rng:
     if args.bf16 == "auto":
         args.bf16 = "off"  # it is faster, but has not been shown to learn as well
     torch.set_flush_denormal(True)  # Adam's moments decay to denormal numbers, which made its steps 3 times as slow
-    if args.buffer_in_memory:
+    if args.buffer_in_memory and not args.evaluate:
         row = 4 * (2 * math.prod(observations.shape) + math.prod(actions.shape) + 2)
         what = f"a buffer of {args.buffer_size} steps"
         check_memory(lambda size: row * size, what, "--buffer-size", args.buffer_size)
@@ -1702,7 +1704,7 @@ def processor() -> str:
 
 # Arguments that have no part in what a run computes, besides those of its evaluations.
 NO_PART = ("exp_name", "runs_dir", "run_name", "checkpoint_interval", "cache_warm_start", *MAY_DIFFER)
-MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "NPY_")  # what their variables begin with
+MATH_LIBRARIES = ("ATEN_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "OMP_", "NPY_")  # what their variables begin with
 
 
 def conditions(args: RunArgs) -> dict[str, Any]:
@@ -1716,6 +1718,9 @@ def conditions(args: RunArgs) -> dict[str, Any]:
         **{name: vars(args).get(name) for name in MACHINE},
         **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "number of cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),  # numpy
         **texts,
         "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
     }
@@ -2152,6 +2157,9 @@ class Run:
         if self.complete:
             say(f"{shown(self.path)} is complete; there is nothing left to train.")
             return
+        for file in (self.path / "checkpoints").glob("step_*.pt") if state else ():
+            if file.name > f"step_{self.global_step:012}.pt":  # it was left out, and the run takes another course now
+                file.replace(file.with_suffix(".unused"))
         with open(self.path / "summary.json.tmp", "wb") as file:  # so that a full disk has room for the summary
             file.write(b" " * 16384)
         self.files = Log(self.path, self.args, state, self.tables)

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import sys
@@ -763,3 +764,26 @@ def test_float32_observations_are_normalised_as_ever():
     norm.update(x)
     shift, scale = norm.mean.float(), (norm.var + 1e-8).rsqrt().float()
     assert torch.equal(norm(x), ((x - shift) * scale).clamp(-10, 10)) and norm(x).dtype == torch.float32
+
+
+class Drawn(Odd):
+    """Has a map that its constructor draws from the random numbers of the process."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.drawn = np.random.rand(), random.random(), torch.rand(()).item()
+
+
+def test_what_constructors_draw_depends_on_the_seed_alone():
+    gym.register("Drawn-v0", Drawn)
+    args = ppo.parse_args(["--env-id", "Drawn-v0"])
+
+    def maps(seed):
+        with ppo.make_envs(args, 2, seed) as envs:
+            return [env.unwrapped.drawn for env in envs.envs.envs]
+
+    try:
+        first = maps(1)
+        assert first == maps(1) and first[0] != first[1] and first != maps(2)
+    finally:
+        del gym.registry["Drawn-v0"]

@@ -864,7 +864,7 @@ def own_rewards(monkeypatch):
 
 def a_batch(model, args: grpo_toy.Args) -> grpo_toy.Batch:
     """A rollout whose advantages are all different."""
-    batch = grpo_toy.rollout(model, None, dice(), args)[1]
+    batch = grpo_toy.rollout(model, None, dice(), args)[-1]
     return batch._replace(advantages=torch.randn(len(batch.mask)).double())
 
 
@@ -998,7 +998,7 @@ def test_an_advantage_that_is_no_number_ends_the_run():
 )
 def test_a_rollout_compares_the_completions_of_each_prompt(own_rewards, how):
     args = settings(rewards=["digits", "ended"], max_completion_length=8, **how)
-    groups, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
+    groups, _, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     assert len(groups) == 6 and batch.advantages.shape == (24,)
     texts = grpo_toy.decode(batch.completions, grpo_toy.completion_mask(batch.completions))
     assert texts == [text for group in groups for text in group.texts]
@@ -1018,7 +1018,7 @@ def test_a_rollout_takes_the_kl_of_whole_completions_off_their_rewards(own_rewar
     how = dict(kl_in_reward=True, leave_one_out=True, scale_rewards="none", beta=0.3, reward_weights=[2.0])
     args = settings(rewards=["digits"], max_completion_length=8, mask_truncated_completions=masked, **how)
     model, reference = small_model(args), small_model(args)
-    groups, batch = grpo_toy.rollout(model, reference, dice(), args)
+    groups, _, batch = grpo_toy.rollout(model, reference, dice(), args)
     mask = grpo_toy.completion_mask(batch.completions)
     assert (batch.mask.sum() < mask.sum()) == masked  # but in the rewards all tokens count
     with torch.no_grad():
@@ -1038,13 +1038,17 @@ def test_dynamic_sampling_replaces_groups_whose_first_reward_does_not_vary(monke
     monkeypatch.setattr(grpo_toy, "reward_mine", mine, raising=False)
     monkeypatch.setattr(grpo_toy, "reward_noise", lambda prompt, text, args: random.random(), raising=False)
     args = settings(rewards=["mine", "noise"], dynamic_sampling=True, max_completion_length=3)
-    groups, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
+    groups, chosen, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     prompts = ["".join(grpo_toy.TOKENS[i] for i in row[1:]) for row in batch.prompts.tolist()]
+    assert prompts == [group.prompt for group in chosen for _ in range(4)]
+    assert [group.prompt for group in chosen] == [group.prompt for group in groups if not grpo_toy.is_flat(group)][:6]
+    flat = [grpo_toy.is_flat(group) for group in groups]
+    assert flat != sorted(flat)  # as they were drawn, so that the last 100 completions are no others than the rest
     assert len(prompts) == 24 and all(int(prompt) % 4 == 0 for prompt in prompts)
     assert 12 <= len(groups) < 60 and len(groups) % 6 == 0
     varied = sum(int(group.prompt) % 4 == 0 for group in groups)
     assert 6 <= varied < 12  # it stops as soon as there are enough
-    groups, batch = grpo_toy.rollout(
+    groups, _, batch = grpo_toy.rollout(
         small_model(args), None, dice(), settings(rewards=["mine", "noise"], max_completion_length=3)
     )
     assert len(groups) == 6 and len(batch.mask) == 24
@@ -1053,13 +1057,13 @@ def test_dynamic_sampling_replaces_groups_whose_first_reward_does_not_vary(monke
 def test_dynamic_sampling_gives_up_after_ten_rounds(monkeypatch):
     monkeypatch.setattr(grpo_toy, "reward_mine", lambda prompt, completion, args: 0.1, raising=False)
     args = settings(rewards=["mine"], dynamic_sampling=True, max_completion_length=3)
-    groups, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
+    groups, _, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     assert len(groups) == 60 and len(batch.mask) == 24 and batch.advantages.eq(0).all()
 
 
 def test_masking_truncated_completions_leaves_exactly_them_out(own_rewards):
     args = settings(rewards=["digits"], mask_truncated_completions=True, max_completion_length=8)
-    _, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
+    *_, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     ended = torch.tensor([grpo_toy.EOS in row for row in batch.completions.tolist()])
     assert 0 < ended.sum() < 24
     assert not batch.mask[~ended].any()
@@ -1087,7 +1091,7 @@ def test_a_reward_of_ones_own_is_found_by_its_name(monkeypatch):
     args = grpo_toy.parse_args(["--rewards", "mine", "--num-digits", "2", "--device", "cpu"])
     grpo_toy.check_method(args)
     args = settings(rewards=["mine"])
-    groups, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
+    groups, _, batch = grpo_toy.rollout(small_model(args), None, dice(), args)
     assert calls == [(group.prompt, text) for group in groups for text in group.texts]
     assert [reward for group in groups for reward in group.rewards[:, 0].tolist()] == list(range(1, 25))
     assert close(batch.advantages.view(6, 4), [[-1.1618, -0.3873, 0.3873, 1.1618]] * 6, 2e-4)

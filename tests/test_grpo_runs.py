@@ -273,6 +273,22 @@ def test_run_that_was_killed_and_resumed_equals_one_that_was_not(flags, here, ca
     assert [step for step, _ in scalars(run)["reward"]] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_curve_of_the_warm_start_is_whole_after_a_resume(here):
+    assert killed("--sft-steps", "9", "--no-cache-warm-start", iteration=3) == -signal.SIGKILL
+    assert grpo_toy.main(["--resume", "runs/killed"]) == 0
+    assert [step for step, _ in scalars(Path("runs/killed"))["sft/loss"]] == [*range(1, 10)]
+
+
+def test_the_checkpoint_of_step_0_holds_the_warm_start(here):
+    def first(sft_steps):
+        _, run = start("--sft-steps", sft_steps, "--keep-checkpoints", steps=1, name=sft_steps)
+        return torch.load(run / "checkpoints" / "step_000000000000.pt", weights_only=True)
+
+    untrained, warm = first("0"), first("9")
+    assert same(warm["model"], warm["reference"]) and not same(warm["model"], untrained["model"])
+    assert warm["notes"] == {"warm_start": "9 steps"}
+
+
 @pytest.mark.parametrize("iteration", [0, 1])
 def test_run_that_was_killed_before_its_first_interval_ended_loses_nothing(iteration, here):
     start(name="whole")
@@ -293,7 +309,7 @@ def test_signal_saves_the_iteration_and_the_run_goes_on_exactly(name, here, caps
     assert same(one["model"], other["model"]) and timeless(run, "progress") == timeless(Path("runs/whole"), "progress")
 
 
-def test_signal_during_the_warm_start_stops_a_real_process_that_can_go_on(here):
+def test_signal_during_the_warm_start_stops_a_real_process_that_can_go_on(here, capsys):
     flags = [*SMALL, "--sft-steps", "100000", "--run-name", "run"]
     child = subprocess.Popen([sys.executable, TOY, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -305,6 +321,8 @@ def test_signal_during_the_warm_start_stops_a_real_process_that_can_go_on(here):
         child.kill()
     assert summary(Path("runs/run"))["status"] == "interrupted" and newest(Path("runs/run"))["iteration"] == 0
     assert not Path("runs/warm_starts").exists()
+    assert grpo_toy.main(["--evaluate", "runs/run"]) == start("--init-from", "runs/run", name="other")[0] == 2
+    assert capsys.readouterr().err.count("it is from before the warm start") == 2 and not Path("runs/other").exists()
 
 
 def test_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(here, capsys):

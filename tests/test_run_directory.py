@@ -278,6 +278,7 @@ BAD_ARGUMENTS = {
     "--seed 4294967296": "--seed is 4294967296",
     "--env-id FrozenLake-v1 --norm-obs": "use --no-norm-obs",
     "--env-id PongNoFrameskip-v4 --num-envs 2 --norm-obs": "use --no-norm-obs",
+    "--bf16 on": "--bf16 on is for the CNN, and CartPole-v1 has no images",
     "--resume runs/nothing": "runs/nothing is no run directory",
     "--evaluate runs/nothing": "runs/nothing is no run directory",
 }
@@ -639,6 +640,27 @@ def test_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(damage, h
     assert_same_run(here / "runs" / "whole", run)
 
 
+def test_a_checkpoint_that_was_left_out_is_not_in_the_way_of_the_next_resume(here, monkeypatch):
+    """It may be whole, on a disk that failed once. The run has taken another course from the one before it."""
+    _, run = start()
+    shutil.copytree(run, here / "runs" / "whole")
+    load = torch.load
+
+    def fails(file, **options):
+        if "000512" in str(file):
+            raise OSError("stale file handle")
+        return load(file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fails)
+        before_update(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert ppo.main(["--resume", str(run)]) == 143
+    assert summary(run)["global_step"] == 384
+    assert ppo.main(["--resume", str(run)]) == 0
+    for name in ("episodes", "progress"):
+        assert timeless(run, name) == timeless(here / "runs" / "whole", name)
+
+
 def test_run_of_which_all_checkpoints_are_corrupt_is_refused_and_left_alone(here, capsys):
     _, run = start()
     for path in (run / "checkpoints").glob("step_*"):
@@ -909,6 +931,11 @@ def test_evaluation_prints_and_records_what_it_returns(run, capsys):
 @pytest.mark.parametrize("count", [1, 3, 8, 9])
 def test_evaluation_plays_as_many_episodes_as_asked(count, run):
     assert len(returns_of(run, "--eval-episodes", str(count))) == count
+
+
+def test_evaluation_needs_no_memory_for_a_rollout(run, monkeypatch):
+    monkeypatch.setattr(ppo, "memory", lambda: 100_000)
+    assert len(returns_of(run)) == 10
 
 
 def test_evaluation_changes_only_the_summary_and_tensorboard(run, monkeypatch):
