@@ -240,9 +240,9 @@ sys.exit(grpo_toy.main(sys.argv[1:]))
 """
 
 
-def killed(*flags, iteration, signal="SIGKILL"):
+def killed(*flags, iteration, signal="SIGKILL", method=None):
     """A run of a real process that is killed after the row of an iteration, or gets another signal in it."""
-    method = "write_row" if signal == "SIGKILL" else "log"
+    method = method or ("write_row" if signal == "SIGKILL" else "log")
     code = KILL.format(folder=str(TOY.parent), iteration=iteration, signal=signal, method=method)
     return process("-c", code, *SMALL, "--max-steps", "6", "--run-name", "killed", *flags, cwd=".").returncode
 
@@ -275,6 +275,7 @@ def test_run_that_was_killed_and_resumed_equals_one_that_was_not(flags, here, ca
 
 def test_the_curve_of_the_warm_start_is_whole_after_a_resume(here):
     assert killed("--sft-steps", "9", "--no-cache-warm-start", iteration=3) == -signal.SIGKILL
+    wait_for_the_next_second()
     assert grpo_toy.main(["--resume", "runs/killed"]) == 0
     assert [step for step, _ in scalars(Path("runs/killed"))["sft/loss"]] == [*range(1, 10)]
 
@@ -289,10 +290,10 @@ def test_the_checkpoint_of_step_0_holds_the_warm_start(here):
     assert warm["notes"] == {"warm_start": "9 steps"}
 
 
-@pytest.mark.parametrize("iteration", [0, 1])
-def test_run_that_was_killed_before_its_first_interval_ended_loses_nothing(iteration, here):
+@pytest.mark.parametrize("iteration, method", [(0, "save"), (0, None), (1, None)])
+def test_run_that_was_killed_before_its_first_interval_ended_loses_nothing(iteration, method, here):
     start(name="whole")
-    assert killed(iteration=iteration) == -signal.SIGKILL
+    assert killed(iteration=iteration, method=method) == -signal.SIGKILL
     assert grpo_toy.main(["--resume", "runs/killed"]) == 0
     assert_same_run(Path("runs/whole"), Path("runs/killed"))
 
@@ -373,7 +374,7 @@ def test_cached_warm_start_gives_the_same_run_and_is_left_alone(here, capsys):
 
 
 def test_run_that_was_moved_goes_on_and_caches_where_it_is(here, monkeypatch):
-    assert killed(iteration=0) == -signal.SIGKILL
+    assert killed(iteration=0, method="save") == -signal.SIGKILL  # before the warm start
     Path("elsewhere").mkdir()
     shutil.move("runs/killed", "elsewhere/run")
     monkeypatch.chdir("elsewhere")
