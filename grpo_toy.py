@@ -423,7 +423,7 @@ def train(args: RunArgs) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
 
     with Run(args, args.max_steps, started, model=model, reference=reference, optimizer=optimizer, rng=rng) as run:
-        if not is_prepared(run):
+        if not show_prepared(run):
             if not args.init_from:
                 warm_start(model, run)
             reference.load_state_dict(model.state_dict())
@@ -676,12 +676,16 @@ def bound_broken(name: str, number: float) -> str:
     return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
 
 
+def affinity() -> int:
+    """Processor cores that this process may run on."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores() -> int:
     """Processor cores that this process may use, by its affinity and by the share that its cgroups grant."""
-    if hasattr(os, "process_cpu_count"):  # since Python 3.13
-        count = os.process_cpu_count() or 1
-    else:
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = affinity()
     for quota, period in cgroups("cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
         if quota not in ("max", "-1"):
             count = min(count, int(quota) // int(period))
@@ -1192,9 +1196,7 @@ def conditions(args: RunArgs) -> dict[str, Any]:
         **{name: vars(args).get(name) for name in MACHINE},
         **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "number of cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),  # numpy
+        "number of cores": affinity(),  # numpy multiplies large batches on all of them
         **texts,
         "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
     }
@@ -1972,7 +1974,7 @@ def record_evaluation(path: Path, result: dict[str, Any], values: dict[str, floa
 def warm_start(model: GPT, run: Run) -> None:
     """Fine-tunes the model on answers of the teacher (SFT), or takes the result from runs-dir if it is there."""
     args = run.args
-    recipe = ("seed", "device", "num_threads", "sft_steps", "sft_learning_rate", *SIZES)
+    recipe = ("seed", "sft_steps", "sft_learning_rate", *SIZES)
     made_of = {name: vars(args)[name] for name in recipe} | run.conditions | {"arguments": None}
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     cached = run.path.parent / "warm_starts" / f"{key}.pt"
@@ -2028,18 +2030,18 @@ def write_stage(run: Run, stage: str, curves: dict[str, list[float]]) -> None:
 
 
 def keep_prepared(run: Run) -> None:
-    """Saves what comes before the first iteration."""
+    """Saves the models that the first iteration begins with."""
     run.notes["warm_start"] = run.args.init_from or f"{run.args.sft_steps} steps"
     run.start_clock()
     run.save(best=False)
 
 
-def is_prepared(run: Run) -> bool:
-    """Whether the run goes on from a checkpoint of keep_prepared, or a later one. If so, shows the stages again.
+def show_prepared(run: Run) -> bool:
+    """Shows again what keep_prepared has kept. Returns whether there is any: a resumed run has it.
 
-    TensorBoard forgets at a resume whatever has a later step, also their curves, whose steps are their own.
+    TensorBoard hides at a resume whatever has a later step, also the curves of write_stage, whose steps are their own.
     """
-    prepared = "warm_start" in run.notes
+    prepared = run.iteration > 0 or "warm_start" in run.notes
     for file in (run.path / "sft.csv", run.path / "reward_model.csv") if prepared and run.files else ():
         for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()) if file.exists() else ():
             if (step := int(row.pop("step"))) > run.global_step:

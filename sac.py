@@ -515,12 +515,16 @@ def bound_broken(name: str, number: float) -> str:
     return "less than 2**32" if name in ("seed", "eval_seed") and number >= 2**32 else ""
 
 
+def affinity() -> int:
+    """Processor cores that this process may run on."""
+    if hasattr(os, "process_cpu_count"):  # since Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores() -> int:
     """Processor cores that this process may use, by its affinity and by the share that its cgroups grant."""
-    if hasattr(os, "process_cpu_count"):  # since Python 3.13
-        count = os.process_cpu_count() or 1
-    else:
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = affinity()
     for quota, period in cgroups("cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
         if quota not in ("max", "-1"):
             count = min(count, int(quota) // int(period))
@@ -872,8 +876,7 @@ def make_envs(args: RunArgs, num_envs: int, seed: int, **options: Any) -> Enviro
     """The environments of a run. Raises UsageError for a missing extra and for spaces that networks cannot take."""
     if environment_family(args.env_id) == "atari":
         return Environments(make_atari(args, num_envs, **options), seed)
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # a constructor may draw from these
-        set_seed(seed)
+    set_seeds(seed)  # a constructor may draw random numbers
     envs: list[gym.Env] = []
     try:
         with warnings.catch_warnings():  # about versions that are out of date and bounds that are cast to float32
@@ -970,10 +973,15 @@ def prepare(args: RunArgs, image: bool) -> Rng:
     if not args.num_threads:
         args.num_threads = cores() if image else 1
     torch.set_num_threads(args.num_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    set_seeds(args.seed)
     return Rng(args.seed, args.device)
+
+
+def set_seeds(seed: int) -> None:
+    """Seeds the random numbers of the process, from which environments of others may draw."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 # ==== settling ====
@@ -1718,9 +1726,7 @@ def conditions(args: RunArgs) -> dict[str, Any]:
         **{name: vars(args).get(name) for name in MACHINE},
         **{name: value for name, value in os.environ.items() if name.startswith(MATH_LIBRARIES)},
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "number of cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),  # numpy
+        "number of cores": affinity(),  # numpy multiplies large batches on all of them
         **texts,
         "arguments": json.loads(json.dumps(taking_part)),  # as config.json gives them back
     }

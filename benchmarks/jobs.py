@@ -78,7 +78,7 @@ class Job:
 
     @property
     def recipe(self) -> str:
-        """As key, for what all seeds and environments of an algorithm share."""
+        """Ten hexadecimal digits that differ where script text or flags do."""
         return hashlib.sha256(json.dumps([self.text, self.flags]).encode()).hexdigest()[:10]
 
     @property

@@ -458,8 +458,8 @@ def read_directories(
         if is_stored(path):
             continue
         run, problem = read_run(path)
-        replaces = path not in asked and (path.parent, column_of(path)) in columns
-        if run and run.key and replaces and path not in named:
+        outdated = path not in asked and (path.parent, column_of(path)) in columns
+        if run and run.key and outdated and path not in named:
             replaced.append(path.name)
             continue
         if run:

@@ -125,11 +125,12 @@ def write_cells(suite: Suite, jobs: list[Job], runs_dir: Path) -> None:
     keys = ("env_id", "algo", "seed", "name", "recipe")
     asked = [{key: getattr(job, key) for key in keys} for job in jobs]
     recipes = {(job.env_id, job.algo): job.recipe for job in jobs}
-    kept = [
-        cell
-        for cell in earlier.get("cells", [])
-        if cell.get("recipe") in (None, recipes.get((cell["env_id"], cell["algo"]), cell.get("recipe")))
-    ]
+
+    def stays(cell: dict[str, Any]) -> bool:
+        now = recipes.get((cell["env_id"], cell["algo"]))
+        return now is None or "recipe" not in cell or cell["recipe"] == now
+
+    kept = filter(stays, earlier.get("cells", []))
     cells = {(cell["env_id"], cell["algo"], cell["seed"]): cell for cell in [*kept, *asked]}
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     note = {

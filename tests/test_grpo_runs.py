@@ -554,3 +554,17 @@ def test_wandb_offline_works_and_a_resumed_run_keeps_its_id(here, monkeypatch):
     wandb_id = json.loads((run / "config.json").read_text())["wandb_id"]
     folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert len(folders) == 2 and all(name.endswith(f"-{wandb_id}") for name in folders)
+
+
+def test_a_run_of_a_script_that_kept_no_warm_start_is_not_warmed_up_again(here):
+    """Its checkpoints say nothing of it, and its model has learned since."""
+    _, run = start(steps=4)
+    (run / "summary.json").unlink()
+    last = max((run / "checkpoints").glob("step_*.pt"))
+    for path in (run / "checkpoints").glob("step_*.pt"):
+        state = torch.load(path, weights_only=True)
+        del state["notes"]["warm_start"]
+        torch.save(state, path)
+    trained = torch.load(last, weights_only=True)["model"]
+    assert grpo_toy.main(["--resume", str(run)]) == 0
+    assert same(newest(run)["model"], trained)
